@@ -1,0 +1,1 @@
+"""nsa_platform: train and serve language models with Native Sparse Attention."""

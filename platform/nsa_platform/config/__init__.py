@@ -1,0 +1,1 @@
+"""Typed configuration: one YAML file is one run, validated before anything starts."""

@@ -1,0 +1,137 @@
+"""Strict YAML: frozen models, unknown keys are errors that name the nearest valid key."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class ConfigError(ValueError):
+    """A configuration is wrong. The message names the key, what came and what is allowed."""
+
+
+class Strict(BaseModel):
+    """Base of everything that comes from a YAML file."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+    )
+
+    @classmethod
+    def parse(cls, tree: dict[str, Any], *, source: str = "config") -> Self:
+        """Validate a plain tree. Raises ConfigError with one line for each problem."""
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            problems = [_explain(cls, problem) for problem in error.errors()]
+            raise ConfigError("\n".join(f"{source}: {line}" for line in problems)) from None
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a YAML file, patch it with `a.b=value` overrides, validate.
+
+        Raises:
+            ConfigError: the file is missing or not YAML, an override is malformed, or the result
+                does not validate. Nothing has been started when it is raised.
+        """
+        return cls.parse(_patch(read_yaml(path), overrides), source=str(path))
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, as a YAML text that loads back to an equal object."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def fingerprint(self) -> str:
+        """Twelve hex digits that are equal exactly when the resolved configurations are."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping. Raises ConfigError if there is none to read."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must hold a mapping of keys, got {type(tree).__name__}")
+    return tree
+
+
+def _patch(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {override}: must look like a.b=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {override}: the value is not YAML: {error}") from None
+        node = tree
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"--set {override}: {parent} is a value and has no keys below it")
+        node[last] = value
+    return tree
+
+
+def _explain(root: type[BaseModel], problem: Any) -> str:
+    location = [part for part in problem["loc"] if not _is_union_tag(part, problem)]
+    key = ".".join(str(part) for part in location) or "(the whole)"
+    if problem["type"] == "extra_forbidden":
+        valid = sorted(_valid_names(root, problem["loc"][:-1]))
+        near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{key}: unknown key{hint} (valid: {', '.join(valid)})"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing":
+        return f"{key}: is required"
+    got = problem.get("input")
+    shown = "" if isinstance(got, dict) else f", got {got!r}"
+    return f"{key}: {message}{shown}"
+
+
+def _is_union_tag(part: str | int, problem: Any) -> bool:
+    """Pydantic puts the chosen variant of a tagged union into the path; users never wrote it."""
+    path = problem["loc"]
+    return (
+        part in ("nsa", "full")
+        and path.index(part) > 0
+        and path[path.index(part) - 1] == ("attention")
+    )
+
+
+def _valid_names(root: type[BaseModel], location: Sequence[str | int]) -> set[str]:
+    """Field names of the model that stands at `location` below `root`."""
+    candidates: list[type[BaseModel]] = [root]
+    for part in location:
+        below = [
+            _models_in(c.model_fields[part].annotation)
+            for c in candidates
+            if isinstance(part, str) and part in c.model_fields
+        ]
+        if below:
+            candidates = [model for models in below for model in models]
+        elif isinstance(part, str):
+            tagged = [c for c in candidates if part in _tags(c)]
+            candidates = tagged or candidates
+    return {name for model in candidates for name in model.model_fields}
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for arg in get_args(annotation) for model in _models_in(arg)]
+
+
+def _tags(model: type[BaseModel]) -> tuple[Any, ...]:
+    kind = model.model_fields.get("kind")
+    return get_args(kind.annotation) if kind else ()

@@ -1,0 +1,67 @@
+"""What the data is: raw sources to shards, and shards to batches."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from nsa_platform.config.base import Strict
+
+
+class TokenizerConfig(Strict):
+    """Where the tokenizer comes from: exactly one of the two."""
+
+    path: str | None = None
+    """A Hugging Face tokenizer folder, local or s3://."""
+    train_vocab_size: Annotated[int, Field(ge=300)] | None = None
+    """Train a byte-level BPE of this many tokens on the corpus."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.train_vocab_size is None):
+            raise ValueError("give exactly one of path and train_vocab_size")
+        return self
+
+
+class CorpusConfig(Strict):
+    """Raw documents: folders, files or s3:// addresses."""
+
+    inputs: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Files or folders; a folder is walked for the suffixes below."""
+    kind: Literal["text", "chat"] = "text"
+    """text: documents for pretraining. chat: OpenAI `messages` rows for SFT."""
+    suffixes: tuple[str, ...] = (
+        ".txt",
+        ".md",
+        ".rst",
+        ".py",
+        ".jsonl",
+        ".jsonl.gz",
+        ".jsonl.zst",
+        ".parquet",
+        ".arrow",
+    )
+    """File names that count, by their ending."""
+    exclude: tuple[str, ...] = ()
+    """Glob patterns of paths (relative to their input folder) that are left out."""
+    text_field: str = "text"
+    """Column or key of JSONL, Parquet and Arrow rows that holds the text."""
+    messages_field: str = "messages"
+    """Column or key that holds a chat."""
+    invalid_utf8: Literal["replace", "skip", "error"] = "replace"
+    """What happens to a document that is not UTF-8; every case is counted and reported."""
+
+
+class LoaderConfig(Strict):
+    """How shards become batches."""
+
+    path: str
+    """Folder made by prepare_data (tokenizer/, train/, validation/), local or s3://."""
+    context_length: PositiveInt
+    """Tokens of one packed row. Documents that are longer are continued in the next row."""
+    packing: Literal["split", "whole"] = "split"
+    """split: documents are cut at row ends, no padding. whole: documents are never cut, rows are
+    padded, a document longer than a row is truncated and counted (for chats)."""
+    seed: int = 0
+    """Decides, with the epoch, the order of shards and documents."""
+    cache_dir: str | None = None
+    """Where remote shards are kept locally; default: a folder under the system's temporary one."""

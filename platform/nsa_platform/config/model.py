@@ -1,0 +1,151 @@
+"""What a model is: its sizes, its attention in the paper's words, its feed-forward.
+
+Every field that arXiv 2502.11089 leaves open says so, and says what the paper says.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from nsa_platform.config.base import Strict
+
+
+class Heads(Strict):
+    """Query heads share key/value heads in equal groups (GQA); one key/value head is a group."""
+
+    query_heads: PositiveInt
+    """H. Query heads of a layer."""
+    kv_heads: PositiveInt
+    """G. Key/value heads (groups) of a layer; divides query_heads."""
+    key_width: PositiveInt = 128
+    """K. Width of a query and of a key. Triton kernels take 64, 128, 192 and 256."""
+    value_width: PositiveInt = 128
+    """V. Width of a value. Triton kernels take 64, 128, 192 and 256."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.query_heads % self.kv_heads:
+            raise ValueError(f"kv_heads={self.kv_heads} must divide query_heads={self.query_heads}")
+        if self.key_width % 2:
+            raise ValueError(f"key_width={self.key_width} must be even: rotary pairs its channels")
+        return self
+
+
+class NsaAttentionConfig(Heads):
+    """Native Sparse Attention: compressed, selected and sliding branches, mixed by gates."""
+
+    kind: Literal["nsa"] = "nsa"
+    compression_block_size: PositiveInt = 32
+    """l. Tokens folded into one compressed key."""
+    compression_stride: PositiveInt = 16
+    """d. Step between the starts of compression blocks."""
+    selection_block_size: PositiveInt = 64
+    """l'. Tokens of a selection block."""
+    num_selected_blocks: PositiveInt = 16
+    """n. Selection blocks that a query reads, forced ones included."""
+    num_initial_blocks: Annotated[int, Field(ge=0)] = 1
+    """First blocks that are always among the n."""
+    num_local_blocks: PositiveInt = 2
+    """Last visible blocks that are always among the n; the query's own is one of them."""
+    window_size: PositiveInt = 512
+    """w. The sliding branch sees the last w tokens, the query's own included."""
+    branch_kv: Literal["separate", "shared"] = "separate"
+    """Keys and values per branch. The paper: separate (section 3.3.3); public code shares them."""
+    compression: Literal["mean", "linear", "mlp"] = "mlp"
+    """phi. The paper: a learnable MLP with intra-block position encoding (Eq. 7)."""
+    compressed_rotary: Literal["block_start", "before", "none"] = "block_start"
+    """Rotary positions of compressed keys; the paper is silent. block_start: compress unrotated
+    keys, rotate the result at its block's start. before: compress rotated keys. none: neither."""
+    gate_bias: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Initial bias of the gates in the order cmp, slc, win. The paper gives no initialisation."""
+
+    @model_validator(mode="after")
+    def _blocks_fit(self) -> Self:
+        l, d, b = self.compression_block_size, self.compression_stride, self.selection_block_size
+        if l % d:
+            raise ValueError(
+                f"compression_stride={d} must divide compression_block_size={l} (d | l, Eq. 9)"
+            )
+        if b % d:
+            raise ValueError(
+                f"compression_stride={d} must divide selection_block_size={b} (d | l', Eq. 9)"
+            )
+        if l > b:
+            raise ValueError(
+                f"compression_block_size={l} must not exceed "
+                f"selection_block_size={b} (l <= l', Eq. 9)"
+            )
+        forced = self.num_initial_blocks + self.num_local_blocks
+        if forced > self.num_selected_blocks:
+            raise ValueError(
+                f"num_initial_blocks + num_local_blocks = {forced} must fit into "
+                f"num_selected_blocks={self.num_selected_blocks}"
+            )
+        return self
+
+
+class FullAttentionConfig(Heads):
+    """Causal full attention: MHA, GQA or MQA by kv_heads."""
+
+    kind: Literal["full"] = "full"
+    gated: bool = False
+    """Give each head the same sigmoid output gate that NSA has: the honest control."""
+
+
+AttentionConfig = Annotated[NsaAttentionConfig | FullAttentionConfig, Field(discriminator="kind")]
+
+
+class MoeConfig(Strict):
+    """DeepSeekMoE feed-forward: shared experts see every token, routed ones their top-k."""
+
+    routed_experts: PositiveInt
+    shared_experts: Annotated[int, Field(ge=0)] = 2
+    experts_per_token: PositiveInt = 6
+    """Routed experts that each token goes to."""
+    expert_width: PositiveInt
+    """Hidden width of one expert's SwiGLU."""
+    dense_layers: Annotated[int, Field(ge=0)] = 1
+    """First layers that keep a dense feed-forward (the paper: one, for stability)."""
+    balance_loss: Annotated[float, Field(ge=0)] = 0.001
+    """Weight of the expert load-balance loss. The paper gives none."""
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> Self:
+        if self.experts_per_token > self.routed_experts:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} must not exceed "
+                f"routed_experts={self.routed_experts}"
+            )
+        return self
+
+
+class YarnConfig(Strict):
+    """YaRN rescaling of rotary frequencies for a longer context (arXiv 2309.00071)."""
+
+    factor: Annotated[float, Field(ge=1)]
+    """How many times longer than original_context."""
+    original_context: PositiveInt
+    """Tokens of the context before extension."""
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
+
+
+class ModelConfig(Strict):
+    """The whole model. An exported checkpoint's config.json holds exactly this."""
+
+    name: str = "nsa"
+    vocab_size: PositiveInt
+    layers: PositiveInt
+    width: PositiveInt
+    """D. Width of the residual stream."""
+    ffn_width: PositiveInt
+    """Hidden width of the dense SwiGLU."""
+    max_context: PositiveInt
+    """Longest sequence in tokens that the model is meant for."""
+    attention: AttentionConfig
+    moe: MoeConfig | None = None
+    """Mixture of experts in all but the first dense_layers layers; null for dense."""
+    rope_base: PositiveFloat = 10000.0
+    yarn: YarnConfig | None = None
+    norm_eps: PositiveFloat = 1.0e-6
+    tie_embeddings: bool = True

@@ -1,0 +1,87 @@
+"""One root for each kind of YAML file; the file's folder under jobs/configs names its root."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from nsa_platform.config.base import Strict
+from nsa_platform.config.data import CorpusConfig, LoaderConfig, TokenizerConfig
+from nsa_platform.config.evaluate import BitsPerByteConfig, NeedleConfig
+from nsa_platform.config.model import ModelConfig
+from nsa_platform.config.train import ClusterConfig, TrackingConfig, TrainConfig
+
+
+class PrepareDataRun(Strict):
+    """Raw text or chats to Arrow shards with a manifest."""
+
+    name: str
+    corpus: CorpusConfig
+    tokenizer: TokenizerConfig
+    output: str
+    """Folder to write, local or s3://: tokenizer/, train/, validation/."""
+    shard_tokens: PositiveInt = 16_000_000
+    """Target size of one shard."""
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """Share of documents held out, chosen by a hash of their content."""
+    num_tasks: PositiveInt | None = None
+    """Ray tasks that tokenise at once; default: one for each CPU of the cluster."""
+
+
+class _TrainingRun(Strict):
+    name: str
+    """Name of the run: the same name under the same storage resumes."""
+    data: LoaderConfig
+    train: TrainConfig
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    storage: str = "runs"
+    """Folder of checkpoints and the final model, local or s3://; the run's own is storage/name."""
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        rows = self.train.sequences_per_microbatch * self.cluster.num_workers
+        unit = self.data.context_length * rows
+        if self.train.tokens_per_step % unit:
+            raise ValueError(
+                f"train.tokens_per_step={self.train.tokens_per_step} must be a multiple of "
+                f"data.context_length={self.data.context_length} x "
+                f"train.sequences_per_microbatch={self.train.sequences_per_microbatch} x "
+                f"cluster.num_workers={self.cluster.num_workers} = {unit}"
+            )
+        return self
+
+
+class PretrainRun(_TrainingRun):
+    """Train a model from scratch on text shards."""
+
+    model: ModelConfig
+
+    @model_validator(mode="after")
+    def _context_fits(self) -> Self:
+        if self.data.context_length > self.model.max_context:
+            raise ValueError(
+                f"data.context_length={self.data.context_length} must not exceed "
+                f"model.max_context={self.model.max_context}"
+            )
+        return self
+
+
+class SftRun(_TrainingRun):
+    """Fine-tune an exported model on chat shards: the same loop with a loss mask."""
+
+    checkpoint: str
+    """Exported model folder, local or s3://, or models:/name@alias."""
+
+
+class EvaluateRun(Strict):
+    """Measure an exported model."""
+
+    name: str
+    checkpoint: str
+    """Exported model folder, local or s3://, or models:/name@alias."""
+    data: str
+    """Folder made by prepare_data whose validation/ split is read, local or s3://."""
+    bits_per_byte: BitsPerByteConfig | None = BitsPerByteConfig()
+    needle: NeedleConfig | None = NeedleConfig()
+    use_gpu: bool = False
+    tracking: TrackingConfig = TrackingConfig()

@@ -1,0 +1,97 @@
+"""How training goes: batch in tokens, optimizer, schedule, checkpoints, workers, tracking."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from nsa_platform.config.base import Strict
+
+
+class OptimizerConfig(Strict):
+    """AdamW with a warm-up and a decay."""
+
+    learning_rate: PositiveFloat = 3.0e-4
+    """Peak learning rate."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """cosine: warm-up, then half a cosine. wsd: warm-up, stable, linear decay at the end."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    decay_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """wsd: the share of all steps that decays."""
+    min_lr_factor: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Last learning rate as a share of the peak."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Only on matrices; embeddings, norms, biases and gates are not decayed."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    eps: PositiveFloat = 1.0e-8
+    max_grad_norm: PositiveFloat = 1.0
+
+
+class CheckpointConfig(Strict):
+    """When training state is saved and how much of it is kept."""
+
+    every_steps: PositiveInt = 100
+    keep_latest: PositiveInt = 2
+    """How many of the newest checkpoints stay."""
+    asynchronous: bool = True
+    """Write in the background while training goes on."""
+
+
+class TrainConfig(Strict):
+    """The loop."""
+
+    steps: PositiveInt
+    """Optimizer steps of the whole run."""
+    tokens_per_step: PositiveInt
+    """Tokens of one optimizer step over all workers; a multiple of the context length."""
+    sequences_per_microbatch: PositiveInt = 1
+    """Packed rows that one worker puts through the model at once."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    seed: int = 0
+    """Initialisation of the weights."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type. Weights, optimizer state and gradient reduction stay float32."""
+    compile: bool = False
+    """torch.compile for each layer."""
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """full: keep only the layers' inputs and recompute the rest in the backward pass."""
+    parallel: Literal["auto", "replicate", "shard"] = "auto"
+    """shard: FSDP2. replicate: gradients are averaged. auto: shard on GPU, replicate on CPU."""
+    log_every_steps: PositiveInt = 1
+    validate_every_steps: PositiveInt = 100
+    validation_tokens: PositiveInt = 65536
+    """Held-out tokens of one validation."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+
+class ClusterConfig(Strict):
+    """What is asked of Ray."""
+
+    num_workers: PositiveInt = 1
+    use_gpu: bool = False
+    """One GPU and nccl for each worker; otherwise CPU and gloo."""
+    cpus_per_worker: PositiveInt = 1
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    """Worker failures that are survived before the run fails; -1: any number."""
+
+
+class TrackingConfig(Strict):
+    """Where runs are recorded."""
+
+    uri: str = "sqlite:///runs/mlflow.db"
+    """MLflow tracking store: sqlite:///file, or http(s):// of a server."""
+    experiment: str = "nsa"
+    artifacts: str | None = None
+    """Root of artifacts for a new experiment in a SQLite store; default: beside the database."""
+    registered_model: str | None = None
+    """Register the final model under this name."""
+    alias: str = "champion"
+    """Alias that the newly registered version gets."""
+
+    @model_validator(mode="after")
+    def _known_scheme(self) -> Self:
+        if not self.uri.startswith(("sqlite:///", "http://", "https://", "postgresql")):
+            raise ValueError(
+                f"uri={self.uri!r} must start with sqlite:///, http://, https:// or postgresql"
+            )
+        return self

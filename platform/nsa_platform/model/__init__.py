@@ -1,0 +1,1 @@
+"""The transformer: layers, attention, feed-forward, weights, cost."""
