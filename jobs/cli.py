@@ -1,0 +1,59 @@
+"""The command line that every job shares: --config, --set, --dry-run."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn, TypeVar
+
+from rich.console import Console
+from rich.syntax import Syntax
+
+from nsa_platform.config.base import ConfigError, Strict
+from nsa_platform.config.describe import describe
+
+Run = TypeVar("Run", bound=Strict)
+
+EXIT_BAD_CONFIG = 2
+
+
+def parser(root: type[Strict], doc: str) -> argparse.ArgumentParser:
+    """The parser of a job whose YAML is a `root`; --help lists every field of it."""
+    result = argparse.ArgumentParser(
+        description=doc,
+        epilog="Keys of the YAML file:\n\n" + describe(root),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument("--config", required=True, metavar="X.yaml", help="the run")
+    result.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=value",
+        dest="overrides",
+        help="patch one key before validation; may be given again",
+    )
+    result.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration and stop"
+    )
+    return result
+
+
+def read_run(root: type[Run], doc: str, argv: Sequence[str] | None = None) -> tuple[Run, bool]:
+    """Parse the command line and the YAML, print the resolved configuration.
+
+    Returns the run and whether --dry-run was given. A wrong configuration ends the process with
+    exit status 2 and one line for each problem on standard error; nothing has been started.
+    """
+    arguments = parser(root, doc).parse_args(argv)
+    try:
+        run = root.load(arguments.config, arguments.overrides)
+    except ConfigError as error:
+        fail(str(error), status=EXIT_BAD_CONFIG)
+    Console().print(Syntax(run.to_yaml(), "yaml", background_color="default", word_wrap=True))
+    return run, arguments.dry_run
+
+
+def fail(message: str, *, status: int = 1) -> NoReturn:
+    """End the process with `error: message` on standard error."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(status)
