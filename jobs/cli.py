@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.syntax import Syntax
 
 from nsa_platform.config.base import ConfigError, Strict
 from nsa_platform.config.describe import describe
+from nsa_platform.config.locations import resolve_locations
 
 Run = TypeVar("Run", bound=Strict)
 
@@ -39,14 +41,14 @@ def parser(root: type[Strict], doc: str) -> argparse.ArgumentParser:
 
 
 def read_run(root: type[Run], doc: str, argv: Sequence[str] | None = None) -> tuple[Run, bool]:
-    """Parse the command line and the YAML, print the resolved configuration.
+    """Parse the command line and the YAML, make places absolute, print the resolved configuration.
 
     Returns the run and whether --dry-run was given. A wrong configuration ends the process with
     exit status 2 and one line for each problem on standard error; nothing has been started.
     """
     arguments = parser(root, doc).parse_args(argv)
     try:
-        run = root.load(arguments.config, arguments.overrides)
+        run = resolve_locations(root.load(arguments.config, arguments.overrides), Path.cwd())
     except ConfigError as error:
         fail(str(error), status=EXIT_BAD_CONFIG)
     Console().print(Syntax(run.to_yaml(), "yaml", background_color="default", word_wrap=True))

@@ -5,12 +5,13 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveInt, model_validator
 
 from nsa_platform.config.base import Strict
+from nsa_platform.config.locations import Location
 
 
 class TokenizerConfig(Strict):
     """Where the tokenizer comes from: exactly one of the two."""
 
-    path: str | None = None
+    path: Location | None = None
     """A Hugging Face tokenizer folder, local or s3://."""
     train_vocab_size: Annotated[int, Field(ge=300)] | None = None
     """Train a byte-level BPE of this many tokens on the corpus."""
@@ -25,7 +26,7 @@ class TokenizerConfig(Strict):
 class CorpusConfig(Strict):
     """Raw documents: folders, files or s3:// addresses."""
 
-    inputs: Annotated[tuple[str, ...], Field(min_length=1)]
+    inputs: Annotated[tuple[Location, ...], Field(min_length=1)]
     """Files or folders; a folder is walked for the suffixes below."""
     kind: Literal["text", "chat"] = "text"
     """text: documents for pretraining. chat: OpenAI `messages` rows for SFT."""
@@ -54,7 +55,7 @@ class CorpusConfig(Strict):
 class LoaderConfig(Strict):
     """How shards become batches."""
 
-    path: str
+    path: Location
     """Folder made by prepare_data (tokenizer/, train/, validation/), local or s3://."""
     context_length: PositiveInt
     """Tokens of one packed row. Documents that are longer are continued in the next row."""
@@ -63,5 +64,5 @@ class LoaderConfig(Strict):
     padded, a document longer than a row is truncated and counted (for chats)."""
     seed: int = 0
     """Decides, with the epoch, the order of shards and documents."""
-    cache_dir: str | None = None
+    cache_dir: Location | None = None
     """Where remote shards are kept locally; default: a folder under the system's temporary one."""

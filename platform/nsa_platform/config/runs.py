@@ -7,6 +7,7 @@ from pydantic import Field, PositiveInt, model_validator
 from nsa_platform.config.base import Strict
 from nsa_platform.config.data import CorpusConfig, LoaderConfig, TokenizerConfig
 from nsa_platform.config.evaluate import BitsPerByteConfig, NeedleConfig
+from nsa_platform.config.locations import Location
 from nsa_platform.config.model import ModelConfig
 from nsa_platform.config.train import ClusterConfig, TrackingConfig, TrainConfig
 
@@ -17,7 +18,7 @@ class PrepareDataRun(Strict):
     name: str
     corpus: CorpusConfig
     tokenizer: TokenizerConfig
-    output: str
+    output: Location
     """Folder to write, local or s3://: tokenizer/, train/, validation/."""
     shard_tokens: PositiveInt = 16_000_000
     """Target size of one shard."""
@@ -34,7 +35,7 @@ class _TrainingRun(Strict):
     train: TrainConfig
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
-    storage: str = "runs"
+    storage: Location = "runs"
     """Folder of checkpoints and the final model, local or s3://; the run's own is storage/name."""
 
     @model_validator(mode="after")
@@ -69,7 +70,7 @@ class PretrainRun(_TrainingRun):
 class SftRun(_TrainingRun):
     """Fine-tune an exported model on chat shards: the same loop with a loss mask."""
 
-    checkpoint: str
+    checkpoint: Location
     """Exported model folder, local or s3://, or models:/name@alias."""
 
 
@@ -77,9 +78,9 @@ class EvaluateRun(Strict):
     """Measure an exported model."""
 
     name: str
-    checkpoint: str
+    checkpoint: Location
     """Exported model folder, local or s3://, or models:/name@alias."""
-    data: str
+    data: Location
     """Folder made by prepare_data whose validation/ split is read, local or s3://."""
     bits_per_byte: BitsPerByteConfig | None = BitsPerByteConfig()
     needle: NeedleConfig | None = NeedleConfig()

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from nsa_platform.config.base import Strict
+from nsa_platform.config.locations import Location
 
 
 class OptimizerConfig(Strict):
@@ -78,10 +79,10 @@ class ClusterConfig(Strict):
 class TrackingConfig(Strict):
     """Where runs are recorded."""
 
-    uri: str = "sqlite:///runs/mlflow.db"
+    uri: Location = "sqlite:///runs/mlflow.db"
     """MLflow tracking store: sqlite:///file, or http(s):// of a server."""
     experiment: str = "nsa"
-    artifacts: str | None = None
+    artifacts: Location | None = None
     """Root of artifacts for a new experiment in a SQLite store; default: beside the database."""
     registered_model: str | None = None
     """Register the final model under this name."""
