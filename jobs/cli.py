@@ -51,8 +51,13 @@ def read_run(root: type[Run], doc: str, argv: Sequence[str] | None = None) -> tu
         run = resolve_locations(root.load(arguments.config, arguments.overrides), Path.cwd())
     except ConfigError as error:
         fail(str(error), status=EXIT_BAD_CONFIG)
-    Console().print(Syntax(run.to_yaml(), "yaml", background_color="default", word_wrap=True))
+    describe_run(run)
     return run, arguments.dry_run
+
+
+def describe_run(run: Strict) -> None:
+    """Print the resolved configuration."""
+    Console().print(Syntax(run.to_yaml(), "yaml", background_color="default", word_wrap=True))
 
 
 def fail(message: str, *, status: int = 1) -> NoReturn:

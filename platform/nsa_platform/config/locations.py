@@ -48,15 +48,14 @@ def resolve_locations(config: Model, root: Path) -> Model:
     )
 
 
-def locations(config: BaseModel, prefix: str = "") -> dict[str, str]:
+def locations(config: BaseModel, prefix: str = "") -> dict[str, tuple[str, ...]]:
     """Every place that the configuration names, by dotted key."""
-    found: dict[str, str] = {}
+    found: dict[str, tuple[str, ...]] = {}
     for (name, value), field in zip(config, type(config).model_fields.values(), strict=True):
         if isinstance(value, BaseModel):
             found |= locations(value, f"{prefix}{name}.")
         elif value is not None and _marked(field.metadata, field.annotation):
-            for each in value if isinstance(value, tuple) else (value,):
-                found[f"{prefix}{name}"] = each
+            found[f"{prefix}{name}"] = value if isinstance(value, tuple) else (value,)
     return found
 
 

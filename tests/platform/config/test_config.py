@@ -1,0 +1,149 @@
+"""Configuration: what a user can get wrong, and what the message says."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from jobs.cli import read_run
+from nsa_platform.config.base import ConfigError
+from nsa_platform.config.locations import absolute, locations, resolve_locations
+from nsa_platform.config.runs import PrepareDataRun, PretrainRun
+
+
+def tree() -> dict[str, Any]:
+    return {
+        "name": "tiny",
+        "model": {
+            "vocab_size": 512,
+            "layers": 2,
+            "width": 64,
+            "ffn_width": 128,
+            "max_context": 256,
+            "attention": {"kind": "nsa", "query_heads": 4, "kv_heads": 1},
+        },
+        "data": {"path": "data/tiny", "context_length": 256},
+        "train": {"steps": 3, "tokens_per_step": 512},
+    }
+
+
+def changed(key: str, value: object) -> dict[str, Any]:
+    result = tree()
+    node = result
+    *parents, last = key.split(".")
+    for parent in parents:
+        node = node.setdefault(parent, {})
+    node[last] = value
+    return result
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("trian", {}, "trian: unknown key; did you mean 'train'?"),
+        ("train.stpes", 4, "train.stpes: unknown key; did you mean 'steps'?"),
+        (
+            "model.attention.compresion_stride",
+            16,
+            "model.attention.compresion_stride: unknown key; did you mean 'compression_stride'?",
+        ),
+        ("train.optimizer.warmup", 1, "did you mean 'warmup_steps'?"),
+        ("train.steps", 0, "train.steps: Input should be greater than 0, got 0"),
+        ("train.steps", "many", "train.steps: Input should be a valid integer"),
+        (
+            "model.attention.compression_stride",
+            12,
+            "compression_stride=12 must divide compression_block_size=32 (d | l, Eq. 9)",
+        ),
+        ("model.attention.num_local_blocks", 16, "must fit into num_selected_blocks=16"),
+        ("model.attention.kv_heads", 3, "kv_heads=3 must divide query_heads=4"),
+        ("model.attention.kind", "sparse", "model.attention: "),
+        ("train.tokens_per_step", 300, "must be a multiple of data.context_length=256"),
+        ("data.context_length", 512, "must not exceed model.max_context=256"),
+        ("tracking.uri", "ftp://x", "tracking: uri='ftp://x' must start with"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(key: str, value: object, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        PretrainRun.parse(changed(key, value), source="x.yaml")
+    assert said in str(caught.value)
+    assert str(caught.value).startswith("x.yaml: ")
+
+
+def test_a_missing_key_is_named() -> None:
+    broken = tree()
+    del broken["model"]["width"]
+    with pytest.raises(ConfigError, match=r"model\.width: is required"):
+        PretrainRun.parse(broken)
+
+
+def test_overrides_patch_before_validation(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree()))
+    run = PretrainRun.load(path, ["train.steps=7", "train.optimizer.learning_rate=1e-3"])
+    assert run.train.steps == 7
+    assert run.train.optimizer.learning_rate == 1e-3
+    with pytest.raises(ConfigError, match="unknown key; did you mean 'steps'"):
+        PretrainRun.load(path, ["train.step=7"])
+    with pytest.raises(ConfigError, match=r"must look like a\.b=value"):
+        PretrainRun.load(path, ["train.steps"])
+    with pytest.raises(ConfigError, match="name is a value"):
+        PretrainRun.load(path, ["name.x=1"])
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "a: [1", "", "\x00"])
+def test_what_is_not_a_mapping_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=str(path)):
+        PretrainRun.load(path)
+
+
+def test_a_run_survives_yaml_and_is_fingerprinted() -> None:
+    run = PretrainRun.parse(tree())
+    again = PretrainRun.parse(yaml.safe_load(run.to_yaml()))
+    assert again == run
+    assert again.fingerprint() == run.fingerprint()
+    other = PretrainRun.parse(changed("train.steps", 4))
+    assert other.fingerprint() != run.fingerprint()
+
+
+def test_a_bad_configuration_exits_with_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(changed("train.stpes", 4)))
+    with pytest.raises(SystemExit) as caught:
+        read_run(PretrainRun, "doc", ["--config", str(path)])
+    assert caught.value.code == 2
+    assert "did you mean 'steps'" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        read_run(PretrainRun, "doc", ["--config", str(tmp_path / "none.yaml")])
+    assert caught.value.code == 2
+    assert "No such file" in capsys.readouterr().err
+
+
+def test_places_become_absolute_once(tmp_path: Path) -> None:
+    run = resolve_locations(PretrainRun.parse(tree()), tmp_path)
+    assert run.data.path == str(tmp_path / "data/tiny")
+    assert run.tracking.uri == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert resolve_locations(run, Path("/elsewhere")) == run
+    for address in ("s3://bucket/key", "models:/name@champion", "https://host:5000"):
+        assert absolute(address, tmp_path) == address
+
+
+def test_every_place_of_a_run_is_listed() -> None:
+    run = PrepareDataRun.parse(
+        {
+            "name": "x",
+            "corpus": {"inputs": ["a", "s3://b/c"]},
+            "tokenizer": {"path": "t"},
+            "output": "s3://b/o",
+        }
+    )
+    assert locations(run) == {
+        "corpus.inputs": ("a", "s3://b/c"),
+        "tokenizer.path": ("t",),
+        "output": ("s3://b/o",),
+    }
