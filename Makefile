@@ -45,10 +45,10 @@ check: $(READY) ## style, types, import contracts, house laws
 	$(BIN)/python -m pytest -q tests/test_house.py
 
 test-gpu: ## tests that need a CUDA GPU, with the python that is on PATH
-	@PYTHONPATH=platform:kernels:. $(PYTHON) -m pytest -m gpu tests
+	@PYTHONPATH=platform:kernels:.:$$PYTHONPATH $(PYTHON) -m pytest -m gpu tests
 
 bench: ## measure the kernels on this machine's GPU and rewrite kernels/benchmarks/RESULTS.md
-	@PYTHONPATH=platform:kernels:. $(PYTHON) kernels/benchmarks/bench.py --json results/kernels.json
+	@PYTHONPATH=platform:kernels:.:$$PYTHONPATH $(PYTHON) kernels/benchmarks/bench.py --json results/kernels.json
 
 mlflow: $(READY) ## browse the experiments in the local store
 	@mkdir -p runs

@@ -1,0 +1,69 @@
+"""Questions and answers from the documentation strings of Python sources: a small real SFT set."""
+
+import ast
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+MAX_ANSWER_CHARACTERS = 400
+
+
+def write_chats(sources: Path, output: Path) -> int:
+    """Write one chat for each documented function or class below `sources`, as JSON lines.
+
+    Rows are `{"messages": [...]}` in OpenAI's shape, in the order of the files' names. The file
+    appears whole or not at all.
+
+    Returns the number of chats.
+
+    Raises:
+        ValueError: nothing below `sources` has a documentation string.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_suffix(".partial")
+    count = 0
+    with partial.open("w", encoding="utf-8") as stream:
+        for path in sorted(sources.rglob("*.py")):
+            if _is_tests(path.relative_to(sources)):
+                continue
+            for messages in _chats_of(path, sources):
+                stream.write(json.dumps({"messages": messages}) + "\n")
+                count += 1
+    if not count:
+        partial.unlink()
+        raise ValueError(f"{sources}: no documentation string found in any .py file")
+    os.replace(partial, output)
+    return count
+
+
+def _is_tests(path: Path) -> bool:
+    return any(part in ("test", "tests", "idlelib", "site-packages") for part in path.parts)
+
+
+def _chats_of(path: Path, sources: Path) -> Iterator[list[dict[str, str]]]:
+    try:
+        module = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError):
+        return
+    name = ".".join(path.relative_to(sources).with_suffix("").parts).removesuffix(".__init__")
+    for node in module.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield from _about(node, name)
+
+
+def _about(
+    node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, module: str
+) -> Iterator[list[dict[str, str]]]:
+    documentation = ast.get_docstring(node)
+    if not documentation or node.name.startswith("_"):
+        return
+    answer = " ".join(documentation.split("\n\n")[0].split())[:MAX_ANSWER_CHARACTERS]
+    yield _chat(f"What does {module}.{node.name} do?", answer)
+    if not isinstance(node, ast.ClassDef):
+        signature = f"{node.name}({ast.unparse(node.args)})"
+        yield _chat(f"What is the signature of {module}.{node.name}?", signature)
+
+
+def _chat(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
