@@ -1,0 +1,29 @@
+"""The only door to MLflow: runs that survive a dead server, datasets, figures, models."""
+
+from nsa_platform.tracking.handle import RunHandle, flatten
+from nsa_platform.tracking.opening import open_run
+from nsa_platform.tracking.registry import (
+    fetch_model,
+    is_model_reference,
+    register_model,
+    source_run,
+)
+from nsa_platform.tracking.store import TrackingError
+from nsa_platform.tracking.system import SystemMonitor
+from nsa_platform.tracking.tracker import Tracker
+from nsa_platform.tracking.viewer import ui_command, ui_environment
+
+__all__ = [
+    "RunHandle",
+    "SystemMonitor",
+    "Tracker",
+    "TrackingError",
+    "fetch_model",
+    "flatten",
+    "is_model_reference",
+    "open_run",
+    "register_model",
+    "source_run",
+    "ui_command",
+    "ui_environment",
+]
