@@ -1,0 +1,221 @@
+"""Attention of a layer: NSA with its three branches, or causal full attention.
+
+Training and serving share every projection. They part only where keys and values go: straight to
+the op for whole sequences (PackedStep), or through the pages of a cache (PagedStep).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nsa_kernels import full_attention, full_paged_attention, nsa_attention, nsa_paged_attention
+from nsa_platform.config.model import FullAttentionConfig, ModelConfig, NsaAttentionConfig
+from nsa_platform.model.cache import (
+    FullLayerCache,
+    LayerCache,
+    NsaLayerCache,
+    read_rows,
+    write_rows,
+)
+from nsa_platform.model.compression import Compression, gather_blocks, kernel_config
+from nsa_platform.model.rotary import Rotation, attention_scale
+from nsa_platform.model.step import PackedStep, PagedStep
+
+
+class _Projected(NamedTuple):
+    """One layer's query, gates, and keys and values; phi has not folded its pair yet."""
+
+    q: Tensor
+    gates: Tensor
+    k_tail: Tensor
+    v_tail: Tensor
+    k_slc: Tensor
+    v_slc: Tensor
+    k_win: Tensor
+    v_win: Tensor
+
+
+class NsaAttention(nn.Module):
+    """Native Sparse Attention: one query, three branches, three gates for each head (Eq. 5)."""
+
+    def __init__(
+        self, config: ModelConfig, attention: NsaAttentionConfig, *, layer_index: int
+    ) -> None:
+        super().__init__()
+        self.config = attention
+        self.kernel_config = kernel_config(attention)
+        self.scale = attention_scale(config)
+        self.layer_index = layer_index
+        heads, groups = attention.query_heads, attention.kv_heads
+        pair_width = groups * (attention.key_width + attention.value_width)
+        branches = 3 if attention.branch_kv == "separate" else 1
+        self.query = nn.Linear(config.width, heads * attention.key_width, bias=False)
+        self.key_value = nn.Linear(config.width, branches * pair_width, bias=False)
+        self.gate = nn.Linear(config.width, heads * 3)
+        self.compress_key = Compression(attention, width=attention.key_width)
+        self.compress_value = Compression(attention, width=attention.value_width)
+        self.output = nn.Linear(heads * attention.value_width, config.width, bias=False)
+
+    def forward(
+        self, x: Tensor, step: PackedStep | PagedStep, cache: LayerCache | None = None
+    ) -> Tensor:
+        """x [T, D], already normed -> [T, D]. A PagedStep needs the layer's cache."""
+        projected = self._project(x, step.rotation)
+        if isinstance(step, PackedStep):
+            out = self._attend_packed(projected, step)
+        else:
+            assert isinstance(cache, NsaLayerCache)
+            out = self._attend_paged(projected, step, cache)
+        return self.output(out.flatten(1))
+
+    def _project(self, x: Tensor, rotation: Rotation) -> _Projected:
+        config = self.config
+        heads, groups = config.query_heads, config.kv_heads
+        widths = [groups * config.key_width, groups * config.value_width]
+        branches = 3 if config.branch_kv == "separate" else 1
+
+        q = rotation.apply(self.query(x).unflatten(1, (heads, config.key_width)))
+        gates = torch.sigmoid(self.gate(x)).unflatten(1, (heads, 3))
+        pairs = self.key_value(x).split([branches * width for width in widths], dim=1)
+        keys = pairs[0].unflatten(1, (branches, groups, config.key_width))
+        values = pairs[1].unflatten(1, (branches, groups, config.value_width)).unbind(1)
+        v_tail, v_slc, v_win = values if branches == 3 else values * 3
+
+        rotated = rotation.apply(keys.flatten(1, 2)).unflatten(1, (branches, groups))
+        k_tail = (rotated if config.compressed_rotary == "before" else keys)[:, 0]
+        k_slc, k_win = (rotated[:, 1], rotated[:, 2]) if branches == 3 else (rotated[:, 0],) * 2
+        return _Projected(q, gates, k_tail, v_tail, k_slc, v_slc, k_win, v_win)
+
+    def _compress(
+        self, k_blocks: Tensor, v_blocks: Tensor, rotation: Rotation
+    ) -> tuple[Tensor, Tensor]:
+        """Blocks [G, C, l, K] and [G, C, l, V] to compressed keys and values [C, G, K or V]."""
+        k_cmp = self.compress_key(k_blocks).to(k_blocks.dtype)
+        if self.config.compressed_rotary == "block_start":
+            k_cmp = rotation.apply(k_cmp)
+        return k_cmp, self.compress_value(v_blocks).to(v_blocks.dtype)
+
+    def _attend_packed(self, projected: _Projected, step: PackedStep) -> Tensor:
+        q, gates, k_tail, v_tail, *pairs = projected
+        assert step.blocks is not None and step.block_rotation is not None
+        k_cmp, v_cmp = self._compress(
+            gather_blocks(k_tail, step.blocks),
+            gather_blocks(v_tail, step.blocks),
+            step.block_rotation,
+        )
+        if step.probe is not None:
+            step.probe.observe_selection(
+                self.layer_index,
+                q,
+                k_cmp,
+                gates=gates,
+                positions=step.positions,
+                cu_seqlens=step.cu_seqlens,
+                config=self.kernel_config,
+                scale=self.scale,
+            )
+        return nsa_attention(
+            q,
+            k_cmp,
+            v_cmp,
+            *pairs,
+            gates,
+            config=self.kernel_config,
+            cu_seqlens=step.cu_seqlens,
+            scale=self.scale,
+        )
+
+    def _attend_paged(self, projected: _Projected, step: PagedStep, cache: NsaLayerCache) -> Tensor:
+        q, gates, k_tail, v_tail, k_slc, v_slc, k_win, v_win = projected
+        new = step.new_blocks
+        assert new is not None and step.window_rows is not None
+        assert step.window_page_table is not None
+        write_rows(cache.k_slc, step.token_rows, k_slc)
+        write_rows(cache.v_slc, step.token_rows, v_slc)
+        write_rows(cache.k_tail, step.window_rows, k_tail)
+        write_rows(cache.v_tail, step.window_rows, v_tail)
+        window_page_table = step.page_table
+        if self.config.branch_kv == "separate":
+            window_page_table = step.window_page_table
+            write_rows(cache.k_win, step.window_rows, k_win)
+            write_rows(cache.v_win, step.window_rows, v_win)
+
+        k_cmp, v_cmp = self._compress(
+            read_rows(cache.k_tail, new.tail_rows).permute(2, 0, 1, 3),
+            read_rows(cache.v_tail, new.tail_rows).permute(2, 0, 1, 3),
+            new.rotation,
+        )
+        write_rows(cache.k_cmp, new.rows, k_cmp)
+        write_rows(cache.v_cmp, new.rows, v_cmp)
+        return nsa_paged_attention(
+            q,
+            cache.k_cmp,
+            cache.v_cmp,
+            cache.k_slc,
+            cache.v_slc,
+            cache.k_win,
+            cache.v_win,
+            gates,
+            page_table=step.page_table,
+            window_page_table=window_page_table,
+            cu_seqlens=step.cu_seqlens,
+            context_lens=step.context_lens,
+            config=self.kernel_config,
+            scale=self.scale,
+        )
+
+
+class FullAttention(nn.Module):
+    """Causal attention over all earlier tokens (MHA, GQA or MQA), gated when the config says so."""
+
+    def __init__(
+        self, config: ModelConfig, attention: FullAttentionConfig, *, layer_index: int
+    ) -> None:
+        super().__init__()
+        self.config = attention
+        self.scale = attention_scale(config)
+        self.layer_index = layer_index
+        heads, groups = attention.query_heads, attention.kv_heads
+        pair_width = groups * (attention.key_width + attention.value_width)
+        self.query = nn.Linear(config.width, heads * attention.key_width, bias=False)
+        self.key_value = nn.Linear(config.width, pair_width, bias=False)
+        self.gate = nn.Linear(config.width, heads) if attention.gated else None
+        self.output = nn.Linear(heads * attention.value_width, config.width, bias=False)
+
+    def forward(
+        self, x: Tensor, step: PackedStep | PagedStep, cache: LayerCache | None = None
+    ) -> Tensor:
+        """x [T, D], already normed -> [T, D]. A PagedStep needs the layer's cache."""
+        config = self.config
+        q = self.query(x).unflatten(1, (config.query_heads, config.key_width))
+        keys, values = self.key_value(x).split(
+            [config.kv_heads * config.key_width, config.kv_heads * config.value_width], dim=1
+        )
+        q = step.rotation.apply(q)
+        k = step.rotation.apply(keys.unflatten(1, (config.kv_heads, config.key_width)))
+        v = values.unflatten(1, (config.kv_heads, config.value_width))
+        if isinstance(step, PackedStep):
+            out = full_attention(q, k, v, cu_seqlens=step.cu_seqlens, scale=self.scale)
+        else:
+            assert isinstance(cache, FullLayerCache)
+            write_rows(cache.k, step.token_rows, k)
+            write_rows(cache.v, step.token_rows, v)
+            out = full_paged_attention(
+                q,
+                cache.k,
+                cache.v,
+                page_table=step.page_table,
+                cu_seqlens=step.cu_seqlens,
+                context_lens=step.context_lens,
+                scale=self.scale,
+            )
+        return self.output(self._gate(out, x, step).flatten(1))
+
+    def _gate(self, out: Tensor, x: Tensor, step: PackedStep | PagedStep) -> Tensor:
+        if self.gate is None:
+            return out
+        gates = torch.sigmoid(self.gate(x))[..., None]  # [T, H, 1]
+        if isinstance(step, PackedStep) and step.probe is not None:
+            step.probe.observe_gates(self.layer_index, gates)
+        return out * gates

@@ -1,0 +1,76 @@
+"""Pages of one layer: what attention keeps of the tokens that it has seen.
+
+NSA keeps every token's key and value for the selected branch, one compressed pair for each d
+tokens, and of the last max(w, l) tokens alone the sliding branch's pair and the pair that phi
+folds (the tail). Two pools hold them: a logical page of the first pool lives as long as its
+sequence, a logical page of the window pool is given back once its tokens have left the window.
+
+Physical page 0 of each pool is scratch: rows without a destination are written there and it
+belongs to no sequence.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class NsaLayerCache:
+    """Caches of one NSA layer. P pages of the selection pool, W pages of the window pool."""
+
+    k_slc: Tensor
+    """[P, page, G, K], rotated."""
+    v_slc: Tensor
+    """[P, page, G, V]"""
+    k_cmp: Tensor
+    """[P, page / d, G, K]; the block that starts at token s is in row s % page / d of s's page."""
+    v_cmp: Tensor
+    """[P, page / d, G, V]"""
+    k_win: Tensor
+    """[W, page, G, K], rotated; with branch_kv=shared the very tensor k_slc."""
+    v_win: Tensor
+    """[W, page, G, V]; with branch_kv=shared the very tensor v_slc."""
+    k_tail: Tensor
+    """[W, page, G, K], keys as phi takes them."""
+    v_tail: Tensor
+    """[W, page, G, V], values as phi takes them."""
+
+    @property
+    def page_size(self) -> int:
+        return self.k_slc.shape[1]
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor once, shared ones too."""
+        named = [self.k_slc, self.v_slc, self.k_cmp, self.v_cmp, self.k_tail, self.v_tail]
+        return named if self.k_win is self.k_slc else [*named, self.k_win, self.v_win]
+
+
+@dataclass(frozen=True, slots=True)
+class FullLayerCache:
+    """Cache of one layer of full attention."""
+
+    k: Tensor
+    """[P, page, G, K], rotated."""
+    v: Tensor
+    """[P, page, G, V]"""
+
+    @property
+    def page_size(self) -> int:
+        return self.k.shape[1]
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor once."""
+        return [self.k, self.v]
+
+
+LayerCache = NsaLayerCache | FullLayerCache
+
+
+def write_rows(pool: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Write values [T, G, W] to rows [T] of a pool [P, rows per page, G, W], in place."""
+    pool.view(-1, *pool.shape[2:])[rows] = values.to(pool.dtype)
+
+
+def read_rows(pool: Tensor, rows: Tensor) -> Tensor:
+    """Rows [...] of a pool [P, rows per page, G, W] as [..., G, W]."""
+    return pool.view(-1, *pool.shape[2:])[rows]

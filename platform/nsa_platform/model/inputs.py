@@ -1,0 +1,59 @@
+"""What a forward pass needs beside the token ids: packed lengths, or pages of a cache.
+
+Letters are those of kernels/README.md: T packed tokens, B sequences, M logical pages of a sequence.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from nsa_platform.model.cache import LayerCache
+from nsa_platform.model.probe import Probe
+
+
+@dataclass(frozen=True, slots=True)
+class PackedInputs:
+    """Whole sequences laid end to end; nothing is kept for later (training, evaluation)."""
+
+    positions: Tensor
+    """int32 [T], counted from 0 in each sequence."""
+    cu_seqlens: Tensor
+    """int32 [B + 1], starts of the sequences in T, then T itself."""
+    probe: Probe | None = None
+    """Collects the health of the sparse attention when given."""
+
+    @classmethod
+    def from_lengths(
+        cls,
+        lengths: Sequence[int],
+        *,
+        device: torch.device | str = "cpu",
+        probe: Probe | None = None,
+    ) -> Self:
+        """Inputs of sequences with these lengths in tokens, in this order."""
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"lengths={list(lengths)} must be one or more positive numbers")
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        return cls(positions.int().to(device), ends.int().to(device), probe)
+
+
+@dataclass(frozen=True, slots=True)
+class PagedInputs:
+    """New tokens of sequences whose earlier tokens lie in paged caches (prefill and decoding)."""
+
+    positions: Tensor
+    """int32 [T], positions of the new tokens in their sequences."""
+    cu_seqlens: Tensor
+    """int32 [B + 1], starts of each sequence's new tokens in T, then T itself."""
+    context_lens: Tensor
+    """int32 [B], tokens of each sequence with the new ones."""
+    page_table: Tensor
+    """int32 [B, M], physical page of each logical page; -1 where there is none."""
+    window_page_table: Tensor | None
+    """int32 [B, M], the same for the window pool; None for full attention."""
+    caches: list[LayerCache]
+    """One cache for each layer. The forward pass writes the new tokens into them."""

@@ -1,0 +1,166 @@
+"""The transformer, top to bottom: embedding, pre-norm layers, norm, logits.
+
+Tokens of all sequences lie packed on one axis T; there is no batch axis. Training and serving run
+the same modules and differ in one argument: PackedInputs or PagedInputs.
+"""
+
+import hashlib
+import math
+from fnmatch import fnmatch
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nsa_platform.config.model import ModelConfig, NsaAttentionConfig
+from nsa_platform.model.attention import FullAttention, NsaAttention
+from nsa_platform.model.cache import LayerCache
+from nsa_platform.model.inputs import PackedInputs, PagedInputs
+from nsa_platform.model.layers import SwiGlu
+from nsa_platform.model.moe import MoeFeedForward
+from nsa_platform.model.step import PackedStep, PagedStep, packed_step, paged_step
+
+
+class Output(NamedTuple):
+    """What a forward pass returns."""
+
+    hidden: Tensor
+    """[T, D], normed: ready for Transformer.logits."""
+    balance_loss: Tensor
+    """Scalar to add to the loss: the experts' load-balance losses, weighted by
+    moe.balance_loss, a mean over this pass's tokens, summed over layers. 0 without experts."""
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each on the normed residual stream."""
+
+    def __init__(self, config: ModelConfig, *, index: int) -> None:
+        super().__init__()
+        attention = config.attention
+        self.attention_norm = nn.RMSNorm(config.width, config.norm_eps)
+        self.attention = (
+            NsaAttention(config, attention, layer_index=index)
+            if isinstance(attention, NsaAttentionConfig)
+            else FullAttention(config, attention, layer_index=index)
+        )
+        self.ffn_norm = nn.RMSNorm(config.width, config.norm_eps)
+        self.ffn = (
+            SwiGlu(config.width, config.ffn_width)
+            if config.moe is None or index < config.moe.dense_layers
+            else MoeFeedForward(config.width, config.moe)
+        )
+
+    def forward(
+        self, x: Tensor, step: PackedStep | PagedStep, cache: LayerCache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x [T, D] -> x [T, D] and this layer's balance loss, a scalar."""
+        x = x + self.attention(self.attention_norm(x), step, cache)
+        normed = self.ffn_norm(x)
+        if isinstance(self.ffn, MoeFeedForward):
+            change, balance_loss = self.ffn(normed)
+        else:
+            change, balance_loss = self.ffn(normed), x.new_zeros(())
+        return x + change, balance_loss
+
+
+class Transformer(nn.Module):
+    """A language model. Its weights are undefined until init_weights or a checkpoint fills them.
+
+    It may be built on the meta device: it holds parameters and no buffers.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(Layer(config, index=index) for index in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, config.norm_eps)
+        self.head = (
+            None
+            if config.tie_embeddings
+            else nn.Linear(config.width, config.vocab_size, bias=False)
+        )
+
+    def forward(self, ids: Tensor, inputs: PackedInputs | PagedInputs) -> Output:
+        """Hidden states of token ids, int64 [T]. With PagedInputs the caches are written too."""
+        x = self.embedding(ids)
+        caches: list[LayerCache] | list[None]
+        if isinstance(inputs, PackedInputs):
+            step = packed_step(inputs, self.config, dtype=x.dtype)
+            caches = [None] * len(self.layers)
+        else:
+            step = paged_step(inputs, self.config, dtype=x.dtype)
+            caches = inputs.caches
+        balance_loss = torch.zeros((), dtype=torch.float32, device=x.device)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, layer_loss = layer(x, step, cache)
+            balance_loss = balance_loss + layer_loss
+        return Output(self.norm(x), balance_loss)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the next token: hidden [..., D] -> [..., vocab_size]."""
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        return nn.functional.linear(hidden, weight)
+
+
+# What each kind of parameter starts with, first match wins; the paper says nothing of it.
+# fan_in: normal with deviation 1 / sqrt(inputs). Inputs are axis 1, both of a linear layer
+# [out, in] and of a stack [experts or groups, in, out]. residual: fan_in / sqrt(2 * layers), so
+# that the residual stream keeps its scale with depth. fold: the mean for phi=linear, else fan_in.
+INIT = (
+    ("*norm.weight", "ones"),
+    ("*.gate.weight", "zeros"),
+    ("*.attention.gate.bias", "gate_bias"),
+    ("*.compress_*.position", "zeros"),
+    ("*.compress_*.fold", "fold"),
+    ("*.compress_*.correct", "zeros"),
+    ("*.output.weight", "residual"),
+    ("*.shared.down.weight", "residual"),
+    ("*.ffn.down*", "residual"),
+    ("*", "fan_in"),
+)
+
+
+def init_weights(model: Transformer, seed: int) -> None:
+    """Fill every parameter. The same seed gives the same weights on any device."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(initial_tensor(model.config, name, parameter.shape, seed=seed))
+
+
+def initial_tensor(
+    config: ModelConfig, name: str, shape: tuple[int, ...] | torch.Size, *, seed: int
+) -> Tensor:
+    """Initial fp32 CPU value of the parameter of this name and full shape.
+
+    It depends on nothing else: each parameter has its own generator, so that sharded weights can
+    be filled in any order on any number of workers.
+    """
+    rule = next(rule for pattern, rule in INIT if fnmatch(name, pattern))
+    if rule in ("ones", "zeros"):
+        return torch.full(shape, float(rule == "ones"))
+    if rule == "gate_bias":
+        return _gate_bias(config, shape[0])
+    if rule == "fold":
+        attention = config.attention
+        assert isinstance(attention, NsaAttentionConfig)
+        if attention.compression == "linear":
+            return _mean_fold(shape, attention.compression_block_size)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    std = shape[1] ** -0.5
+    if rule == "residual":
+        std /= math.sqrt(2 * config.layers)
+    return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+
+def _gate_bias(config: ModelConfig, size: int) -> Tensor:
+    attention = config.attention
+    if not isinstance(attention, NsaAttentionConfig):
+        return torch.zeros(size)
+    return torch.tensor(attention.gate_bias).repeat(attention.query_heads)
+
+
+def _mean_fold(shape: tuple[int, ...] | torch.Size, block_size: int) -> Tensor:
+    groups, _, width = shape
+    return (torch.eye(width) / block_size).repeat(groups, block_size, 1)

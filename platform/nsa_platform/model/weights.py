@@ -1,0 +1,179 @@
+"""An exported model: a folder with config.json, model.safetensors and the tokenizer's files.
+
+    config.json             model_type "nsa", sizes under their usual names, and under
+                            "nsa_platform" the ModelConfig itself, which alone is read back
+    model.safetensors       every parameter under its name in Transformer.state_dict()
+    generation_config.json  max_length
+    tokenizer files         as they came, chat template included
+
+The folder appears as a whole: it is written beside its place and then renamed.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nsa_platform.config.base import ConfigError
+from nsa_platform.config.model import ModelConfig
+from nsa_platform.model.transformer import Transformer
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+MODEL_TYPE = "nsa"
+CONFIG_KEY = "nsa_platform"
+
+
+class ExportError(ValueError):
+    """A folder is not an exported model, or weights do not fit a config."""
+
+
+def export_model(
+    folder: str | Path,
+    config: ModelConfig,
+    state_dict: Mapping[str, Tensor],
+    *,
+    tokenizer_dir: str | Path | None = None,
+) -> Path:
+    """Write an exported model; an earlier export in the same place is replaced as a whole.
+
+    Args:
+        state_dict: full (not sharded) tensors, one for each parameter of Transformer(config).
+        tokenizer_dir: its files are copied beside the weights.
+
+    Raises:
+        ExportError: a tensor is missing, unknown or of the wrong shape, or tokenizer_dir is not
+            a folder.
+    """
+    _check_tensors({name: tuple(t.shape) for name, t in state_dict.items()}, config, "state_dict")
+    source = None if tokenizer_dir is None else Path(tokenizer_dir)
+    if source is not None and not source.is_dir():
+        raise ExportError(f"tokenizer_dir={source} is not a folder")
+
+    target = Path(folder)
+    draft = target.with_name(f".{target.name}.{uuid4().hex}")
+    draft.mkdir(parents=True)
+    try:
+        if source is not None:
+            shutil.copytree(source, draft, dirs_exist_ok=True)
+        tensors = {name: t.detach().cpu().contiguous() for name, t in state_dict.items()}
+        save_file(tensors, draft / WEIGHTS_FILE, metadata={"format": "pt"})
+        dtype = next(iter(tensors.values())).dtype
+        _write_json(draft / CONFIG_FILE, hf_config(config, dtype))
+        _write_json(draft / "generation_config.json", {"max_length": config.max_context})
+        _replace(draft, target)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return target
+
+
+def load_config(folder: str | Path) -> ModelConfig:
+    """The ModelConfig of an exported model.
+
+    Raises:
+        ExportError: config.json is missing, is not JSON, or was not written by export_model.
+    """
+    path = Path(folder) / CONFIG_FILE
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ExportError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ExportError(f"{path}: is not JSON: {error}") from None
+    if not isinstance(tree, dict) or not isinstance(tree.get(CONFIG_KEY), dict):
+        kind = tree.get("model_type") if isinstance(tree, dict) else None
+        raise ExportError(
+            f"{path}: has no {CONFIG_KEY!r} entry (model_type={kind!r}); "
+            f"only models exported by this platform can be loaded"
+        )
+    try:
+        return ModelConfig.parse(tree[CONFIG_KEY], source=f"{path}: {CONFIG_KEY}")
+    except ConfigError as error:
+        raise ExportError(str(error)) from None
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Transformer:
+    """The exported model on a device, weights cast to dtype.
+
+    Raises:
+        ExportError: a file is missing, broken or foreign, or the tensors do not fit the config.
+    """
+    config = load_config(folder)
+    path = Path(folder) / WEIGHTS_FILE
+    if not path.is_file():
+        raise ExportError(f"{path}: does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            _check_tensors(shapes, config, str(path))
+            state = {name: file.get_tensor(name).to(device, dtype) for name in shapes}
+    except SafetensorError as error:
+        raise ExportError(f"{path}: is not a whole safetensors file: {error}") from None
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(True).eval()
+
+
+def hf_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json: the names that transformers' users look for, and the ModelConfig itself."""
+    return {
+        "model_type": MODEL_TYPE,
+        "architectures": ["NsaForCausalLM"],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.ffn_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.attention.query_heads,
+        "num_key_value_heads": config.attention.kv_heads,
+        "head_dim": config.attention.key_width,
+        "max_position_embeddings": config.max_context,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "dtype": str(dtype).removeprefix("torch."),
+        CONFIG_KEY: config.model_dump(mode="json"),
+    }
+
+
+def _check_tensors(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, source: str) -> None:
+    with torch.device("meta"):
+        model = Transformer(config)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    problems = [f"{name} is missing" for name in wanted if name not in shapes]
+    problems += [f"{name} is unknown" for name in shapes if name not in wanted]
+    problems += [
+        f"{name} has shape {shapes[name]} instead of {shape}"
+        for name, shape in wanted.items()
+        if name in shapes and shapes[name] != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ExportError(f"{source}: does not fit the config: {'; '.join(problems[:5])}{more}")
+
+
+def _write_json(path: Path, tree: dict[str, Any]) -> None:
+    path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+
+
+def _replace(draft: Path, target: Path) -> None:
+    """Put draft in target's place. A crash leaves the old folder, or the new one, or neither."""
+    if not target.exists():
+        draft.rename(target)
+        return
+    old = target.with_name(f".{target.name}.{uuid4().hex}.old")
+    target.rename(old)
+    draft.rename(target)
+    shutil.rmtree(old)

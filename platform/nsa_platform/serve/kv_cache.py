@@ -1,0 +1,154 @@
+"""The tensors behind the pages, and the inputs of a forward pass on top of them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nsa_platform.config.model import ModelConfig, NsaAttentionConfig
+from nsa_platform.model.cache import FullLayerCache, LayerCache, NsaLayerCache
+from nsa_platform.model.cost import window_tokens
+from nsa_platform.model.inputs import PagedInputs
+from nsa_platform.serve.pages import ABSENT, PageBook, SequencePages
+
+FULL_ATTENTION_PAGE_SIZE = 64
+
+
+def page_size_of(config: ModelConfig, blocks_per_page: int = 1) -> int:
+    """Tokens of a page: some selection blocks, so that the page table maps blocks to memory."""
+    if blocks_per_page < 1:
+        raise ValueError(f"blocks_per_page={blocks_per_page} must be positive")
+    attention = config.attention
+    if isinstance(attention, NsaAttentionConfig):
+        return attention.selection_block_size * blocks_per_page
+    return FULL_ATTENTION_PAGE_SIZE * blocks_per_page
+
+
+class KvCache:
+    """Paged caches of all layers, shared by any number of sequences."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        num_tokens: int,
+        max_new_tokens: int,
+        max_sequences: int = 1,
+        blocks_per_page: int = 1,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Reserve memory for max_sequences sequences that hold num_tokens tokens together.
+
+        max_new_tokens bounds the tokens that one sequence gets in one step (a prefill chunk).
+        """
+        self.config = config
+        self.device = torch.device(device)
+        page_size = page_size_of(config, blocks_per_page)
+        # The last page of each sequence may be partly empty; one page more is scratch.
+        num_pages = -(-num_tokens // page_size) + max_sequences
+        tail_tokens, num_window_pages = 0, None
+        if isinstance(config.attention, NsaAttentionConfig):
+            tail_tokens = window_tokens(config.attention)
+            reach = -(-(tail_tokens + max_new_tokens) // page_size) + 1
+            num_window_pages = min(num_pages, 1 + max_sequences * reach)
+        self.book = PageBook(
+            page_size=page_size,
+            num_pages=num_pages,
+            tail_tokens=tail_tokens,
+            num_window_pages=num_window_pages,
+        )
+        self.layers: list[LayerCache] = [
+            _layer_cache(config, page_size, num_pages, num_window_pages or 0, self.device, dtype)
+            for _ in range(config.layers)
+        ]
+
+    @property
+    def page_size(self) -> int:
+        return self.book.page_size
+
+    def num_bytes(self) -> int:
+        """Memory of all layers."""
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors())
+
+    def extend(self, sequences: Sequence[SequencePages], num_new: Sequence[int]) -> PagedInputs:
+        """Give each sequence its next tokens' places, and return the inputs of that step.
+
+        num_new: new tokens of each sequence, at least one. The ids handed to the model are the
+        sequences' new tokens in the same order.
+
+        Raises:
+            OutOfPages: a pool is exhausted; earlier sequences of the call were extended.
+        """
+        starts = [sequence.num_tokens for sequence in sequences]
+        for sequence, count in zip(sequences, num_new, strict=True):
+            self.book.extend(sequence, count)
+        positions = [
+            position
+            for start, count in zip(starts, num_new, strict=True)
+            for position in range(start, start + count)
+        ]
+        ends = [0]
+        for count in num_new:
+            ends.append(ends[-1] + count)
+        has_window = self.book.window_allocator is not None
+        return PagedInputs(
+            positions=self._ints(positions),
+            cu_seqlens=self._ints(ends),
+            context_lens=self._ints([sequence.num_tokens for sequence in sequences]),
+            page_table=self._table([sequence.pages for sequence in sequences]),
+            window_page_table=(
+                self._table([sequence.window_pages for sequence in sequences])
+                if has_window
+                else None
+            ),
+            caches=self.layers,
+        )
+
+    def release(self, sequence: SequencePages) -> None:
+        """Give back the pages of a sequence that has ended."""
+        self.book.release(sequence)
+
+    def _ints(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32).to(self.device, non_blocking=True)
+
+    def _table(self, rows: list[list[int]]) -> Tensor:
+        width = max(len(row) for row in rows)
+        table = [row + [ABSENT] * (width - len(row)) for row in rows]
+        return torch.tensor(table, dtype=torch.int32).to(self.device, non_blocking=True)
+
+
+def _layer_cache(
+    config: ModelConfig,
+    page_size: int,
+    num_pages: int,
+    num_window_pages: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> LayerCache:
+    attention = config.attention
+    groups, key_width, value_width = (
+        attention.kv_heads,
+        attention.key_width,
+        attention.value_width,
+    )
+
+    def zeros(pages: int, rows: int, width: int) -> Tensor:
+        # Zeros, for a kernel multiplies rows that it masks by 0, and 0 * NaN is NaN.
+        return torch.zeros(pages, rows, groups, width, device=device, dtype=dtype)
+
+    k, v = zeros(num_pages, page_size, key_width), zeros(num_pages, page_size, value_width)
+    if not isinstance(attention, NsaAttentionConfig):
+        return FullLayerCache(k, v)
+    block_rows = page_size // attention.compression_stride
+    is_shared = attention.branch_kv == "shared"
+    return NsaLayerCache(
+        k_slc=k,
+        v_slc=v,
+        k_cmp=zeros(num_pages, block_rows, key_width),
+        v_cmp=zeros(num_pages, block_rows, value_width),
+        k_win=k if is_shared else zeros(num_window_pages, page_size, key_width),
+        v_win=v if is_shared else zeros(num_window_pages, page_size, value_width),
+        k_tail=zeros(num_window_pages, page_size, key_width),
+        v_tail=zeros(num_window_pages, page_size, value_width),
+    )
