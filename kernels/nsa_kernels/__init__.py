@@ -1,0 +1,24 @@
+"""Native Sparse Attention as differentiable torch ops, in Triton and in plain torch."""
+
+from nsa_kernels.compressed import compressed_attention
+from nsa_kernels.full import full_attention
+from nsa_kernels.paged import full_paged_attention, nsa_paged_attention
+from nsa_kernels.selected import selected_attention
+from nsa_kernels.selection import select_blocks
+from nsa_kernels.shapes import NsaConfig, compressed_cu_seqlens, num_compressed_blocks
+from nsa_kernels.sliding import sliding_attention
+from nsa_kernels.whole import nsa_attention
+
+__all__ = [
+    "NsaConfig",
+    "compressed_attention",
+    "compressed_cu_seqlens",
+    "full_attention",
+    "full_paged_attention",
+    "nsa_attention",
+    "nsa_paged_attention",
+    "num_compressed_blocks",
+    "select_blocks",
+    "selected_attention",
+    "sliding_attention",
+]

@@ -1,0 +1,209 @@
+"""nsa_paged_attention and full_paged_attention: new tokens against caches that lie in pages.
+
+A page holds `page` tokens, a multiple of the selection block. Page p of a sequence covers its
+positions [p*page, (p+1)*page). One physical page number, page_table[b, p], finds the selection keys
+and values and the compressed ones (block i lies in page (i*d) // page, row (i*d % page) // d);
+window keys and values have a pool and a table of their own, whose old entries may be given up.
+"""
+
+import torch
+from torch import Tensor
+
+from nsa_kernels import checks
+from nsa_kernels.dispatch import Backend, backend_module, resolve_backend
+from nsa_kernels.shapes import NsaConfig
+
+
+@torch.library.custom_op("nsa_kernels::nsa_paged_attention", mutates_args=())
+def _attend(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    gates: Tensor,
+    page_table: Tensor,
+    window_page_table: Tensor,
+    cu_seqlens: Tensor,
+    context_lens: Tensor,
+    sizes: list[int],
+    scale: float,
+    backend: str,
+) -> Tensor:
+    config = NsaConfig(*sizes)
+    page = k_slc.shape[1]
+    checks.check_offsets(cu_seqlens, q.shape[0])
+    checks.check_contexts(context_lens, cu_seqlens, page_table, k_slc.shape[0], page)
+    checks.check_window_pages(
+        context_lens, cu_seqlens, window_page_table, k_win.shape[0], page, config
+    )
+    return backend_module(backend).paged_attention(
+        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates,
+        page_table, window_page_table, cu_seqlens, context_lens, config, scale,
+    )  # fmt: skip
+
+
+@_attend.register_fake
+def _(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    gates: Tensor,
+    page_table: Tensor,
+    window_page_table: Tensor,
+    cu_seqlens: Tensor,
+    context_lens: Tensor,
+    sizes: list[int],
+    scale: float,
+    backend: str,
+) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], v_slc.shape[3])
+
+
+@torch.library.custom_op("nsa_kernels::full_paged_attention", mutates_args=())
+def _attend_full(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    page_table: Tensor,
+    cu_seqlens: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    backend: str,
+) -> Tensor:
+    checks.check_offsets(cu_seqlens, q.shape[0])
+    checks.check_contexts(context_lens, cu_seqlens, page_table, k.shape[0], k.shape[1])
+    run = backend_module(backend).full_paged_attention
+    return run(q, k, v, page_table, cu_seqlens, context_lens, scale)
+
+
+@_attend_full.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    page_table: Tensor,
+    cu_seqlens: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    backend: str,
+) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[3])
+
+
+def nsa_paged_attention(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    gates: Tensor,
+    *,
+    page_table: Tensor,
+    window_page_table: Tensor,
+    cu_seqlens: Tensor | None = None,
+    context_lens: Tensor,
+    config: NsaConfig,
+    scale: float | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Rows of nsa_attention for new tokens whose past, and who themselves, lie in paged caches.
+
+    The caller has written the keys and values of the new tokens and every compressed block that is
+    complete within context_lens. New token r of sequence b, which brings q_len of them, has
+    position context_lens[b] - q_len + r: one token is decoding, many are a chunk of a prompt.
+
+    Args:
+        q: [T, H, K], the new tokens, sequences packed one after the other.
+        k_cmp: [P, page/d, G, K], compressed keys by physical page.
+        v_cmp: [P, page/d, G, V].
+        k_slc: [P, page, G, K].
+        v_slc: [P, page, G, V].
+        k_win: [W, page, G, K], a pool of its own.
+        v_win: [W, page, G, V].
+        gates: [T, H, 3], in the order cmp, slc, win.
+        page_table: int32 [B, M], physical page of each logical page, -1 for none.
+        window_page_table: int32 [B, M], likewise in the window pool; pages without one of the last
+            w + q_len tokens are never read and may be -1.
+        cu_seqlens: int32 [B+1], where each sequence's new tokens start; None for one sequence.
+        context_lens: int32 [B], tokens in each sequence's cache, the new ones included.
+        scale: factor on q.k, 1/sqrt(K) unless given.
+        backend: "triton" or "torch"; None leaves it to the device (see dispatch.py).
+
+    Returns:
+        out [T, H, V] in q's dtype. Not differentiable.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together, or the backend cannot run. The
+            values of index tensors are checked on the CPU only: elsewhere it would cost a sync.
+    """
+    checks.check_query(q)
+    checks.check_page_size(k_slc, config)
+    page, strides = k_slc.shape[1], k_slc.shape[1] // config.compression_stride
+    checks.check_pages(q, k_slc, v_slc, names=("k_slc", "v_slc"), rows=page)
+    like = {"groups": k_slc.shape[2], "value_width": v_slc.shape[3]}
+    checks.check_pages(
+        q, k_cmp, v_cmp, names=("k_cmp", "v_cmp"), rows=strides, pages=k_slc.shape[0], **like
+    )
+    checks.check_pages(q, k_win, v_win, names=("k_win", "v_win"), rows=page, **like)
+    checks.check_gates(gates, q)
+    offsets = checks.packed_offsets(cu_seqlens, q)
+    tables = {"page_table": page_table, "window_page_table": window_page_table}
+    checks.check_page_tables(tables, context_lens, offsets, q)
+    chosen = resolve_backend(q, backend)
+    checks.check_limits(chosen, q, v_slc.shape[3], k_slc.shape[2])
+    return _attend(
+        q.contiguous(), k_cmp.contiguous(), v_cmp.contiguous(), k_slc.contiguous(),
+        v_slc.contiguous(), k_win.contiguous(), v_win.contiguous(), gates.contiguous(),
+        page_table.contiguous(), window_page_table.contiguous(), offsets,
+        context_lens.contiguous(), config.sizes, checks.resolve_scale(scale, q), chosen,
+    )  # fmt: skip
+
+
+def full_paged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    page_table: Tensor,
+    cu_seqlens: Tensor | None = None,
+    context_lens: Tensor,
+    scale: float | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Rows of full_attention for new tokens whose past, and who themselves, lie in paged caches.
+
+    Args:
+        q: [T, H, K], the new tokens, sequences packed one after the other.
+        k: [P, page, G, K], keys by physical page.
+        v: [P, page, G, V].
+        page_table: int32 [B, M], physical page of each logical page, -1 for none.
+        cu_seqlens: int32 [B+1], where each sequence's new tokens start; None for one sequence.
+        context_lens: int32 [B], tokens in each sequence's cache, the new ones included.
+        scale: factor on q.k, 1/sqrt(K) unless given.
+        backend: "triton" or "torch"; None leaves it to the device (see dispatch.py).
+
+    Returns:
+        out [T, H, V] in q's dtype. Not differentiable.
+
+    Raises:
+        ValueError: as nsa_paged_attention.
+    """
+    checks.check_query(q)
+    checks.check_pages(q, k, v, names=("k", "v"), rows=None)
+    offsets = checks.packed_offsets(cu_seqlens, q)
+    checks.check_page_tables({"page_table": page_table}, context_lens, offsets, q)
+    chosen = resolve_backend(q, backend)
+    checks.check_limits(chosen, q, v.shape[3], k.shape[2])
+    return _attend_full(
+        q.contiguous(), k.contiguous(), v.contiguous(), page_table.contiguous(), offsets,
+        context_lens.contiguous(), checks.resolve_scale(scale, q), chosen,
+    )  # fmt: skip

@@ -1,0 +1,27 @@
+"""Every op in vectorised torch: any device, any width, any dtype, explicit backward."""
+
+from nsa_kernels.torch_backend.paged import full_paged_attention, paged_attention
+from nsa_kernels.torch_backend.selected import selected_backward, selected_forward
+from nsa_kernels.torch_backend.selection import select_blocks
+from nsa_kernels.torch_backend.span import (
+    compressed_backward,
+    compressed_forward,
+    full_backward,
+    full_forward,
+    sliding_backward,
+    sliding_forward,
+)
+
+__all__ = [
+    "compressed_backward",
+    "compressed_forward",
+    "full_backward",
+    "full_forward",
+    "full_paged_attention",
+    "paged_attention",
+    "select_blocks",
+    "selected_backward",
+    "selected_forward",
+    "sliding_backward",
+    "sliding_forward",
+]
