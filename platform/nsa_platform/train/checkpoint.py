@@ -1,0 +1,373 @@
+"""Training state to and from storage: sharded, in the background, whole or not at all.
+
+Every worker writes the shards that it holds. Local folders are written under another name and
+renamed when they are whole; in an object store each worker writes on its own disk and uploads.
+The marker comes last. Loading reads what this worker needs, for any number of workers.
+"""
+
+import datetime
+import io
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import (
+    FileSystem,
+    FileSystemReader,
+    FileSystemWriter,
+)
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from nsa_platform import storage
+from nsa_platform.config.train import CheckpointConfig
+from nsa_platform.train.parallel import World
+from nsa_platform.train.snapshots import (
+    FACTS,
+    MARKER,
+    CheckpointError,
+    Snapshot,
+    damage,
+    marker_text,
+    prune,
+    read_facts,
+    snapshot_name,
+    snapshots,
+)
+
+# One worker may retry uploads for long while the others wait for it.
+PATIENCE = datetime.timedelta(hours=2)
+
+RETRY_DELAYS_S = (1.0, 5.0, 20.0)
+
+Value = TypeVar("Value")
+
+
+class CheckpointStore:
+    """The snapshots of one run.
+
+    Every worker holds one and calls `save`, `wait` and `load` at the same points. `say` gets one
+    line whenever something happens that a person should know; only the first worker's is used.
+    The default process group must be initialised, also for one worker.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        *,
+        config: CheckpointConfig,
+        world: World,
+        say: Callable[[str], None],
+        retry_delays_s: Sequence[float] = RETRY_DELAYS_S,
+    ) -> None:
+        self.folder = folder
+        self.failed_steps: list[int] = []
+        self._config = config
+        self._world = world
+        self._say = say if world.is_first else _ignore
+        self._retry_delays_s = tuple(retry_delays_s)
+        # Its own group: the background's messages must not mix with the training's.
+        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        assert isinstance(group, dist.ProcessGroup)
+        self._group = group
+        self._stager = DefaultStager(StagingOptions(False, False, False, False))
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: tuple[int, Future[str | None]] | None = None
+
+    def save(
+        self,
+        step: int,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        facts: dict[str, Any],
+    ) -> None:
+        """Take a copy of the state and write it; returns when the copy is taken.
+
+        The previous snapshot must have been written before the next is taken, so this waits for
+        it. A snapshot that cannot be written is said and listed in `failed_steps`; it never stops
+        the training.
+        """
+        self.wait()
+        staged: Any = self._stager.stage(_tensors(model, optimizer))
+        random_state = _random_state(self._world)
+        self._pending = (
+            step,
+            self._background.submit(self._write, step, staged, random_state, facts),
+        )
+        if not self._config.asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when the snapshot that is being written, if any, is whole or has failed."""
+        if self._pending is None:
+            return
+        step, future = self._pending
+        self._pending = None
+        problem = future.result()
+        if problem is not None:
+            self.failed_steps.append(step)
+            self._say(f"checkpoint of step {step} was not written, training goes on: {problem}")
+
+    def close(self) -> None:
+        """Wait for the last snapshot and stop the background thread."""
+        self.wait()
+        self._background.shutdown()
+        self._stager.close()
+
+    def load(self, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+        """Fill model, optimizer and random state from the newest snapshot that is whole.
+
+        Returns its facts, or None if the run has no snapshot yet. A damaged one is said in one
+        line and the one before it is taken.
+
+        Raises:
+            CheckpointError: there are snapshots and none can be read.
+            StorageError: the storage cannot be reached.
+        """
+        found = self._from_first(self._whole_snapshots)
+        for snapshot in found:
+            try:
+                return self._load(snapshot, model=model, optimizer=optimizer)
+            # Reading damaged files fails in as many ways as there are formats inside them.
+            except (Exception, CheckpointException) as error:
+                self._say(f"checkpoint {snapshot.name} cannot be read: {_first_line(error)}")
+        if self._from_first(lambda: bool(snapshots(self.folder))):
+            raise CheckpointError(
+                f"{self.folder}: none of the checkpoints can be read; to start again from step 0, "
+                "move the folder away or choose another name"
+            )
+        return None
+
+    def _whole_snapshots(self) -> list[Snapshot]:
+        whole = []
+        for snapshot in snapshots(self.folder):
+            problem = damage(snapshot)
+            if problem is None:
+                whole.append(snapshot)
+            else:
+                self._say(f"checkpoint {snapshot.name} is damaged: {problem}")
+        return whole
+
+    def _load(
+        self, snapshot: Snapshot, *, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> dict[str, Any]:
+        tensors = _tensors(model, optimizer)
+        load(
+            tensors,
+            storage_reader=_reader(snapshot.uri),
+            process_group=self._group,
+        )
+        _, optimizer_state = get_state_dict(model, optimizer)
+        optimizer_state["state"] = tensors["optimizer"]
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=tensors["model"],
+            optim_state_dict=optimizer_state,
+        )
+        _restore_random_state(snapshot.uri, self._world)
+        return self._from_first(lambda: read_facts(snapshot))
+
+    def _write(
+        self, step: int, tensors: Any, random_state: dict[str, Tensor], facts: dict[str, Any]
+    ) -> str | None:
+        """Write one snapshot. Returns why it failed, on every worker the same, or None."""
+        target = storage.join(self.folder, snapshot_name(step))
+        remote = storage.is_remote(target)
+        place = (
+            Path(tempfile.mkdtemp(prefix="checkpoint-")) if remote else Path(target + ".partial")
+        )
+        try:
+            return (
+                self._agree(lambda: self._prepare(target, place))
+                or self._agree(lambda: self._write_tensors(place, tensors, random_state))
+                or self._agree(lambda: self._write_facts(place, facts))
+                or self._agree(lambda: self._upload(place, target) if remote else None)
+                or self._commit(step, place, target)
+            )
+        finally:
+            if remote:
+                shutil.rmtree(place, ignore_errors=True)
+
+    def _prepare(self, target: str, place: Path) -> None:
+        if self._world.is_first:
+            shutil.rmtree(place, ignore_errors=True)
+            if storage.is_remote(target):
+                storage.delete_tree(target)
+        place.mkdir(parents=True, exist_ok=True)
+
+    def _write_tensors(self, place: Path, tensors: Any, random_state: dict[str, Tensor]) -> None:
+        save(
+            tensors,
+            storage_writer=FileSystemWriter(place),
+            process_group=self._group,
+        )
+        torch.save(random_state, place / _random_name(self._world.rank))
+
+    def _write_facts(self, place: Path, facts: dict[str, Any]) -> None:
+        if self._world.is_first:
+            storage.write_bytes(str(place / FACTS), _json_bytes(facts))
+
+    def _upload(self, place: Path, target: str) -> None:
+        for delay_s in (*self._retry_delays_s, None):
+            try:
+                return storage.upload_tree(str(place), target)
+            except OSError as error:
+                if delay_s is None:
+                    raise
+                self._say(
+                    f"checkpoint upload to {target} failed, next try in {delay_s:g} s: "
+                    f"{_first_line(error)}"
+                )
+                time.sleep(delay_s)
+
+    def _commit(self, step: int, place: Path, target: str) -> str | None:
+        """Put the marker, make the folder visible, delete old snapshots: on the first worker."""
+        own = {path.name: path.stat().st_size for path in place.iterdir() if path.is_file()}
+        files = {name: size for part in self._gather(own) for name, size in part.items()}
+
+        def commit() -> None:
+            if not self._world.is_first:
+                return
+            marker = marker_text(step, files)
+            if storage.is_remote(target):
+                storage.write_bytes(storage.join(target, MARKER), marker)
+            else:
+                _need_all(place, files)
+                storage.write_bytes(str(place / MARKER), marker)
+                shutil.rmtree(target, ignore_errors=True)
+                os.rename(place, target)
+
+        problem = self._agree(commit)
+        if problem is None and self._world.is_first:
+            self._prune(step)
+        return problem
+
+    def _prune(self, step: int) -> None:
+        """Old snapshots that cannot be deleted now are deleted after the next one."""
+        try:
+            prune(self.folder, newest=step, keep=self._config.keep_latest)
+        except OSError as error:
+            self._say(f"old checkpoints were not deleted: {_first_line(error)}")
+
+    def _agree(self, work: Callable[[], None]) -> str | None:
+        """Do the work on every worker. The first failure among them, or None, for all of them."""
+        problem = None
+        try:
+            work()
+        # Whatever stops one worker's writing is told to all; it must not end the training.
+        except (Exception, CheckpointException) as error:
+            problem = f"worker {self._world.rank}: {_first_line(error)}"
+        return next((each for each in self._gather(problem) if each is not None), None)
+
+    def _gather(self, value: Value) -> list[Value]:
+        """This value of every worker."""
+        gathered: list[Any] = [None] * self._world.size
+        dist.all_gather_object(gathered, value, group=self._group)
+        return gathered
+
+    def _from_first(self, question: Callable[[], Value]) -> Value:
+        """Ask on the first worker; the answer, or the exception, on all."""
+        answer: Any = None
+        if self._world.is_first:
+            try:
+                answer = question()
+            except (OSError, CheckpointError) as error:
+                answer = error
+        box = [answer]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        answer = box[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Weights and the optimizer's moments by parameter name.
+
+    The optimizer's settings (learning rate, decay) are not state: they follow the configuration.
+    """
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    return {"model": model_state, "optimizer": optimizer_state["state"]}
+
+
+def _random_name(rank: int) -> str:
+    return f"rng-{rank:05d}.pt"
+
+
+def _random_state(world: World) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(world.device)
+    return state
+
+
+def _restore_random_state(uri: str, world: World) -> None:
+    """A worker that did not exist when the snapshot was taken keeps its own random state."""
+    place = storage.join(uri, _random_name(world.rank))
+    if not storage.exists(place):
+        return
+    state = torch.load(io.BytesIO(storage.read_bytes(place)), weights_only=True)
+    torch.set_rng_state(state["cpu"])
+    if world.device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], world.device)
+
+
+class _StoredFiles(FileSystem):
+    """Files for torch.distributed.checkpoint's reader, wherever storage keeps them."""
+
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Any:
+        if mode != "rb":
+            raise ValueError(f"mode={mode!r}: snapshots are only read through this")
+        return storage.open_input(str(path))
+
+    def init_path(self, path: str | os.PathLike) -> str:
+        return str(path)
+
+    def concat_path(self, path: str | os.PathLike, suffix: str) -> str:
+        return storage.join(str(path), suffix)
+
+
+def _reader(uri: str) -> FileSystemReader:
+    """A reader of one snapshot; it reads the byte ranges that this worker needs."""
+    reader = FileSystemReader(uri)
+    reader.fs = _StoredFiles()
+    reader.path = reader.fs.init_path(uri)  # pyright: ignore[reportAttributeAccessIssue]
+    return reader
+
+
+def _need_all(place: Path, files: dict[str, int]) -> None:
+    for name, size in files.items():
+        path = place / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise CheckpointError(
+                f"{path} is not visible to the first worker; a local storage folder must be on a "
+                "file system that all nodes share, otherwise use s3://"
+            )
+
+
+def _json_bytes(facts: dict[str, Any]) -> bytes:
+    return json.dumps(facts, indent=1, sort_keys=True).encode()
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _ignore(line: str) -> None:
+    """Workers but the first say nothing."""

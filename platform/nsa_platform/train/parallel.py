@@ -1,0 +1,132 @@
+"""Several workers, one model: sharded (FSDP2) or replicated, with the same mathematics.
+
+Both ways add up the gradients of all workers; the loss of each microbatch has already been divided
+by the number of targets of the whole step, so the sum is the gradient of the step's mean loss, for
+any number of workers and microbatches.
+"""
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from nsa_platform.config.train import TrainConfig
+
+# Gradients of replicas travel together up to this many elements.
+BUCKET_ELEMENTS = 1 << 25
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This worker among all workers."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the worker that logs and writes what is written once."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over all workers, in place; on every worker the same."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+
+def resolve_parallel(config: TrainConfig, world: World) -> Literal["replicate", "shard"]:
+    """auto: shard on a GPU or when computing in bfloat16, else replicate."""
+    if config.parallel != "auto":
+        return config.parallel
+    needs_sharding = world.device.type != "cpu" or config.dtype == "bfloat16"
+    return "shard" if needs_sharding else "replicate"
+
+
+def recompute_activations(layers: Iterable[nn.Module]) -> None:
+    """Keep only each layer's inputs; the backward pass runs its forward again."""
+    for layer in layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def compile_layers(layers: Iterable[nn.Module]) -> None:
+    """torch.compile each layer in place; the layers share one compiled code where they can."""
+    for layer in layers:
+        layer.compile()
+
+
+def shard(
+    model: nn.Module, layers: Iterable[nn.Module], *, dtype: torch.dtype, world: World
+) -> None:
+    """FSDP2 over all workers: one group of parameters for each layer and one for the rest.
+
+    Parameters, gradients after reduction and optimizer state are float32 and sharded; layers
+    compute in `dtype`. Needs an initialised process group, also for one worker.
+    """
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for module in (*layers, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Sum instead of mean over workers, by a plain sum that every back end knows.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def release_gathered(model: nn.Module) -> None:
+    """Give back parameters that a forward pass without a backward pass has gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def sum_replica_gradients(model: nn.Module, world: World) -> None:
+    """Add up the gradients of replicas; sharded models have done it in their backward pass.
+
+    A parameter that no token reached (an idle expert) counts as zero, so all workers always
+    exchange the same tensors.
+    """
+    if world.size == 1 or isinstance(model, FSDPModule):
+        return
+    bucket: list[Tensor] = []
+    elements = 0
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        bucket.append(parameter.grad)
+        elements += parameter.grad.numel()
+        if elements >= BUCKET_ELEMENTS:
+            _sum_together(bucket)
+            bucket, elements = [], 0
+    if bucket:
+        _sum_together(bucket)
+
+
+def _sum_together(gradients: list[Tensor]) -> None:
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat)
+    offset = 0
+    for gradient in gradients:
+        gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
+        offset += gradient.numel()
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale all gradients so that their global norm is at most `max_norm`.
+
+    Returns the norm before clipping as a plain scalar tensor, the same on every worker.
+    """
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

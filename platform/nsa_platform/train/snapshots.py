@@ -1,0 +1,113 @@
+"""Checkpoint folders: their names, the marker that vouches for them, which are whole, which go.
+
+    <run>/checkpoints/step-00000100/     one snapshot
+        COMPLETE                         written last: {"step": 100, "files": {name: bytes}}
+        state.json                       facts: step, tokens, loader, MLflow run, configuration
+        .metadata  __0_0.distcp ...      tensors, by torch.distributed.checkpoint
+        rng-00000.pt ...                 random state of each worker
+    <run>/checkpoints/step-00000200.partial/   being written (local folders only)
+
+A folder without COMPLETE does not count, whatever it holds.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from nsa_platform import storage
+
+MARKER = "COMPLETE"
+FACTS = "state.json"
+
+_NAME = re.compile(r"step-(\d{8,})$")
+_ANY_NAME = re.compile(r"step-(\d{8,})(\.partial)?$")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read or written. The message names it and says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A checkpoint that has its marker."""
+
+    step: int
+    uri: str
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return snapshot_name(self.step)
+
+
+def snapshot_name(step: int) -> str:
+    """Folder name of the snapshot taken after `step` steps."""
+    return f"step-{step:08d}"
+
+
+def snapshots(folder: str) -> list[Snapshot]:
+    """Every snapshot of the folder that has its marker, newest first."""
+    found = [
+        Snapshot(int(match.group(1)), storage.join(folder, name))
+        for name in storage.list_names(folder)
+        if (match := _NAME.match(name))
+    ]
+    found.sort(key=lambda snapshot: snapshot.step, reverse=True)
+    return [each for each in found if storage.exists(storage.join(each.uri, MARKER))]
+
+
+def damage(snapshot: Snapshot) -> str | None:
+    """What is wrong with the snapshot's files by their names and sizes; None if nothing is."""
+    try:
+        marker = json.loads(storage.read_text(storage.join(snapshot.uri, MARKER)))
+        files = dict(marker["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        return f"{MARKER} is unreadable ({error})"
+    for name, expected in files.items():
+        try:
+            actual = storage.size(storage.join(snapshot.uri, name))
+        except storage.MissingFileError:
+            return f"{name} is missing"
+        if actual != expected:
+            return f"{name} has {actual} bytes instead of {expected}"
+    return None
+
+
+def marker_text(step: int, files: dict[str, int]) -> bytes:
+    """Content of the marker: the files that must be there and their sizes."""
+    return json.dumps({"step": step, "files": files}, indent=1, sort_keys=True).encode()
+
+
+def read_facts(snapshot: Snapshot) -> dict[str, Any]:
+    """The facts that were saved with the tensors.
+
+    Raises:
+        CheckpointError: state.json cannot be read as JSON.
+    """
+    place = storage.join(snapshot.uri, FACTS)
+    try:
+        return json.loads(storage.read_text(place))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{place}: {error}") from error
+
+
+def newest_facts(folder: str) -> dict[str, Any] | None:
+    """Facts of the newest snapshot whose files are all there; None if there is no snapshot."""
+    for snapshot in snapshots(folder):
+        if damage(snapshot) is None:
+            return read_facts(snapshot)
+    return None
+
+
+def prune(folder: str, *, newest: int, keep: int) -> None:
+    """Delete what is older than the `keep` newest snapshots up to step `newest`.
+
+    Folders that a crash has left without a marker go too. Whatever lies beyond step `newest` is
+    left alone.
+    """
+    kept = [snapshot.name for snapshot in snapshots(folder) if snapshot.step <= newest][:keep]
+    for name in storage.list_names(folder):
+        match = _ANY_NAME.match(name)
+        if match and name not in kept and int(match.group(1)) <= newest:
+            storage.delete_tree(storage.join(folder, name))
