@@ -6,7 +6,6 @@ chosen, what equals it is chosen from the lowest block on, and a running count o
 each its place, so that the output is ascending without a sort.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,15 +18,16 @@ _MAX_TILE_BLOCKS = 16384
 
 
 @triton.jit
-def _keys(importance, o_row, m_row, num_candidates, i_tile, INITIAL, LOCAL, S, TILE_S: tl.constexpr):
+def rank_blocks(
+    importance, o_row, m_row, num_candidates, i_tile, S, INITIAL, LOCAL, TILE_S: tl.constexpr
+):
     """Order-preserving integers [TILE_ROWS, TILE_S]: forced blocks highest, no candidate -1."""
     o_block = i_tile * TILE_S + tl.arange(0, TILE_S)
     m_candidate = m_row[:, None] & (o_block[None, :] < num_candidates[:, None])
     b_importance = tl.load(importance + o_row[:, None] * S + o_block[None, :], m_candidate, 0.0)
     is_initial = o_block[None, :] < INITIAL
     is_local = o_block[None, :] >= num_candidates[:, None] - LOCAL
-    # -0.0 would read as the lowest integer; adding 0.0 makes it 0.0.
-    keys = (b_importance + 0.0).to(tl.int32, bitcast=True)
+    keys = b_importance.to(tl.int32, bitcast=True)
     keys = tl.where(is_initial | is_local, 0x7FFFFFFF, keys)
     return tl.where(m_candidate, keys, -1)
 
@@ -53,7 +53,7 @@ def top_blocks_kernel(
     """Write block_indices [T, G, CHOSEN] of TILE_ROWS rows of importance [num_rows, G, S].
 
     row_positions holds each row's position in its sequence (-1: no row), row_tokens its packed
-    token. Blocks after the position's own are never read.
+    token (None: the row's number). Blocks after the position's own are never read.
     """
     i_group = tl.program_id(1)
     o_query = tl.program_id(0).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
@@ -63,7 +63,7 @@ def top_blocks_kernel(
     num_candidates = tl.where(m_row, b_position // SELECTION_BLOCK + 1, 0)
     num_tiles = tl.cdiv(tl.max(num_candidates, 0), TILE_S)
     if ONE_TILE:
-        keys = _keys(importance, o_row, m_row, num_candidates, 0, INITIAL, LOCAL, S, TILE_S)
+        keys = rank_blocks(importance, o_row, m_row, num_candidates, 0, S, INITIAL, LOCAL, TILE_S)
 
     threshold = tl.zeros([TILE_ROWS], tl.int32)
     for step in range(31):
@@ -73,8 +73,8 @@ def top_blocks_kernel(
         else:
             count = tl.zeros([TILE_ROWS], tl.int32)
             for i_tile in range(0, num_tiles):
-                tile = _keys(
-                    importance, o_row, m_row, num_candidates, i_tile, INITIAL, LOCAL, S, TILE_S
+                tile = rank_blocks(
+                    importance, o_row, m_row, num_candidates, i_tile, S, INITIAL, LOCAL, TILE_S
                 )
                 count += tl.sum((tile >= trial[:, None]).to(tl.int32), 1)
         threshold = tl.where(count >= CHOSEN, trial, threshold)
@@ -84,12 +84,14 @@ def top_blocks_kernel(
     else:
         above = tl.zeros([TILE_ROWS], tl.int32)
         for i_tile in range(0, num_tiles):
-            tile = _keys(
-                importance, o_row, m_row, num_candidates, i_tile, INITIAL, LOCAL, S, TILE_S
+            tile = rank_blocks(
+                importance, o_row, m_row, num_candidates, i_tile, S, INITIAL, LOCAL, TILE_S
             )
             above += tl.sum((tile > threshold[:, None]).to(tl.int32), 1)
 
-    b_token = tl.load(row_tokens + o_query, m_row, 0)
+    b_token = o_query
+    if row_tokens is not None:
+        b_token = tl.load(row_tokens + o_query, m_row, 0).to(tl.int64)
     p_out = block_indices + (b_token * G + i_group) * CHOSEN
     num_equal = tl.zeros([TILE_ROWS], tl.int32)
     num_chosen = tl.zeros([TILE_ROWS], tl.int32)
@@ -97,14 +99,12 @@ def top_blocks_kernel(
         if ONE_TILE:
             tile = keys
         else:
-            tile = _keys(
-                importance, o_row, m_row, num_candidates, i_tile, INITIAL, LOCAL, S, TILE_S
+            tile = rank_blocks(
+                importance, o_row, m_row, num_candidates, i_tile, S, INITIAL, LOCAL, TILE_S
             )
         equal = tile == threshold[:, None]
         equal_before = num_equal[:, None] + tl.cumsum(equal.to(tl.int32), 1)
-        chosen = (tile > threshold[:, None]) | (
-            equal & (above[:, None] + equal_before <= CHOSEN)
-        )
+        chosen = (tile > threshold[:, None]) | (equal & (above[:, None] + equal_before <= CHOSEN))
         place = num_chosen[:, None] + tl.cumsum(chosen.to(tl.int32), 1) - 1
         o_block = i_tile * TILE_S + tl.arange(0, TILE_S)
         tl.store(p_out[:, None] + place, o_block[None, :] + tl.zeros_like(place), chosen)
@@ -123,7 +123,7 @@ def top_blocks_kernel(
 def top_blocks(
     importance: Tensor,
     row_positions: Tensor,
-    row_tokens: Tensor,
+    row_tokens: Tensor | None,
     block_indices: Tensor,
     config: NsaConfig,
 ) -> None:
@@ -132,7 +132,8 @@ def top_blocks(
     Args:
         importance: fp32 [rows, G, S]; entry j of a row is read only for j <= position // l'.
         row_positions: int32 [rows], position of the row's query in its sequence, -1 for no query.
-        row_tokens: int64 [rows], the query's packed token: where its blocks are written.
+        row_tokens: int32 [rows], the query's packed token: where its blocks are written; None:
+            the row's own number.
         block_indices: int32 [T, G, n], ascending, -1 last.
 
     Source:
@@ -144,22 +145,21 @@ def top_blocks(
     tile_blocks = min(_MAX_TILE_BLOCKS, max(16, triton.next_power_of_2(num_blocks)))
     tile_rows = max(1, _TILE_ELEMENTS // tile_blocks)
     chosen = config.num_selected_blocks
-    with torch.cuda.device_of(importance):
-        top_blocks_kernel[(triton.cdiv(num_rows, tile_rows), num_groups)](
-            importance,
-            row_positions,
-            row_tokens,
-            block_indices,
-            num_rows,
-            num_groups,
-            num_blocks,
-            SELECTION_BLOCK=config.selection_block_size,
-            CHOSEN=chosen,
-            CHOSEN_PADDED=triton.next_power_of_2(chosen),
-            INITIAL=config.num_initial_blocks,
-            LOCAL=config.num_local_blocks,
-            TILE_ROWS=tile_rows,
-            TILE_S=tile_blocks,
-            ONE_TILE=num_blocks <= _MAX_TILE_BLOCKS,
-            num_warps=4 if tile_blocks <= _TILE_ELEMENTS else 8,
-        )
+    top_blocks_kernel[(triton.cdiv(num_rows, tile_rows), num_groups)](
+        importance,
+        row_positions,
+        row_tokens,
+        block_indices,
+        num_rows,
+        num_groups,
+        num_blocks,
+        SELECTION_BLOCK=config.selection_block_size,
+        CHOSEN=chosen,
+        CHOSEN_PADDED=triton.next_power_of_2(chosen),
+        INITIAL=config.num_initial_blocks,
+        LOCAL=config.num_local_blocks,
+        TILE_ROWS=tile_rows,
+        TILE_S=tile_blocks,
+        ONE_TILE=num_blocks <= _MAX_TILE_BLOCKS,
+        num_warps=4 if tile_blocks <= _TILE_ELEMENTS else 8,
+    )

@@ -1,0 +1,267 @@
+"""Importance of selection blocks from the compressed branch (Eq. 8-10), packed and paged.
+
+A selection block j shares strides with the compressed blocks i = j * l'/d + offset, for offsets in
+[1 - l/d, l'/d). A program holds a tile of selection blocks and walks through the offsets; at each
+it scores the one compressed block of every selection block that stands at this offset. Every
+selection block is so summed in the same order, and blocks with equal scores come out bit for bit
+equal wherever they lie, which the rule for ties (the lower block) rests on.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_kernels.packing import num_tiles
+from nsa_kernels.shapes import NsaConfig, compressed_cu_seqlens
+from nsa_kernels.triton_backend.paged_parts import load_split, score_split
+from nsa_kernels.triton_backend.tiles import (
+    LOG2_E,
+    Tiles,
+    find_tile,
+    key_widths,
+    log2_sum,
+    visible_high,
+)
+from nsa_kernels.triton_backend.topn import top_blocks
+
+# Bytes of importances alive at once, whatever the length of the input.
+_BUFFER_BYTES = 256 * 2**20
+
+
+@triton.jit
+def shared_strides(offset, BLOCK_STRIDES: tl.constexpr, SELECTION_STRIDES: tl.constexpr):
+    """Strides shared by a selection block and the compressed block at `offset` from its start."""
+    return tl.minimum(offset + BLOCK_STRIDES, SELECTION_STRIDES) - tl.maximum(offset, 0)
+
+
+@triton.jit
+def span_importance_kernel(
+    q,
+    k_cmp,
+    lse,
+    cu_seqlens,
+    cu_seqlens_cmp,
+    importance,
+    row_positions,
+    row_tokens,
+    scale_log2,
+    first_tile,
+    num_sequences,
+    G,
+    S,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    K_MAIN: tl.constexpr,
+    K_TAIL: tl.constexpr,
+    COMPRESSION_BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr,
+    SELECTION_BLOCK: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_S: tl.constexpr,
+):
+    """Write importance [tiles * TILE_Q, G, S] of a tile of queries, one group and TILE_S blocks.
+
+    Only blocks that a query of the tile may choose are written. The first column of programs also
+    writes each row's position (-1: no query) and packed token. Heads are summed one after the other
+    in registers, so any group size fits without padding.
+    """
+    i_tile = tl.program_id(0)
+    i_group = tl.program_id(2)
+    first_block = tl.program_id(1) * TILE_S
+    i_sequence, begin, length, start = find_tile(
+        cu_seqlens, num_sequences, first_tile + i_tile, TILE_Q
+    )
+    o_position = start + tl.arange(0, TILE_Q)
+    m_row = o_position < length
+    o_row = i_tile * TILE_Q + tl.arange(0, TILE_Q)
+    if (first_block == 0) & (i_group == 0):
+        tl.store(row_positions + o_row, tl.where(m_row, o_position, -1))
+        tl.store(row_tokens + o_row, begin + o_position)
+    last_position = tl.minimum(start + TILE_Q, length) - 1
+    if (start >= length) | (first_block > last_position // SELECTION_BLOCK):
+        return
+    BLOCK_STRIDES: tl.constexpr = COMPRESSION_BLOCK // STRIDE
+    SELECTION_STRIDES: tl.constexpr = SELECTION_BLOCK // STRIDE
+    begin_cmp = tl.load(cu_seqlens_cmp + i_sequence).to(tl.int64)
+    o_block = first_block + tl.arange(0, TILE_S)
+    o_head = (begin.to(tl.int64) + o_position) * (G * R) + i_group * R
+    num_visible = visible_high(o_position, COMPRESSION_BLOCK, STRIDE)
+    num_keys = visible_high(last_position, COMPRESSION_BLOCK, STRIDE)
+
+    b_importance = tl.zeros([TILE_Q, TILE_S], tl.float32)
+    for step in range(BLOCK_STRIDES + SELECTION_STRIDES - 1):
+        offset = step + 1 - BLOCK_STRIDES
+        o_cmp = o_block * SELECTION_STRIDES + offset
+        m_cmp = (o_cmp >= 0) & (o_cmp < num_keys)
+        o_key = ((begin_cmp + o_cmp) * G + i_group) * K
+        visible = (o_cmp >= 0)[None, :] & (o_cmp[None, :] < num_visible[:, None])
+        weight = shared_strides(offset, BLOCK_STRIDES, SELECTION_STRIDES)
+        b_k, b_k_tail = load_split(k_cmp, o_key, m_cmp, K, K_MAIN, K_TAIL)
+        for i_head in range(R):
+            o_query = (o_head + i_head) * K
+            b_q, b_q_tail = load_split(q, o_query, m_row, K, K_MAIN, K_TAIL)
+            score = score_split(b_q, b_q_tail, b_k, b_k_tail, K_TAIL)
+            b_lse = log2_sum(lse, o_head + i_head, m_row)
+            b_p = tl.exp2(score * scale_log2 - b_lse[:, None])
+            b_importance += tl.where(visible, b_p, 0.0) * weight
+
+    o_out = (o_row.to(tl.int64) * G + i_group) * S
+    tl.store(
+        importance + o_out[:, None] + o_block[None, :],
+        b_importance,
+        m_row[:, None] & (o_block < S)[None, :],
+    )
+
+
+@triton.jit
+def paged_importance_kernel(
+    q,
+    k_cmp,
+    page_table,
+    row_sequences,
+    row_positions,
+    partial_lse,
+    importance,
+    scale_log2,
+    first_row,
+    G,
+    M,
+    S,
+    R: tl.constexpr,
+    R_PADDED: tl.constexpr,
+    K: tl.constexpr,
+    K_MAIN: tl.constexpr,
+    K_TAIL: tl.constexpr,
+    COMPRESSION_BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr,
+    SELECTION_BLOCK: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr,
+    ALL_SPLITS: tl.constexpr,
+    TILE_S: tl.constexpr,
+):
+    """Write importance [rows, G, S] of one new token and one group, over paged compressed keys.
+
+    partial_lse [rows, H, ALL_SPLITS] holds the compressed branch's partial lse in its first SPLITS.
+    """
+    i_row = tl.program_id(0).to(tl.int64)
+    i_group = tl.program_id(2)
+    position = tl.load(row_positions + first_row + i_row)
+    first_block = tl.program_id(1) * TILE_S
+    if (position < 0) | (first_block > position // SELECTION_BLOCK):
+        return
+    i_sequence = tl.load(row_sequences + first_row + i_row).to(tl.int64)
+    BLOCK_STRIDES: tl.constexpr = COMPRESSION_BLOCK // STRIDE
+    SELECTION_STRIDES: tl.constexpr = SELECTION_BLOCK // STRIDE
+
+    o_r = tl.arange(0, R_PADDED)
+    o_split = tl.arange(0, SPLITS_PADDED)
+    m_head = o_r < R
+    o_head = i_row * (G * R) + i_group * R + o_r
+    b_partial = tl.load(
+        partial_lse + o_head[:, None] * ALL_SPLITS + o_split[None, :],
+        m_head[:, None] & (o_split < SPLITS)[None, :],
+        -float("inf"),
+    )
+    # Where no key was seen, or no head is, an lse of +inf makes every p 0.
+    largest = tl.max(b_partial, 1)
+    is_empty = largest == -float("inf")
+    largest = tl.where(is_empty, 0.0, largest)
+    total = tl.where(is_empty, 1.0, tl.sum(tl.exp(b_partial - largest[:, None]), 1))
+    b_lse = tl.where(is_empty, float("inf"), largest * 1.4426950408889634 + tl.log2(total))
+    o_query = ((first_row + i_row) * (G * R) + i_group * R + o_r) * K
+    b_q, b_q_tail = load_split(q, o_query, m_head, K, K_MAIN, K_TAIL)
+
+    num_visible = visible_high(position, COMPRESSION_BLOCK, STRIDE)
+    o_block = first_block + tl.arange(0, TILE_S)
+    b_importance = tl.zeros([TILE_S], tl.float32)
+    for step in range(BLOCK_STRIDES + SELECTION_STRIDES - 1):
+        offset = step + 1 - BLOCK_STRIDES
+        o_cmp = o_block * SELECTION_STRIDES + offset
+        m_cmp = (o_cmp >= 0) & (o_cmp < num_visible)
+        page = tl.load(page_table + i_sequence * M + o_cmp // PAGE_ROWS, m_cmp, 0).to(tl.int64)
+        o_key = ((page * PAGE_ROWS + o_cmp % PAGE_ROWS) * G + i_group) * K
+        b_k, b_k_tail = load_split(k_cmp, o_key, m_cmp, K, K_MAIN, K_TAIL)
+        score = score_split(b_q, b_q_tail, b_k, b_k_tail, K_TAIL)
+        b_p = tl.exp2(score * scale_log2 - b_lse[:, None])
+        weight = shared_strides(offset, BLOCK_STRIDES, SELECTION_STRIDES)
+        b_importance += tl.where(m_cmp, tl.sum(b_p, 0), 0.0) * weight
+    tl.store(importance + (i_row * G + i_group) * S + o_block, b_importance, o_block < S)
+
+
+def importance_tiles(key_width: int, dtype: torch.dtype) -> Tiles:
+    """Queries and selection blocks of one program; both times K must fit into shared memory.
+
+    16-bit inputs run on tensor cores, where a wide tile halves the reading of q; fp32 multiplies
+    element by element, and a small tile keeps registers for it.
+    """
+    if dtype.itemsize == 4:
+        return Tiles(rows=64, keys=32, num_warps=4, num_stages=1)
+    if key_width <= 128:
+        return Tiles(rows=128, keys=128, num_warps=8, num_stages=2)
+    return Tiles(rows=128, keys=64, num_warps=8, num_stages=2)
+
+
+def select_blocks(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    config: NsaConfig,
+    scale: float,
+) -> Tensor:
+    """Chosen selection blocks, int32 [T, G, n], ascending and padded with -1.
+
+    Importances live in a buffer of bounded size: queries go through in runs of whole tiles.
+
+    Source:
+        arXiv 2502.11089, Eq. 8-11; Eq. 9 as overlap, counted in strides.
+    """
+    num_tokens, num_heads, key_width = q.shape
+    num_groups = k_cmp.shape[1]
+    block_indices = torch.empty(
+        num_tokens, num_groups, config.num_selected_blocks, dtype=torch.int32, device=q.device
+    )
+    if num_tokens == 0:
+        return block_indices
+    tiles = importance_tiles(key_width, q.dtype)
+    num_sequences = cu_seqlens.shape[0] - 1
+    num_blocks = triton.cdiv(num_tokens, config.selection_block_size)
+    total = num_tiles(num_tokens, num_sequences, tiles.rows)
+    chunk = max(1, min(total, _BUFFER_BYTES // (4 * tiles.rows * num_groups * num_blocks)))
+    num_rows = chunk * tiles.rows
+    cu_seqlens_cmp = compressed_cu_seqlens(cu_seqlens, config)
+    importance = torch.empty(num_rows, num_groups, num_blocks, dtype=torch.float32, device=q.device)
+    row_positions = torch.empty(num_rows, dtype=torch.int32, device=q.device)
+    row_tokens = torch.empty_like(row_positions)
+    for first in range(0, total, chunk):
+        count = min(chunk, total - first)
+        rows = slice(0, count * tiles.rows)
+        span_importance_kernel[(count, triton.cdiv(num_blocks, tiles.keys), num_groups)](
+            q,
+            k_cmp,
+            lse,
+            cu_seqlens,
+            cu_seqlens_cmp,
+            importance,
+            row_positions,
+            row_tokens,
+            scale * LOG2_E,
+            first,
+            num_sequences,
+            num_groups,
+            num_blocks,
+            R=num_heads // num_groups,
+            **key_widths(key_width),
+            COMPRESSION_BLOCK=config.compression_block_size,
+            STRIDE=config.compression_stride,
+            SELECTION_BLOCK=config.selection_block_size,
+            TILE_Q=tiles.rows,
+            TILE_S=tiles.keys,
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
+        )
+        top_blocks(importance[rows], row_positions[rows], row_tokens[rows], block_indices, config)
+    return block_indices
