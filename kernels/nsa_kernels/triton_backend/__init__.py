@@ -1,1 +1,21 @@
 """The Triton kernels behind every op: plain tensors in, plain tensors out, no autograd."""
+
+from nsa_kernels.triton_backend.span_backward import (
+    compressed_backward,
+    full_backward,
+    sliding_backward,
+)
+from nsa_kernels.triton_backend.span_forward import (
+    compressed_forward,
+    full_forward,
+    sliding_forward,
+)
+
+__all__ = [
+    "compressed_backward",
+    "compressed_forward",
+    "full_backward",
+    "full_forward",
+    "sliding_backward",
+    "sliding_forward",
+]
