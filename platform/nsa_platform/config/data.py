@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from nsa_platform.config.base import Strict
 from nsa_platform.config.locations import Location
@@ -60,9 +60,12 @@ class LoaderConfig(Strict):
     context_length: PositiveInt
     """Tokens of one packed row. Documents that are longer are continued in the next row."""
     packing: Literal["split", "whole"] = "split"
-    """split: documents are cut at row ends, no padding. whole: documents are never cut, rows are
-    padded, a document longer than a row is truncated and counted (for chats)."""
+    """split: documents are cut at row ends, only an epoch's last row is padded. whole: documents
+    are never cut, rows are padded, a document longer than a row is truncated and counted (for
+    chats)."""
     seed: int = 0
     """Decides, with the epoch, the order of shards and documents."""
+    cache_gib: PositiveFloat = 32.0
+    """Remote shards that were not used for longest are deleted from the cache beyond this."""
     cache_dir: Location | None = None
     """Where remote shards are kept locally; default: a folder under the system's temporary one."""

@@ -1,0 +1,1 @@
+"""Text to packed token batches: tokenizer, Arrow shards, chats, loader."""
