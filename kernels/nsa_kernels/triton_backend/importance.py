@@ -57,12 +57,14 @@ def span_importance_kernel(
     COMPRESSION_BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
     SELECTION_BLOCK: tl.constexpr,
+    CHOSEN: tl.constexpr,
     TILE_Q: tl.constexpr,
     TILE_S: tl.constexpr,
 ):
     """Write importance [tiles * TILE_Q, G, S] of a tile of queries, one group and TILE_S blocks.
 
-    Only blocks that a query of the tile may choose are written. The first column of programs also
+    Only blocks that a query of the tile may choose are written, and none while each query chooses
+    every block it has. The first column of programs also
     writes each row's position (-1: no query) and packed token. Heads are summed one after the other
     in registers, so any group size fits without padding.
     """
@@ -79,7 +81,8 @@ def span_importance_kernel(
         tl.store(row_positions + o_row, tl.where(m_row, o_position, -1))
         tl.store(row_tokens + o_row, begin + o_position)
     last_position = tl.minimum(start + TILE_Q, length) - 1
-    if (start >= length) | (first_block > last_position // SELECTION_BLOCK):
+    last_block = last_position // SELECTION_BLOCK
+    if (start >= length) | (last_block < CHOSEN) | (first_block > last_block):
         return
     BLOCK_STRIDES: tl.constexpr = COMPRESSION_BLOCK // STRIDE
     SELECTION_STRIDES: tl.constexpr = SELECTION_BLOCK // STRIDE
@@ -136,6 +139,7 @@ def paged_importance_kernel(
     COMPRESSION_BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
     SELECTION_BLOCK: tl.constexpr,
+    CHOSEN: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
@@ -150,7 +154,8 @@ def paged_importance_kernel(
     i_group = tl.program_id(2)
     position = tl.load(row_positions + first_row + i_row)
     first_block = tl.program_id(1) * TILE_S
-    if (position < 0) | (first_block > position // SELECTION_BLOCK):
+    last_block = position // SELECTION_BLOCK
+    if (position < 0) | (last_block < CHOSEN) | (first_block > last_block):
         return
     i_sequence = tl.load(row_sequences + first_row + i_row).to(tl.int64)
     BLOCK_STRIDES: tl.constexpr = COMPRESSION_BLOCK // STRIDE
@@ -258,6 +263,7 @@ def select_blocks(
             COMPRESSION_BLOCK=config.compression_block_size,
             STRIDE=config.compression_stride,
             SELECTION_BLOCK=config.selection_block_size,
+            CHOSEN=config.num_selected_blocks,
             TILE_Q=tiles.rows,
             TILE_S=tiles.keys,
             num_warps=tiles.num_warps,

@@ -127,7 +127,7 @@ def paged_attention(
             q, k_cmp, page_table, *rows, partial_lse, importance, scale * LOG2_E, first,
             num_groups, num_pages, num_blocks, **key_sizes, **compression,
             COMPRESSION_BLOCK=config.compression_block_size,
-            SELECTION_BLOCK=config.selection_block_size, SPLITS=splits.compressed,
+            SELECTION_BLOCK=config.selection_block_size, CHOSEN=chosen, SPLITS=splits.compressed,
             SPLITS_PADDED=triton.next_power_of_2(splits.compressed), TILE_S=_TILE_S,
         )  # fmt: skip
         top_blocks(

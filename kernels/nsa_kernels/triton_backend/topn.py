@@ -19,12 +19,23 @@ _MAX_TILE_BLOCKS = 16384
 
 @triton.jit
 def rank_blocks(
-    importance, o_row, m_row, num_candidates, i_tile, S, INITIAL, LOCAL, TILE_S: tl.constexpr
+    importance,
+    o_row,
+    m_row,
+    num_candidates,
+    i_tile,
+    S,
+    CHOSEN,
+    INITIAL,
+    LOCAL,
+    TILE_S: tl.constexpr,
 ):
     """Order-preserving integers [TILE_ROWS, TILE_S]: forced blocks highest, no candidate -1."""
     o_block = i_tile * TILE_S + tl.arange(0, TILE_S)
     m_candidate = m_row[:, None] & (o_block[None, :] < num_candidates[:, None])
-    b_importance = tl.load(importance + o_row[:, None] * S + o_block[None, :], m_candidate, 0.0)
+    # With no more candidates than places, importances do not matter and were not computed.
+    m_scored = m_candidate & (num_candidates > CHOSEN)[:, None]
+    b_importance = tl.load(importance + o_row[:, None] * S + o_block[None, :], m_scored, 0.0)
     is_initial = o_block[None, :] < INITIAL
     is_local = o_block[None, :] >= num_candidates[:, None] - LOCAL
     keys = b_importance.to(tl.int32, bitcast=True)
@@ -63,7 +74,9 @@ def top_blocks_kernel(
     num_candidates = tl.where(m_row, b_position // SELECTION_BLOCK + 1, 0)
     num_tiles = tl.cdiv(tl.max(num_candidates, 0), TILE_S)
     if ONE_TILE:
-        keys = rank_blocks(importance, o_row, m_row, num_candidates, 0, S, INITIAL, LOCAL, TILE_S)
+        keys = rank_blocks(
+            importance, o_row, m_row, num_candidates, 0, S, CHOSEN, INITIAL, LOCAL, TILE_S
+        )
 
     threshold = tl.zeros([TILE_ROWS], tl.int32)
     for step in range(31):
@@ -74,7 +87,16 @@ def top_blocks_kernel(
             count = tl.zeros([TILE_ROWS], tl.int32)
             for i_tile in range(0, num_tiles):
                 tile = rank_blocks(
-                    importance, o_row, m_row, num_candidates, i_tile, S, INITIAL, LOCAL, TILE_S
+                    importance,
+                    o_row,
+                    m_row,
+                    num_candidates,
+                    i_tile,
+                    S,
+                    CHOSEN,
+                    INITIAL,
+                    LOCAL,
+                    TILE_S,
                 )
                 count += tl.sum((tile >= trial[:, None]).to(tl.int32), 1)
         threshold = tl.where(count >= CHOSEN, trial, threshold)
@@ -85,7 +107,7 @@ def top_blocks_kernel(
         above = tl.zeros([TILE_ROWS], tl.int32)
         for i_tile in range(0, num_tiles):
             tile = rank_blocks(
-                importance, o_row, m_row, num_candidates, i_tile, S, INITIAL, LOCAL, TILE_S
+                importance, o_row, m_row, num_candidates, i_tile, S, CHOSEN, INITIAL, LOCAL, TILE_S
             )
             above += tl.sum((tile > threshold[:, None]).to(tl.int32), 1)
 
@@ -100,7 +122,7 @@ def top_blocks_kernel(
             tile = keys
         else:
             tile = rank_blocks(
-                importance, o_row, m_row, num_candidates, i_tile, S, INITIAL, LOCAL, TILE_S
+                importance, o_row, m_row, num_candidates, i_tile, S, CHOSEN, INITIAL, LOCAL, TILE_S
             )
         equal = tile == threshold[:, None]
         equal_before = num_equal[:, None] + tl.cumsum(equal.to(tl.int32), 1)
@@ -130,7 +152,8 @@ def top_blocks(
     """Write the chosen blocks of every row of `importance` into `block_indices`.
 
     Args:
-        importance: fp32 [rows, G, S]; entry j of a row is read only for j <= position // l'.
+        importance: fp32 [rows, G, S]; entry j of a row is read only for j <= position // l', and
+            only where these candidates are more than n.
         row_positions: int32 [rows], position of the row's query in its sequence, -1 for no query.
         row_tokens: int32 [rows], the query's packed token: where its blocks are written; None:
             the row's own number.
