@@ -19,6 +19,7 @@ from nsa_platform.model.cache import (
     write_rows,
 )
 from nsa_platform.model.compression import Compression, gather_blocks, kernel_config
+from nsa_platform.model.probe import observe_gates, observe_selection
 from nsa_platform.model.rotary import Rotation, attention_scale
 from nsa_platform.model.step import PackedStep, PagedStep
 
@@ -97,7 +98,7 @@ class NsaAttention(nn.Module):
         return k_cmp, self.compress_value(v_blocks).to(v_blocks.dtype)
 
     def _attend_packed(self, projected: _Projected, step: PackedStep) -> Tensor:
-        q, gates, k_tail, v_tail, *pairs = projected
+        q, gates, k_tail, v_tail, k_slc, v_slc, k_win, v_win = projected
         assert step.blocks is not None and step.block_rotation is not None
         k_cmp, v_cmp = self._compress(
             gather_blocks(k_tail, step.blocks),
@@ -105,7 +106,8 @@ class NsaAttention(nn.Module):
             step.block_rotation,
         )
         if step.probe is not None:
-            step.probe.observe_selection(
+            observe_selection(
+                step.probe,
                 self.layer_index,
                 q,
                 k_cmp,
@@ -119,7 +121,10 @@ class NsaAttention(nn.Module):
             q,
             k_cmp,
             v_cmp,
-            *pairs,
+            k_slc,
+            v_slc,
+            k_win,
+            v_win,
             gates,
             config=self.kernel_config,
             cu_seqlens=step.cu_seqlens,
@@ -217,5 +222,5 @@ class FullAttention(nn.Module):
             return out
         gates = torch.sigmoid(self.gate(x))[..., None]  # [T, H, 1]
         if isinstance(step, PackedStep) and step.probe is not None:
-            step.probe.observe_gates(self.layer_index, gates)
+            observe_gates(step.probe, self.layer_index, gates)
         return out * gates

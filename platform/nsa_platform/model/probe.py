@@ -46,52 +46,6 @@ class Probe:
 
     layers: dict[int, _Sums] = field(default_factory=dict)
 
-    @torch.compiler.disable
-    @torch.no_grad()
-    def observe_gates(self, layer: int, gates: Tensor) -> None:
-        """Add the gates [T, H, branches] of a layer."""
-        sums = self._sums(layer, gates)
-        sums.gates += gates.double().mean(1).sum(0)
-        sums.tokens += gates.shape[0]
-
-    @torch.compiler.disable
-    @torch.no_grad()
-    def observe_selection(
-        self,
-        layer: int,
-        q: Tensor,
-        k_cmp: Tensor,
-        *,
-        gates: Tensor,
-        positions: Tensor,
-        cu_seqlens: Tensor,
-        config: NsaConfig,
-        scale: float,
-    ) -> None:
-        """Add what a layer selects for queries q [T, H, K] among k_cmp [C, G, K]."""
-        self.observe_gates(layer, gates)
-        sums = self.layers[layer]
-        # With the keys as values the branch returns the mean key, and with it the mean score:
-        # entropy = lse - mean score, without ever holding the scores.
-        mean_key, lse = compressed_attention(
-            q, k_cmp, k_cmp, config=config, cu_seqlens=cu_seqlens, scale=scale
-        )
-        blocks = select_blocks(q, k_cmp, lse, config=config, cu_seqlens=cu_seqlens, scale=scale)
-
-        distance = positions[:, None, None] // config.selection_block_size - blocks
-        bucket = torch.frexp(distance.double()).exponent.long().clamp(max=DISTANCE_BUCKETS - 1)
-        is_block = (blocks >= 0).flatten().long()
-        sums.distances.index_add_(0, bucket.flatten() * is_block, is_block)
-
-        stride, size = config.compression_stride, config.compression_block_size
-        visible = ((positions - size) // stride + 2).clamp(min=0)[:, None]
-        visible = torch.where((positions[:, None] + 1) >= size, visible, 0)
-        mean_score = scale * (q.double() * mean_key.double()).sum(-1)
-        entropy = (lse.double() - mean_score) / visible.double().log()
-        has_choice = (visible >= 2).expand_as(entropy)
-        sums.entropy += torch.where(has_choice, entropy, 0.0).sum()
-        sums.entropy_count += has_choice.sum()
-
     def tensors(self) -> list[Tensor]:
         """The running sums, layer by layer, to be added in place over the ranks of a job."""
         return [
@@ -110,18 +64,66 @@ class Probe:
         """What was seen, by layer. The only place that waits for the device."""
         return {layer: _read(sums) for layer, sums in sorted(self.layers.items())}
 
-    def _sums(self, layer: int, gates: Tensor) -> _Sums:
-        if layer not in self.layers:
-            real = {"dtype": torch.float64, "device": gates.device}
-            whole = {"dtype": torch.int64, "device": gates.device}
-            self.layers[layer] = _Sums(
-                gates=torch.zeros(gates.shape[2], **real),
-                tokens=torch.zeros((), **whole),
-                distances=torch.zeros(DISTANCE_BUCKETS, **whole),
-                entropy=torch.zeros((), **real),
-                entropy_count=torch.zeros((), **whole),
-            )
-        return self.layers[layer]
+
+@torch.compiler.disable()
+@torch.no_grad()
+def observe_gates(probe: Probe, layer: int, gates: Tensor) -> None:
+    """Add the gates [T, H, branches] of a layer."""
+    sums = _sums_of(probe, layer, gates)
+    sums.gates += gates.double().mean(1).sum(0)
+    sums.tokens += gates.shape[0]
+
+
+@torch.compiler.disable()
+@torch.no_grad()
+def observe_selection(
+    probe: Probe,
+    layer: int,
+    q: Tensor,
+    k_cmp: Tensor,
+    *,
+    gates: Tensor,
+    positions: Tensor,
+    cu_seqlens: Tensor,
+    config: NsaConfig,
+    scale: float,
+) -> None:
+    """Add what a layer selects for queries q [T, H, K] among k_cmp [C, G, K]."""
+    observe_gates(probe, layer, gates)
+    sums = probe.layers[layer]
+    # With the keys as values the branch returns the mean key, and with it the mean score:
+    # entropy = lse - mean score, without ever holding the scores.
+    mean_key, lse = compressed_attention(
+        q, k_cmp, k_cmp, config=config, cu_seqlens=cu_seqlens, scale=scale
+    )
+    blocks = select_blocks(q, k_cmp, lse, config=config, cu_seqlens=cu_seqlens, scale=scale)
+
+    distance = positions[:, None, None] // config.selection_block_size - blocks
+    bucket = torch.frexp(distance.double()).exponent.long().clamp(max=DISTANCE_BUCKETS - 1)
+    is_block = (blocks >= 0).flatten().long()
+    sums.distances.index_add_(0, bucket.flatten() * is_block, is_block)
+
+    stride, size = config.compression_stride, config.compression_block_size
+    visible = ((positions[:, None] + 1 - size) // stride + 1).clamp(min=0)
+    mean_score = scale * (q.double() * mean_key.double()).sum(-1)
+    entropy = (lse.double() - mean_score) / visible.double().log()
+    has_choice = (visible >= 2).expand_as(entropy)
+    sums.entropy += torch.where(has_choice, entropy, 0.0).sum()
+    sums.entropy_count += has_choice.sum()
+
+
+def _sums_of(probe: Probe, layer: int, gates: Tensor) -> _Sums:
+    if layer not in probe.layers:
+        real = {"dtype": torch.float64, "device": gates.device}
+        whole = {"dtype": torch.int64, "device": gates.device}
+        probe.layers[layer] = _Sums(
+            gates=torch.zeros(gates.shape[2], **real),
+            tokens=torch.zeros((), **whole),
+            distances=torch.zeros(DISTANCE_BUCKETS, **whole),
+            entropy=torch.zeros((), **real),
+            entropy_count=torch.zeros((), **whole),
+        )
+    return probe.layers[layer]
 
 
 def _read(sums: _Sums) -> LayerHealth:
