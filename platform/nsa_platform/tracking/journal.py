@@ -11,6 +11,7 @@ Delivery is safe to repeat, so the file is emptied only after everything in it h
 note is kept of how far delivery came.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -36,6 +37,7 @@ class Journal:
         self.path = path
         self.handle = handle
         self._descriptor: int | None = descriptor
+        self._header = _line({"kind": "handle", "handle": handle.to_dict()})
 
     @classmethod
     def create(cls, handle: RunHandle) -> Self:
@@ -46,7 +48,7 @@ class Journal:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_APPEND, 0o644)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         journal = cls(path, descriptor, handle)
-        journal.append({"kind": "handle", "handle": handle.to_dict()})
+        journal._write(journal._header)
         return journal
 
     @classmethod
@@ -69,10 +71,20 @@ class Journal:
         return cls(path, descriptor, RunHandle.from_dict(first["handle"]))
 
     def append(self, entry: Entry) -> None:
-        """Write one line at once; what a killed process has appended survives it."""
+        """Write one line at once; what a killed process has appended survives it.
+
+        Raises:
+            OSError: the disk is full; the journal is as it was before.
+        """
+        self._write(_line(entry))
+
+    def _write(self, line: bytes) -> None:
         if self._descriptor is None:
             raise ValueError(f"{self.path}: the journal is closed")
-        os.write(self._descriptor, (json.dumps(entry) + "\n").encode())
+        size = os.fstat(self._descriptor).st_size
+        if os.write(self._descriptor, line) < len(line):
+            os.ftruncate(self._descriptor, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def entries(self) -> list[Entry]:
         """All entries after the handle; a torn last line of a killed writer is left out."""
@@ -84,8 +96,7 @@ class Journal:
             return
         for entry in self.entries():
             drop_blob(entry)
-        os.ftruncate(self._descriptor, 0)
-        self.append({"kind": "handle", "handle": self.handle.to_dict()})
+        os.ftruncate(self._descriptor, len(self._header))
 
     def close(self, *, delete: bool) -> None:
         """Release the lock; `delete` when nothing is left to deliver."""
@@ -130,6 +141,10 @@ def note_rejected(queue_dir: Path, entry: Entry, reason: str) -> None:
 def points(entry: Entry) -> int:
     """How many things an entry delivers: its metric values, or one."""
     return len(entry["values"]) if entry["kind"] == "metrics" else 1
+
+
+def _line(entry: Entry) -> bytes:
+    return (json.dumps(entry) + "\n").encode()
 
 
 def _read(path: Path) -> Iterator[Entry]:

@@ -1,6 +1,5 @@
 """Record into a run without ever waiting for the store: points queue up and a thread delivers."""
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -293,9 +292,7 @@ class Tracker:
         self._deliver(self._link, self._pending)
         with self._guard:
             if not self._pending:
-                # What a full disk has refused was in memory and is delivered all the same.
-                with contextlib.suppress(OSError):
-                    self._journal.clear()
+                self._journal.clear()
 
     def _remember(self, *, unfinished: bool) -> None:
         known = recall(self._queue_dir)
