@@ -1,5 +1,7 @@
 """The Triton kernels behind every op: plain tensors in, plain tensors out, no autograd."""
 
+from nsa_kernels.triton_backend.importance import select_blocks
+from nsa_kernels.triton_backend.paged import full_paged_attention, paged_attention
 from nsa_kernels.triton_backend.span_backward import (
     compressed_backward,
     full_backward,
@@ -16,6 +18,9 @@ __all__ = [
     "compressed_forward",
     "full_backward",
     "full_forward",
+    "full_paged_attention",
+    "paged_attention",
+    "select_blocks",
     "sliding_backward",
     "sliding_forward",
 ]
