@@ -81,8 +81,7 @@ def _selected(
     keys = _gather(k_slc, page_table, new.sequence, 0, new.context, page_rows)
     values = _gather(v_slc, page_table, new.sequence, 0, new.context, page_rows)
     runs = Runs(first=torch.zeros_like(new.positions), end=new.positions + 1)
-    key_blocks = torch.arange(new.context, device=q.device) // config.selection_block_size
-    tiles = chosen_tiles(block_indices, runs, key_blocks, accumulation_dtype(q.dtype))
+    tiles = chosen_tiles(block_indices, runs, config, accumulation_dtype(q.dtype))
     return attend_forward(q, keys, values, tiles, scale)[0]
 
 

@@ -1,6 +1,8 @@
 """Selected attention: dense tiles under a mask that opens the chosen blocks of each group."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -10,42 +12,55 @@ from nsa_kernels.shapes import NsaConfig
 from nsa_kernels.torch_backend.runs import Runs, full_runs
 from nsa_kernels.torch_backend.tiles import (
     Tile,
-    as_bias,
     attend_backward,
     attend_forward,
-    tile_bounds,
-    visible_keys,
+    run_tiles,
 )
 
 
+def _block_biases(
+    tile: Tile, runs: Runs, block_indices: Tensor, block_size: int, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """For the keys of each sequence in the tile, 0 in each query's blocks and -inf elsewhere.
+
+    The tile's own biases already hide a sequence from the queries of the others.
+    """
+    starts = [*runs.first[tile.rows].unique_consecutive().tolist(), tile.keys.stop]
+    longest = max(stop - start for start, stop in pairwise(starts))
+    num_blocks = -(-longest // block_size)
+    chosen = block_indices[tile.rows].transpose(0, 1).long()  # [G, queries, n]
+    # One block more than there are takes the -1 and the blocks beyond the tile's keys.
+    chosen = torch.where((chosen < 0) | (chosen > num_blocks), num_blocks, chosen)
+    bias = torch.full(
+        (*chosen.shape[:2], num_blocks + 1), -torch.inf, dtype=dtype, device=chosen.device
+    ).scatter_(2, chosen, 0.0)
+    for start, stop in pairwise(starts):
+        blocks = -(-(stop - start) // block_size)
+        by_key = bias[:, :, :blocks, None].expand(-1, -1, -1, block_size).flatten(2)
+        columns = slice(start - tile.keys.start, stop - tile.keys.start)
+        yield columns, by_key[:, :, None, : stop - start]
+
+
 def chosen_tiles(
-    block_indices: Tensor, runs: Runs, key_blocks: Tensor, dtype: torch.dtype
+    block_indices: Tensor, runs: Runs, config: NsaConfig, dtype: torch.dtype
 ) -> Iterator[Tile]:
     """Tiles in which a query sees the keys of its run that lie in one of its blocks.
 
     Args:
         block_indices: int32 [rows, G, n], block numbers within the query's sequence, -1 for none.
-        key_blocks: int64 [keys], the block number of each packed key within its own sequence.
+        runs: full_runs; each starts with its sequence.
     """
-    for rows, keys in tile_bounds(runs):
-        blocks = key_blocks[keys]
-        num_blocks = int(blocks.max()) + 1 if blocks.numel() else 0
-        chosen = block_indices[rows].transpose(0, 1).long()
-        # One column more than there are blocks takes the -1 and the blocks beyond the tile's keys.
-        chosen = torch.where((chosen < 0) | (chosen > num_blocks), num_blocks, chosen)
-        is_chosen = torch.zeros(
-            *chosen.shape[:2], num_blocks + 1, dtype=torch.bool, device=chosen.device
-        ).scatter_(2, chosen, True)
-        visible = is_chosen[:, :, blocks].logical_and_(visible_keys(runs, rows, keys))
-        yield Tile(rows, keys, as_bias(visible, dtype).unsqueeze(2))
+    block_size = config.selection_block_size
+    for tile in run_tiles(runs, dtype):
+        blocks = _block_biases(tile, runs, block_indices, block_size, dtype)
+        yield replace(tile, biases=[*tile.biases, *blocks])
 
 
 def _tiles(
     q: Tensor, block_indices: Tensor, cu_seqlens: Tensor, config: NsaConfig
 ) -> Iterator[Tile]:
     runs = full_runs(cu_seqlens, q.shape[0])
-    key_blocks = (runs.end - 1 - runs.first) // config.selection_block_size
-    return chosen_tiles(block_indices, runs, key_blocks, accumulation_dtype(q.dtype))
+    return chosen_tiles(block_indices, runs, config, accumulation_dtype(q.dtype))
 
 
 def selected_forward(

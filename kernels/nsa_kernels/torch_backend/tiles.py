@@ -2,7 +2,7 @@
 
 Query heads of a group share its keys without repeating them: a tile's rows are (query, head of the
 group) pairs, one batched matrix product per tile with the groups as the batch. The backward pass
-recomputes the probabilities from lse, tile by tile, as flash attention does.
+recomputes the probabilities tile by tile, as flash attention does.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,7 +14,7 @@ from torch import Tensor
 from nsa_kernels.checks import accumulation_dtype
 from nsa_kernels.torch_backend.runs import Runs
 
-TILE_QUERIES = 128
+TILE_QUERIES = 64
 """Queries of a tile: enough work per Python step, few enough that a tile's logits stay in cache."""
 
 
@@ -24,37 +24,43 @@ class Tile:
 
     rows: slice
     keys: slice
-    bias: Tensor
-    """0 where a query sees a key, else -inf; broadcasts to [G, queries, R, keys]."""
+    biases: list[tuple[slice, Tensor]]
+    """What to add to columns of the logits (counted from keys.start): 0 where a query sees a key,
+    else -inf; each broadcasts to [G, queries, R, columns]."""
 
 
-def visible_keys(runs: Runs, rows: slice, keys: slice) -> Tensor:
-    """bool [queries, keys]: whether each query of the tile sees each key of the run."""
+def _edge_bias(runs: Runs, rows: slice, keys: slice, dtype: torch.dtype) -> Tensor:
     key = torch.arange(keys.start, keys.stop, device=runs.end.device)
-    return (key >= runs.first[rows, None]) & (key < runs.end[rows, None])
-
-
-def as_bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where visible, -inf elsewhere."""
-    bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return bias.masked_fill_(visible.logical_not(), -torch.inf)
-
-
-def tile_bounds(runs: Runs, tile_queries: int = TILE_QUERIES) -> Iterator[tuple[slice, slice]]:
-    """Cut the queries into tiles; each comes with the run of keys that its queries see."""
-    num_rows = runs.end.shape[0]
-    starts = range(0, num_rows, tile_queries)
-    firsts = runs.first[::tile_queries].tolist()
-    for start, first in zip(starts, firsts, strict=True):
-        stop = min(start + tile_queries, num_rows)
-        yield slice(start, stop), slice(first, max(first, int(runs.end[stop - 1])))
+    hidden = (key < runs.first[rows, None]) | (key >= runs.end[rows, None])
+    bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+    return bias.masked_fill_(hidden, -torch.inf)[None, :, None]
 
 
 def run_tiles(runs: Runs, dtype: torch.dtype) -> Iterator[Tile]:
-    """Tiles in which every query sees all keys of its run."""
-    for rows, keys in tile_bounds(runs):
-        bias = as_bias(visible_keys(runs, rows, keys), dtype)
-        yield Tile(rows, keys, bias[None, :, None])
+    """Tiles in which every query sees all keys of its run.
+
+    Most keys of a tile are seen by all of its queries; only the columns before the last query's
+    first key and after the first query's last key need a mask.
+    """
+    num_rows = runs.end.shape[0]
+    for start in range(0, num_rows, TILE_QUERIES):
+        rows = slice(start, min(start + TILE_QUERIES, num_rows))
+        first, all_from = runs.first[start], runs.first[rows.stop - 1]
+        all_to, end = runs.end[start], runs.end[rows.stop - 1]
+        first, all_from, all_to, end = torch.stack([first, all_from, all_to, end]).tolist()
+        keys = slice(first, max(first, end))
+        edges = [slice(first, all_from), slice(all_to, end)]
+        if all_to <= all_from:
+            edges = [keys]
+        yield Tile(
+            rows,
+            keys,
+            [
+                (slice(e.start - first, e.stop - first), _edge_bias(runs, rows, e, dtype))
+                for e in edges
+                if e.start < e.stop
+            ],
+        )
 
 
 def _by_group(tensor: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
@@ -83,8 +89,17 @@ def _logits(q: Tensor, k: Tensor, tile: Tile, scale: float) -> Tensor:
     unused = q.new_zeros(1)
     logits = torch.baddbmm(unused, q, k.transpose(1, 2), beta=0, alpha=scale)
     num_queries = tile.rows.stop - tile.rows.start
-    logits.view(k.shape[0], num_queries, -1, k.shape[1]).add_(tile.bias)
+    by_head = logits.view(k.shape[0], num_queries, -1, k.shape[1])
+    for columns, bias in tile.biases:
+        by_head[..., columns].add_(bias)
     return logits
+
+
+def _softmax(logits: Tensor, top: Tensor) -> Tensor:
+    """Softmax over the keys; a row without visible keys (top is -inf) becomes zeros, not NaN."""
+    weights = logits.softmax(-1)
+    is_empty = top == -torch.inf
+    return weights.masked_fill_(is_empty, 0.0) if bool(is_empty.any()) else weights
 
 
 def attend_forward(
@@ -113,12 +128,11 @@ def attend_forward(
             continue
         logits = _logits(_by_group(q[tile.rows], groups, dtype), k[:, tile.keys], tile, scale)
         top = logits.amax(-1, keepdim=True)
-        top.masked_fill_(top == -torch.inf, 0.0)
-        weights = logits.sub_(top).exp_()
-        total = weights.sum(-1, keepdim=True)
-        mixed = torch.bmm(weights, v[:, tile.keys])
-        _store(out, tile.rows, mixed.div_(total.clamp(min=torch.finfo(dtype).tiny)))
-        _store(lse, tile.rows, total.log_().add_(top))
+        weights = _softmax(logits, top)
+        _store(out, tile.rows, torch.bmm(weights, v[:, tile.keys]))
+        # The largest weight is 1 / sum(exp(logit - top)).
+        tile_lse = top - weights.amax(-1, keepdim=True).log_()
+        _store(lse, tile.rows, tile_lse.masked_fill_(top == -torch.inf, -torch.inf))
     return out, lse.squeeze(-1)
 
 
@@ -136,10 +150,8 @@ def attend_backward(
     """Gradients of attend_forward: dq, dk, dv in the dtypes of q, k, v."""
     groups = k.shape[1]
     dtype = accumulation_dtype(q.dtype)
-    is_empty = lse == -torch.inf
     # d(loss)/d(logit) = p * (dout.v - delta): lse's own gradient only shifts delta.
-    delta = (out.to(dtype) * dout.to(dtype)).sum(-1).sub_(dlse).masked_fill_(is_empty, 0.0)
-    shift = lse.masked_fill(is_empty, 0.0)
+    delta = (out.to(dtype) * dout.to(dtype)).sum(-1).sub_(dlse).masked_fill_(lse == -torch.inf, 0.0)
     keys, values = _by_group(k, groups, dtype), _by_group(v, groups, dtype)
     dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
     dq = torch.empty_like(q)
@@ -150,7 +162,9 @@ def attend_backward(
         rows, run = tile.rows, tile.keys
         q_tile, dout_tile = _by_group(q[rows], groups, dtype), _by_group(dout[rows], groups, dtype)
         logits = _logits(q_tile, keys[:, run], tile, scale)
-        weights = logits.sub_(_by_row(shift[rows], groups)).exp_()
+        # A tile holds all keys of its rows: softmax needs no stored normaliser, and is faster here
+        # than exp, which is slow at -inf.
+        weights = _softmax(logits, _by_row(lse[rows], groups))
         dv[:, run].baddbmm_(weights.transpose(1, 2), dout_tile)
         dweights = torch.bmm(dout_tile, values[:, run].transpose(1, 2))
         dlogits = dweights.sub_(_by_row(delta[rows], groups)).mul_(weights)
