@@ -64,6 +64,15 @@ class TrainConfig(Strict):
     """Held-out tokens of one validation."""
     checkpoint: CheckpointConfig = CheckpointConfig()
 
+    @model_validator(mode="after")
+    def _replicas_compute_in_float32(self) -> Self:
+        if self.parallel == "replicate" and self.dtype == "bfloat16":
+            raise ValueError(
+                "parallel=replicate keeps one copy of the weights and computes in it, so it needs "
+                "dtype=float32; for dtype=bfloat16 use parallel=shard (or auto)"
+            )
+        return self
+
 
 class ClusterConfig(Strict):
     """What is asked of Ray."""

@@ -26,26 +26,6 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS if part in name), None)
 
 
-@dataclass(frozen=True, slots=True)
-class Throughput:
-    """What one worker's share of the work costs, for MFU."""
-
-    tokens_per_step: int
-    """Tokens of one optimizer step over all workers."""
-    flops_per_token: float
-    """FLOPs of forward and backward of one token, as executed."""
-    peak: float | None
-    """Peak FLOP/s of all workers' devices together; None where it is not known."""
-
-    def metrics(self, step_s: float) -> dict[str, float]:
-        """train/step_s, train/tokens_per_s and, where the peak is known, train/mfu."""
-        result = {"train/step_s": step_s, "train/tokens_per_s": self.tokens_per_step / step_s}
-        if self.peak:
-            flops = self.tokens_per_step * self.flops_per_token
-            result["train/mfu"] = flops / step_s / self.peak
-        return result
-
-
 class StepClock:
     """Mean seconds of a step since the last reading; what is done in a pause does not count."""
 
@@ -85,6 +65,34 @@ class StepClock:
         data_s = self._data_s / steps
         self._restart()
         return step_s, data_s
+
+
+@dataclass(frozen=True, slots=True)
+class Throughput:
+    """What one worker's share of the work costs, for MFU."""
+
+    tokens_per_step: int
+    """Tokens of one optimizer step over all workers."""
+    flops_per_token: float
+    """FLOPs of forward and backward of one token, as executed."""
+    peak: float | None
+    """Peak FLOP/s of all workers' devices together; None where it is not known."""
+
+    def metrics(self, clock: StepClock) -> dict[str, float]:
+        """train/step_s, train/data_s, train/tokens_per_s and, where the peak is known, train/mfu.
+
+        Reads the clock: the numbers are means since the last call.
+        """
+        step_s, data_s = clock.read()
+        result = {
+            "train/step_s": step_s,
+            "train/data_s": data_s,
+            "train/tokens_per_s": self.tokens_per_step / step_s,
+        }
+        if self.peak:
+            flops = self.tokens_per_step * self.flops_per_token
+            result["train/mfu"] = flops / step_s / self.peak
+        return result
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:

@@ -6,7 +6,7 @@ any number of workers and microbatches.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from nsa_platform.config.train import TrainConfig
@@ -52,16 +52,16 @@ def resolve_parallel(config: TrainConfig, world: World) -> Literal["replicate", 
     return "shard" if needs_sharding else "replicate"
 
 
+def compile_layers(layers: Iterable[nn.Module]) -> None:
+    """torch.compile each layer's forward; hooks of sharding stay outside."""
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward)
+
+
 def recompute_activations(layers: Iterable[nn.Module]) -> None:
     """Keep only each layer's inputs; the backward pass runs its forward again."""
     for layer in layers:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-
-
-def compile_layers(layers: Iterable[nn.Module]) -> None:
-    """torch.compile each layer in place; the layers share one compiled code where they can."""
-    for layer in layers:
-        layer.compile()
 
 
 def shard(
@@ -81,6 +81,26 @@ def shard(
             # Sum instead of mean over workers, by a plain sum that every back end knows.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def fill_parameters(model: nn.Module, value_of: Callable[[str, torch.Size], Tensor]) -> None:
+    """Give every parameter its value by name and full shape; of a sharded one, this worker's part.
+
+    Only one full parameter is held at a time, and no message passes between workers.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            value = value_of(name, parameter.shape)
+            if isinstance(parameter, DTensor):
+                part = distribute_tensor(
+                    value.to(parameter.device),
+                    parameter.device_mesh,
+                    parameter.placements,
+                    src_data_rank=None,
+                )
+                parameter.to_local().copy_(part.to_local())
+            else:
+                parameter.copy_(value)
 
 
 def release_gathered(model: nn.Module) -> None:

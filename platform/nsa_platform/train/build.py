@@ -1,0 +1,55 @@
+"""The model of a run on this worker: parallel as asked, compiled as asked, filled with weights."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nsa_platform.config.model import ModelConfig
+from nsa_platform.config.train import TrainConfig
+from nsa_platform.model.transformer import Transformer, initial_tensor
+from nsa_platform.model.weights import load_model
+from nsa_platform.train.parallel import (
+    World,
+    compile_layers,
+    fill_parameters,
+    recompute_activations,
+    resolve_parallel,
+    shard,
+)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def build_model(
+    config: ModelConfig, train: TrainConfig, *, world: World, weights: Path | None = None
+) -> Transformer:
+    """Build on the meta device, cut into shards, fill: no worker ever holds more than its part.
+
+    The weights do not depend on the number of workers nor on how they share the model.
+
+    Args:
+        weights: exported model to start from; None: initial weights by train.seed.
+    """
+    with torch.device("meta"):
+        model = Transformer(config)
+    layers = list(model.layers)
+    if train.compile:
+        compile_layers(layers)
+    if train.activation_checkpointing == "full":
+        recompute_activations(layers)
+    if resolve_parallel(train, world) == "shard":
+        shard(model, layers, dtype=DTYPES[train.dtype], world=world)
+    model.to_empty(device=world.device)
+    if weights is None:
+        fill_parameters(
+            model, lambda name, shape: initial_tensor(config, name, shape, seed=train.seed)
+        )
+    else:
+        state = load_model(weights).state_dict()
+
+        def exported(name: str, _: torch.Size) -> Tensor:
+            return state[name]
+
+        fill_parameters(model, exported)
+    return model.train()

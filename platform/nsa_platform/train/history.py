@@ -1,0 +1,42 @@
+"""The curves of a run so far, kept in its checkpoints so that figures survive a resume."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+# A curve that has grown to this many points keeps every second one.
+MOST_POINTS = 2000
+
+
+@dataclass
+class History:
+    """Points in the order of steps."""
+
+    train: list[tuple[float, float]] = field(default_factory=list)
+    """(tokens seen, loss)."""
+    valid: list[tuple[float, float]] = field(default_factory=list)
+    """(tokens seen, loss)."""
+    health: list[tuple[int, dict[int, dict[str, float]]]] = field(default_factory=list)
+    """(step, layer -> gate means by branch, entropy)."""
+
+    def add_train(self, tokens: int, loss: float) -> None:
+        """One more point of the training loss."""
+        self.train.append((tokens, loss))
+        if len(self.train) > MOST_POINTS:
+            self.train = self.train[::2]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"train": self.train, "valid": self.valid, "health": self.health}
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> Self:
+        """What to_dict gave, also after a round trip through JSON."""
+        return cls(
+            train=[(x, y) for x, y in tree["train"]],
+            valid=[(x, y) for x, y in tree["valid"]],
+            health=[
+                (step, {int(layer): dict(row) for layer, row in by_layer.items()})
+                for step, by_layer in tree["health"]
+            ],
+        )

@@ -1,0 +1,135 @@
+"""Loss on held-out rows: nats, bits per byte, by position; and the health of the attention."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nsa_platform.config.data import LoaderConfig
+from nsa_platform.data.loader import Batch, Loader
+from nsa_platform.data.shards import ShardSet
+from nsa_platform.model.inputs import PackedInputs
+from nsa_platform.model.probe import LayerHealth, Probe
+from nsa_platform.model.transformer import Transformer
+from nsa_platform.train.loss import IGNORED, chunk_tokens, token_losses
+from nsa_platform.train.parallel import World, release_gathered
+
+POSITION_PARTS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Validated:
+    """What one validation found."""
+
+    loss: float
+    """Nats per target."""
+    bits_per_byte: float | None
+    """None if the tokenizer's ids have no fixed bytes."""
+    position_edges: list[int]
+    """Positions where the parts of the context begin, and the end of the last."""
+    position_losses: list[float | None]
+    """Nats per target in each part; None where there is no target."""
+    health: dict[int, LayerHealth]
+    """Of each layer, over the first microbatch of every worker."""
+
+    def metrics(self) -> dict[str, float]:
+        """valid/loss and valid/bits_per_byte."""
+        metrics = {"valid/loss": self.loss}
+        if self.bits_per_byte is not None:
+            metrics["valid/bits_per_byte"] = self.bits_per_byte
+        return metrics
+
+
+class Validation:
+    """The same held-out rows each time, whatever the number of workers."""
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        config: LoaderConfig,
+        *,
+        tokens: int,
+        rows_per_microbatch: int,
+        world: World,
+        token_bytes: Tensor | None,
+    ) -> None:
+        """Read up to `tokens` held-out tokens; `token_bytes` [vocab] gives the bytes of each id."""
+        self._shards = shards
+        self._config = config
+        self._rows_per_microbatch = rows_per_microbatch
+        self._world = world
+        self._token_bytes = None if token_bytes is None else token_bytes.to(world.device).double()
+        available = self._loader().rows_per_epoch
+        self.rows = min(max(1, tokens // config.context_length), available)
+
+    def run(self, model: Transformer) -> Validated:
+        """Validate. Every worker calls it; all get the same numbers."""
+        model.eval()
+        # Nats, targets and bytes; then nats and targets of each part of the context.
+        sums = torch.zeros(3 + 2 * POSITION_PARTS, dtype=torch.float64, device=self._world.device)
+        probe = Probe()
+        with torch.no_grad():
+            for index, batch in enumerate(self._batches()):
+                self._add(sums, model, batch.to(self._world.device), probe if not index else None)
+        release_gathered(model)
+        model.train()
+        self._world.sum(sums)
+        for tensor in probe.tensors():
+            self._world.sum(tensor)
+        return self._read(sums, probe)
+
+    def _loader(self) -> Loader:
+        return Loader(
+            self._shards,
+            self._config,
+            rank=self._world.rank,
+            world_size=self._world.size,
+            rows_per_microbatch=self._rows_per_microbatch,
+        )
+
+    def _batches(self) -> Iterator[Batch]:
+        """This worker's microbatches; rows that only fill up the last ones have no targets."""
+        loader = self._loader()
+        unit = self._rows_per_microbatch * self._world.size
+        length = self._config.context_length
+        for first_row in range(0, self.rows, unit):
+            for batch in loader.next_step(unit):
+                targets = batch.targets.view(self._rows_per_microbatch, length)
+                for i in range(self._rows_per_microbatch):
+                    if first_row + i * self._world.size + self._world.rank >= self.rows:
+                        targets[i] = IGNORED
+                yield dataclasses.replace(batch, targets=targets.view(-1))
+
+    def _add(self, sums: Tensor, model: Transformer, batch: Batch, probe: Probe | None) -> None:
+        inputs = PackedInputs(batch.positions, batch.cu_seqlens, probe)
+        # A probe looks into every layer, which compiled code does not allow.
+        with torch.compiler.set_stance("force_eager" if probe else "default"):
+            hidden = model(batch.ids, inputs).hidden
+        chunk = chunk_tokens(model.config.vocab_size)
+        losses = token_losses(hidden, batch.targets, model.logits, chunk=chunk).double()
+        has_target = batch.targets != IGNORED
+        counts = has_target.double()
+        sums[0] += losses.sum()
+        sums[1] += counts.sum()
+        if self._token_bytes is not None:
+            sums[2] += (self._token_bytes[batch.targets.clamp(min=0)] * counts).sum()
+        part = (batch.positions.long() * POSITION_PARTS) // self._config.context_length
+        sums[3 : 3 + POSITION_PARTS].index_add_(0, part, losses)
+        sums[3 + POSITION_PARTS :].index_add_(0, part, counts)
+
+    def _read(self, sums: Tensor, probe: Probe) -> Validated:
+        nats, targets, num_bytes, *parts = sums.tolist()
+        by_position = zip(parts[:POSITION_PARTS], parts[POSITION_PARTS:], strict=True)
+        length = self._config.context_length
+        return Validated(
+            loss=nats / max(targets, 1.0),
+            bits_per_byte=nats / math.log(2) / num_bytes if num_bytes else None,
+            position_edges=[
+                math.ceil(i * length / POSITION_PARTS) for i in range(POSITION_PARTS + 1)
+            ],
+            position_losses=[total / count if count else None for total, count in by_position],
+            health=probe.summary(),
+        )

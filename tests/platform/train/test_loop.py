@@ -1,0 +1,97 @@
+"""The loop learns, resumes bit for bit, and does not depend on how a step is cut up."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from nsa_platform.config.data import LoaderConfig
+from nsa_platform.train.loop import TrainingDiverged
+from tests.platform.train.tiny_run import CONTEXT, MOE, VOCAB, run, settings, write_data
+
+pytestmark = pytest.mark.usefixtures("process_group")
+
+# The same sums in another order: float32 with a few hundred terms.
+ROUNDING = 2e-5
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> LoaderConfig:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+def test_the_loss_falls(data: LoaderConfig, tmp_path: Path) -> None:
+    config = settings(steps=30, validate_every_steps=15, checkpoint={"every_steps": 100})
+    recorded = run(config, data, tmp_path)
+    losses = recorded.losses()
+    assert math.isclose(losses[0], math.log(VOCAB), rel_tol=0.3)
+    assert losses[-1] < 0.7 * losses[0]
+    assert recorded.metrics[30]["valid/loss"] < recorded.metrics[15]["valid/loss"]
+
+
+def test_what_is_reported(data: LoaderConfig, tmp_path: Path) -> None:
+    config = settings(log_every_steps=2)
+    recorded = run(config, data, tmp_path)
+    assert sorted(recorded.metrics) == [2, 3, 4, 6]
+    names = set(recorded.metrics[6])
+    assert {
+        *("train/loss", "train/lr", "train/grad_norm", "train/tokens", "train/tokens_per_s"),
+        *("train/step_s", "train/data_s", "valid/loss", "valid/bits_per_byte"),
+        *("nsa/gate_mean/cmp/0", "nsa/gate_mean/win/1", "nsa/selection_entropy/1"),
+        "nsa/selected_distance/0/0",
+    } <= names
+    assert "train/mfu" not in names
+    assert "valid/loss" not in recorded.metrics[2]
+    assert recorded.metrics[6]["train/tokens"] == 6 * 8 * CONTEXT
+
+
+def test_six_steps_are_three_and_three(data: LoaderConfig, tmp_path: Path) -> None:
+    straight = run(settings(), data, tmp_path / "straight")
+    config = settings()
+    # The first half must not know that the run ends early: the schedule is that of six steps.
+    interrupted = _until_step_three(config, data, tmp_path / "parts")
+    resumed = run(config, data, tmp_path / "parts")
+    assert interrupted + resumed.losses() == straight.losses()
+    assert sorted(resumed.metrics) == [4, 5, 6]
+    for name, weight in straight.weights.items():
+        assert torch.equal(resumed.weights[name], weight), name
+
+
+def _until_step_three(config, data: LoaderConfig, folder: Path) -> list[float]:
+    """Losses of the steps up to the snapshot of step 3, as a crash after step 4 leaves them."""
+    losses = run(config, data, folder).losses()
+    for beyond in sorted(folder.iterdir())[1:]:
+        for file in beyond.iterdir():
+            file.unlink()
+        beyond.rmdir()
+    assert [place.name for place in folder.iterdir()] == ["step-00000003"]
+    return losses[:3]
+
+
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_microbatches_do_not_matter(data: LoaderConfig, tmp_path: Path, rows: int) -> None:
+    pair = run(settings(), data, tmp_path / "pair")
+    other = run(settings(sequences_per_microbatch=rows), data, tmp_path / "other")
+    assert other.losses() == pytest.approx(pair.losses(), rel=ROUNDING)
+    for name in ("valid/loss", "valid/bits_per_byte"):
+        assert other.metrics[6][name] == pytest.approx(pair.metrics[6][name], rel=ROUNDING)
+
+
+def test_recomputed_activations_change_nothing(data: LoaderConfig, tmp_path: Path) -> None:
+    plain = run(settings(), data, tmp_path / "plain")
+    recomputed = run(settings(activation_checkpointing="full"), data, tmp_path / "full")
+    assert recomputed.losses() == plain.losses()
+
+
+def test_experts_train_with_a_balance_loss(data: LoaderConfig, tmp_path: Path) -> None:
+    recorded = run(settings(), data, tmp_path, model_config=MOE)
+    assert recorded.metrics[6]["train/balance_loss"] > 0
+    assert recorded.losses()[-1] < recorded.losses()[0]
+
+
+def test_a_divergence_stops_before_it_is_saved(data: LoaderConfig, tmp_path: Path) -> None:
+    config = settings(optimizer={"learning_rate": 1e30, "max_grad_norm": 1e30})
+    with pytest.raises(TrainingDiverged, match=r"train/\w+ is (nan|inf) at step"):
+        run(config, data, tmp_path)
+    assert not list(tmp_path.glob("step-*"))
