@@ -2,6 +2,8 @@
 
 from nsa_kernels.triton_backend.importance import select_blocks
 from nsa_kernels.triton_backend.paged import full_paged_attention, paged_attention
+from nsa_kernels.triton_backend.selected_backward import selected_backward
+from nsa_kernels.triton_backend.selected_forward import selected_forward
 from nsa_kernels.triton_backend.span_backward import (
     compressed_backward,
     full_backward,
@@ -21,6 +23,8 @@ __all__ = [
     "full_paged_attention",
     "paged_attention",
     "select_blocks",
+    "selected_backward",
+    "selected_forward",
     "sliding_backward",
     "sliding_forward",
 ]

@@ -71,7 +71,7 @@ def full_span(cu_seqlens: Tensor) -> Span:
 def compressed_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, config: NsaConfig, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """out [T, H, V] and natural lse [T, H] over k, v [C, G, K/V]; rows past the last block unread."""
+    """out [T, H, V] and natural lse [T, H] over k, v [C, G, K/V]; spare rows are not read."""
     return span_forward(q, k, v, cu_seqlens, compressed_span(cu_seqlens, config), scale)
 
 
