@@ -39,10 +39,14 @@ class NsaLayerCache:
     def page_size(self) -> int:
         return self.k_slc.shape[1]
 
-    def tensors(self) -> list[Tensor]:
-        """Every tensor once, shared ones too."""
-        named = [self.k_slc, self.v_slc, self.k_cmp, self.v_cmp, self.k_tail, self.v_tail]
-        return named if self.k_win is self.k_slc else [*named, self.k_win, self.v_win]
+    def page_tensors(self) -> list[Tensor]:
+        """The tensors of the selection pool: axis 0 is its physical page."""
+        return [self.k_slc, self.v_slc, self.k_cmp, self.v_cmp]
+
+    def window_tensors(self) -> list[Tensor]:
+        """The tensors of the window pool: axis 0 is its physical page."""
+        tail = [self.k_tail, self.v_tail]
+        return tail if self.k_win is self.k_slc else [self.k_win, self.v_win, *tail]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +62,13 @@ class FullLayerCache:
     def page_size(self) -> int:
         return self.k.shape[1]
 
-    def tensors(self) -> list[Tensor]:
-        """Every tensor once."""
+    def page_tensors(self) -> list[Tensor]:
+        """The tensors of the only pool: axis 0 is the physical page."""
         return [self.k, self.v]
+
+    def window_tensors(self) -> list[Tensor]:
+        """None: full attention keeps everything."""
+        return []
 
 
 LayerCache = NsaLayerCache | FullLayerCache

@@ -69,7 +69,11 @@ class KvCache:
 
     def num_bytes(self) -> int:
         """Memory of all layers."""
-        return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors())
+        return sum(
+            tensor.nbytes
+            for layer in self.layers
+            for tensor in layer.page_tensors() + layer.window_tensors()
+        )
 
     def extend(self, sequences: Sequence[SequencePages], num_new: Sequence[int]) -> PagedInputs:
         """Give each sequence its next tokens' places, and return the inputs of that step.

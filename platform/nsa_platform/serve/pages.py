@@ -112,11 +112,21 @@ class PageBook:
                 f"{self.allocator.num_free}, in the window pool: {window}"
             )
         missing = self._missing(sequence, num_new_tokens)
+        self.trim(sequence)
         if self.window_allocator is not None:
-            self._leave_window(sequence, self.window_allocator)
             sequence.window_pages += self.window_allocator.allocate(missing)
         sequence.pages += self.allocator.allocate(missing)
         sequence.num_tokens += num_new_tokens
+
+    def trim(self, sequence: SequencePages) -> None:
+        """Give back the window pages that no later token reaches. extend does it too."""
+        if self.window_allocator is None:
+            return
+        kept_from = self._kept_from(sequence)
+        leaving = sequence.window_pages[sequence.num_left : kept_from]
+        self.window_allocator.release(leaving)
+        sequence.window_pages[sequence.num_left : kept_from] = [ABSENT] * len(leaving)
+        sequence.num_left = kept_from
 
     def release(self, sequence: SequencePages) -> None:
         """Give back all pages of a sequence; it is empty afterwards."""
@@ -133,10 +143,3 @@ class PageBook:
     def _kept_from(self, sequence: SequencePages) -> int:
         """First logical page with one of the last tail_tokens tokens."""
         return max(0, sequence.num_tokens - self.tail_tokens) // self.page_size
-
-    def _leave_window(self, sequence: SequencePages, allocator: PageAllocator) -> None:
-        kept_from = self._kept_from(sequence)
-        leaving = sequence.window_pages[sequence.num_left : kept_from]
-        allocator.release(leaving)
-        sequence.window_pages[sequence.num_left : kept_from] = [ABSENT] * len(leaving)
-        sequence.num_left = kept_from

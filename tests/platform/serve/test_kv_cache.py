@@ -1,0 +1,161 @@
+"""Paged forward passes give what one pass over the whole sequence gives."""
+
+import pytest
+import torch
+
+from nsa_platform.model.cost import cache_bytes
+from nsa_platform.model.inputs import PackedInputs
+from nsa_platform.serve.kv_cache import KvCache, page_size_of
+from nsa_platform.serve.pages import ABSENT, OutOfPages, PageAllocator, SequencePages
+
+VARIANTS = {
+    "nsa": {},
+    "shared": {"branch_kv": "shared"},
+    "rotated-before": {"compressed_rotary": "before"},
+    "unrotated-blocks": {"compressed_rotary": "none"},
+    "mean": {"compression": "mean"},
+    "linear": {"compression": "linear"},
+    "window-below-l": {"window_size": 3},
+    "wide-selection": {"selection_block_size": 16, "window_size": 40},
+    "odd-sizes": {
+        "compression_block_size": 6,
+        "compression_stride": 3,
+        "selection_block_size": 12,
+        "window_size": 7,
+    },
+    "every-token-a-block": {"compression_stride": 1},
+    "full": {"kind": "full"},
+    "full-gated": {"kind": "full", "gated": True},
+}
+CHUNKS = {
+    "one-shot": [60],
+    "token-by-token": [1] * 60,
+    "chunks": [7, 8, 1, 1, 16, 9, 1, 17],
+}
+
+
+def ids_of(length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 61, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+def poison_free_pages(cache: KvCache) -> None:
+    """Large numbers where no sequence has a page: a step that reads them goes wrong visibly."""
+    for layer in cache.layers:
+        for tensors, allocator in (
+            (layer.page_tensors(), cache.book.allocator),
+            (layer.window_tensors(), cache.book.window_allocator),
+        ):
+            for tensor in tensors:
+                assert allocator is not None
+                free = set(range(1, len(tensor))) - allocator.in_use()
+                tensor[sorted(free)] = 1e6
+
+
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
+@pytest.mark.parametrize("blocks_per_page", [1, 2])
+@pytest.mark.parametrize("attention", VARIANTS.values(), ids=VARIANTS)
+def test_paged_equals_one_pass(make_model, attention, blocks_per_page, chunks):
+    model = make_model(attention, dtype=torch.float64)
+    cache = KvCache(
+        model.config,
+        num_tokens=sum(chunks) + 64,
+        max_new_tokens=max(chunks),
+        blocks_per_page=blocks_per_page,
+        dtype=torch.float64,
+    )
+    ids, sequence, hidden = ids_of(sum(chunks)), SequencePages(), []
+    with torch.no_grad():
+        for chunk in ids.split(chunks):
+            cache.book.trim(sequence)
+            poison_free_pages(cache)
+            hidden.append(model(chunk, cache.extend([sequence], [len(chunk)])).hidden)
+        wanted = model(ids, PackedInputs.from_lengths([len(ids)])).hidden
+    torch.testing.assert_close(torch.cat(hidden), wanted)
+
+
+@pytest.mark.parametrize("attention", [{}, {"kind": "full"}], ids=["nsa", "full"])
+def test_sequences_of_a_batch_do_not_touch_each_other(make_model, attention):
+    model = make_model(attention, dtype=torch.float64)
+    cache = KvCache(
+        model.config,
+        num_tokens=140,
+        max_new_tokens=40,
+        max_sequences=3,
+        dtype=torch.float64,
+    )
+    ids = [ids_of(60, 1), ids_of(40, 2), ids_of(40, 3)]
+    sequences = [SequencePages() for _ in ids]
+    hidden: list[list[torch.Tensor]] = [[] for _ in ids]
+    with torch.no_grad():
+        for counts in [(5, 33, 0), (0, 1, 8), (30, 1, 1), (1, 1, 1), (24, 0, 30), (0, 4, 0)]:
+            active = [b for b, count in enumerate(counts) if count]
+            new = [
+                ids[b][sequences[b].num_tokens : sequences[b].num_tokens + counts[b]]
+                for b in active
+            ]
+            inputs = cache.extend([sequences[b] for b in active], [len(part) for part in new])
+            parts = model(torch.cat(new), inputs).hidden.split([len(part) for part in new])
+            for b, part in zip(active, parts, strict=True):
+                hidden[b].append(part)
+        for b, parts in enumerate(hidden):
+            wanted = model(ids[b], PackedInputs.from_lengths([len(ids[b])])).hidden
+            torch.testing.assert_close(torch.cat(parts), wanted)
+
+
+def test_pages_of_an_ended_sequence_serve_the_next(make_model):
+    model = make_model(dtype=torch.float64)
+    cache = KvCache(model.config, num_tokens=50, max_new_tokens=50, dtype=torch.float64)
+    for seed in range(3):
+        sequence, ids = SequencePages(), ids_of(50, seed)
+        with torch.no_grad():
+            hidden = model(ids, cache.extend([sequence], [50])).hidden
+            wanted = model(ids, PackedInputs.from_lengths([50])).hidden
+        torch.testing.assert_close(hidden, wanted)
+        cache.release(sequence)
+    assert not cache.book.allocator.in_use()
+
+
+def test_window_pages_are_given_back(make_model):
+    model = make_model()
+    cache = KvCache(model.config, num_tokens=120, max_new_tokens=1)
+    sequence = SequencePages()
+    assert cache.book.window_allocator is not None
+    for count in range(1, 121):
+        inputs = cache.extend([sequence], [1])
+        # 12 tokens of the window before the new one, pages of 8.
+        assert len(cache.book.window_allocator.in_use()) <= 3
+        assert len(cache.book.allocator.in_use()) == -(-count // 8)
+    assert sequence.window_pages[:13] == [ABSENT] * 13
+    assert inputs.window_page_table is not None
+    assert inputs.window_page_table.shape == inputs.page_table.shape == (1, 15)
+
+
+@pytest.mark.parametrize("attention", [{}, {"branch_kv": "shared"}, {"kind": "full"}])
+@pytest.mark.parametrize("context", [1, 8, 13, 21, 64, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pages_in_use_take_the_bytes_that_cost_says(make_model, attention, context, dtype):
+    config = make_model(attention).config
+    cache = KvCache(config, num_tokens=120, max_new_tokens=120, dtype=dtype)
+    sequence = SequencePages()
+    cache.book.extend(sequence, context)
+    cache.book.trim(sequence)
+    cost = cache_bytes(
+        config, context, element_bytes=dtype.itemsize, page_size=page_size_of(config)
+    )
+
+    def bytes_in_use(tensors: list[torch.Tensor], allocator: PageAllocator | None) -> int:
+        return sum(tensor[0].nbytes * len(allocator.in_use()) for tensor in tensors if allocator)
+
+    pages = [tensor for layer in cache.layers for tensor in layer.page_tensors()]
+    window = [tensor for layer in cache.layers for tensor in layer.window_tensors()]
+    assert bytes_in_use(pages, cache.book.allocator) == cost.selected + cost.compressed
+    assert bytes_in_use(window, cache.book.window_allocator) == cost.sliding + cost.tail
+    assert cache.num_bytes() == sum(tensor.nbytes for tensor in pages + window)
+
+
+def test_an_exhausted_cache_says_so(make_model):
+    cache = KvCache(make_model().config, num_tokens=16, max_new_tokens=16)
+    with pytest.raises(OutOfPages, match="3 pages are needed"):
+        cache.extend([SequencePages()], [17])
+    with pytest.raises(ValueError, match="blocks_per_page=0"):
+        page_size_of(make_model().config, 0)
