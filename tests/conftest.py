@@ -1,9 +1,11 @@
 """Fixtures that several rooms share: a real S3 server, and small data made by the real code."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +14,15 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
+from nsa_platform.config.data import CorpusConfig, TokenizerConfig
+from nsa_platform.config.runs import PrepareDataRun
+from nsa_platform.data.preparation import prepare_here
+from tests.kernels.interpreted import import_kernels
+
 START_TIMEOUT_S = 60
+
+# At import: the conftest.py files and tests below import the kernels before any hook runs.
+import_kernels()
 
 
 @dataclass(frozen=True)
@@ -114,3 +124,68 @@ def s3_environment(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Se
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     return s3_server
+
+
+@dataclass(frozen=True)
+class DataFolder:
+    """What prepare_data makes of a small corpus."""
+
+    path: Path
+    """Holds tokenizer/, train/ and validation/."""
+    tokenizer: Path
+    inputs: Path
+    """The raw files."""
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 40 small sources of the standard library, about 0.8 MB."""
+    folder = tmp_path_factory.mktemp("corpus")
+    sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    for source in [path for path in sources if 2_000 < path.stat().st_size < 60_000][:40]:
+        shutil.copyfile(source, folder / source.name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> DataFolder:
+    """Text shards of tiny_corpus with a tokenizer of 512 tokens trained on it."""
+    path = tmp_path_factory.mktemp("shards") / "text"
+    run = PrepareDataRun(
+        name="tiny-text",
+        corpus=CorpusConfig(inputs=(str(tiny_corpus),)),
+        tokenizer=TokenizerConfig(train_vocab_size=512),
+        output=str(path),
+        shard_tokens=50_000,
+        validation_fraction=0.1,
+    )
+    prepare_here(run)
+    return DataFolder(path, path / "tokenizer", tiny_corpus)
+
+
+@pytest.fixture(scope="session")
+def tiny_chat_shards(
+    tiny_shards: DataFolder, tmp_path_factory: pytest.TempPathFactory
+) -> DataFolder:
+    """Chat shards of 200 short chats, with the tokenizer of tiny_shards."""
+    folder = tmp_path_factory.mktemp("chats")
+    inputs = folder / "chats.jsonl"
+    with inputs.open("w") as file:
+        for number in range(200):
+            question = {"role": "user", "content": f"What is {number} plus {number}?"}
+            answer = {"role": "assistant", "content": f"It is {2 * number}."}
+            messages = [question, answer]
+            if number % 4 == 0:
+                messages.insert(0, {"role": "system", "content": "Add numbers."})
+                messages += [{"role": "user", "content": "Sure?"}, answer]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    run = PrepareDataRun(
+        name="tiny-chat",
+        corpus=CorpusConfig(inputs=(str(inputs),), kind="chat"),
+        tokenizer=TokenizerConfig(path=str(tiny_shards.tokenizer)),
+        output=str(folder / "shards"),
+        shard_tokens=2_000,
+        validation_fraction=0.1,
+    )
+    prepare_here(run)
+    return DataFolder(folder / "shards", folder / "shards" / "tokenizer", inputs)

@@ -15,6 +15,9 @@ class TokenizerConfig(Strict):
     """A Hugging Face tokenizer folder, local or s3://."""
     train_vocab_size: Annotated[int, Field(ge=300)] | None = None
     """Train a byte-level BPE of this many tokens on the corpus."""
+    train_sample_mb: PositiveInt = 64
+    """Megabytes of text that training reads at most: whole files, chosen by a hash of their path
+    below the input; documents held out for validation are not among them."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

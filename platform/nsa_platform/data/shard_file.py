@@ -5,6 +5,7 @@ list<bool>, true for tokens that the assistant wrote.
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,20 +27,23 @@ def shard_name(index: int) -> str:
 
 def rows_table(ids: list[np.ndarray], loss_masks: list[np.ndarray] | None) -> pa.Table:
     """A table of documents from one array of ids for each, and their masks for chats."""
-    offsets = np.zeros(len(ids) + 1, dtype=np.int64)
-    np.cumsum([len(row) for row in ids], out=offsets[1:])
-    if offsets[-1] >= 2**31:
-        raise ShardError(f"{offsets[-1]} tokens do not fit into one shard, the limit is 2^31 - 1")
-    starts = pa.array(offsets, pa.int32())
-
-    def column(rows: list[np.ndarray], kind: pa.DataType) -> pa.Array:
-        flat = np.concatenate(rows) if rows else np.zeros(0)
-        return pa.ListArray.from_arrays(starts, pa.array(flat, kind))
-
+    lengths = np.array([len(row) for row in ids], dtype=np.int64)
+    flat_ids = np.concatenate([np.zeros(0, dtype=np.uint32), *ids])
     if loss_masks is None:
-        return pa.table([column(ids, pa.uint32())], schema=pa.schema([IDS]))
-    arrays = [column(ids, pa.uint32()), column(loss_masks, pa.bool_())]
-    return pa.table(arrays, schema=pa.schema([IDS, LOSS_MASK]))
+        return _table(lengths, flat_ids, None)
+    return _table(lengths, flat_ids, np.concatenate([np.zeros(0, dtype=bool), *loss_masks]))
+
+
+def concatenate_rows(batches: Sequence[pa.RecordBatch]) -> pa.Table:
+    """One table of the rows of several batches, which may be slices."""
+
+    def flat(name: str) -> np.ndarray:
+        columns = [batch.column(name).flatten() for batch in batches]
+        return np.concatenate([column.to_numpy(zero_copy_only=False) for column in columns])
+
+    lengths = [np.diff(batch.column("ids").offsets.to_numpy()) for batch in batches]
+    has_mask = "loss_mask" in batches[0].schema.names
+    return _table(np.concatenate(lengths), flat("ids"), flat("loss_mask") if has_mask else None)
 
 
 def write_shard(folder: str, name: str, table: pa.Table) -> ShardRecord:
@@ -88,6 +92,19 @@ def file_sha256(path: Path) -> str:
 def count_loss_tokens(loss_mask: np.ndarray | None, length: int) -> int:
     """Targets of one document read whole: all but its first token, or the masked ones of these."""
     return max(length - 1, 0) if loss_mask is None else int(loss_mask[1:].sum())
+
+
+def _table(lengths: np.ndarray, ids: np.ndarray, loss_mask: np.ndarray | None) -> pa.Table:
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    if offsets[-1] >= 2**31:
+        raise ShardError(f"{offsets[-1]} tokens do not fit into one shard, the limit is 2^31 - 1")
+    starts = pa.array(offsets, pa.int32())
+    columns = [pa.ListArray.from_arrays(starts, pa.array(ids, pa.uint32()))]
+    if loss_mask is None:
+        return pa.table(columns, schema=pa.schema([IDS]))
+    columns.append(pa.ListArray.from_arrays(starts, pa.array(loss_mask, pa.bool_())))
+    return pa.table(columns, schema=pa.schema([IDS, LOSS_MASK]))
 
 
 def _no_rows(schema: pa.Schema) -> pa.RecordBatch:
