@@ -52,11 +52,9 @@ class Target:
     device: str
 
     @property
-    def dtypes(self) -> list[torch.dtype]:
-        """What is tested there: bf16 only where Triton compiles it (the interpreter garbles it)."""
-        if self.device == "cuda":
-            return [torch.float32, torch.bfloat16, torch.float16]
-        return [torch.float32]
+    def is_interpreted(self) -> bool:
+        """Triton without a GPU: a tile operation takes a millisecond or two."""
+        return self.backend == "triton" and self.device == "cpu"
 
 
 @dataclass
