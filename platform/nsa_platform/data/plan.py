@@ -172,13 +172,16 @@ class Plan:
         total = min(limit, sum(file.size for file in self.files))
         taken = documents = 0
         for file in sorted(self.files, key=lambda file: content_place(file.name)):
+            if taken >= limit:
+                break
             for text in self._training_texts(file):
                 yield text
                 taken += len(text.encode())
                 documents += 1
                 if taken >= limit:
-                    return
-            report(Progress("training the tokenizer", min(taken, total), total, "B", documents))
+                    break
+            report(_reading(min(taken, total), total, documents))
+        report(_reading(total, total, documents))
 
     def _training_texts(self, file: SourceFile) -> Iterator[str]:
         spans = (span for part in self.parts for span in part.spans if span.file == file)
@@ -187,6 +190,10 @@ class Plan:
                 texts, content = _texts(document)
                 if texts and content_place(content) >= self.run.validation_fraction:
                     yield from texts
+
+
+def _reading(taken: int, total: int, documents: int) -> Progress:
+    return Progress("reading for the tokenizer", taken, total, "bytes", documents)
 
 
 def _texts(document: Any) -> tuple[list[str], str]:
