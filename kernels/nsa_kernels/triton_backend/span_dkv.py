@@ -54,9 +54,9 @@ def span_dkv(
     parts = min(triton.cdiv(wanted, num_key_tiles * num_groups), _MAX_PARTS)
     # Spare keys belong to no sequence: no program writes their gradient.
     make = torch.zeros if span.has_spare_keys else torch.empty
-    dtype = q.dtype if parts == 1 else torch.float32
-    dk = make(parts, *k.shape, dtype=dtype, device=k.device)
-    dv = make(parts, *v.shape, dtype=dtype, device=v.device)
+    dtype, shape = (q.dtype, ()) if parts == 1 else (torch.float32, (parts,))
+    dk = make(*shape, *k.shape, dtype=dtype, device=k.device)
+    dv = make(*shape, *v.shape, dtype=dtype, device=v.device)
     span_backward_dkv_kernel[(num_key_tiles, parts, num_groups)](
         q, k, v, dout, lse, delta, dk, dv, cu_seqlens, span.cu_keys, num_sequences, num_keys,
         log2_scale(scale), scale,
@@ -72,7 +72,7 @@ def span_dkv(
         num_stages=tiles.num_stages,
     )  # fmt: skip
     if parts == 1:
-        return dk[0], dv[0]
+        return dk, dv
     return dk.sum(0).to(q.dtype), dv.sum(0).to(q.dtype)
 
 

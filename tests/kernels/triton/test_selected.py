@@ -1,0 +1,335 @@
+"""Selected attention in Triton: any choice of blocks, forward and backward."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+import nsa_kernels
+from nsa_kernels import NsaConfig, reference, triton_backend
+from nsa_kernels.triton_backend.selected_dkv import selected_dkv
+from nsa_kernels.triton_backend.selected_inverse import invert_choice
+from nsa_kernels.triton_backend.tiles import row_delta
+from tests.kernels.cases import (
+    DENSE_STRIDE,
+    EQUAL_BLOCKS,
+    PAPER,
+    SMALL,
+    Inputs,
+    assert_close,
+    make_inputs,
+    offsets,
+)
+
+ODD = NsaConfig(
+    compression_block_size=12,
+    compression_stride=6,
+    selection_block_size=24,
+    num_selected_blocks=3,
+    num_initial_blocks=1,
+    num_local_blocks=1,
+    window_size=1,
+)
+WIDE_BLOCKS = NsaConfig(selection_block_size=96, num_selected_blocks=3)
+FEW_BLOCKS = NsaConfig(selection_block_size=32, num_selected_blocks=2, num_local_blocks=1)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape to try."""
+
+    lengths: tuple[int, ...]
+    config: NsaConfig = SMALL
+    groups: int = 1
+    heads_per_group: int = 1
+    key_width: int = 16
+    value_width: int = 16
+
+    def __str__(self) -> str:
+        lengths = "+".join(map(str, self.lengths))
+        heads = f"G{self.groups}R{self.heads_per_group}K{self.key_width}V{self.value_width}"
+        return f"T{lengths}-b{self.config.selection_block_size}-{heads}"
+
+    def inputs(self, dtype: torch.dtype, device: str) -> Inputs:
+        return make_inputs(
+            list(self.lengths),
+            config=self.config,
+            groups=self.groups,
+            heads_per_group=self.heads_per_group,
+            key_width=self.key_width,
+            value_width=self.value_width,
+            dtype=dtype,
+            device=device,
+        )
+
+
+# l'-1, l', l'+1 of SMALL, an empty sequence and single tokens, in one packed batch.
+INTERPRETED = [
+    Case((1,)),
+    Case((15, 0, 16, 1, 17, 31)),
+    Case((333,), FEW_BLOCKS),
+    Case((25, 18), EQUAL_BLOCKS, groups=2, heads_per_group=4, value_width=32),
+    Case((47,), DENSE_STRIDE, heads_per_group=16, key_width=32),
+    Case((13, 26), ODD, groups=2, heads_per_group=3, key_width=48, value_width=48),
+    Case((100,), WIDE_BLOCKS, heads_per_group=2),
+]
+COMPILED = [
+    *INTERPRETED,
+    Case((333,), SMALL, groups=2, heads_per_group=4),
+    Case((333,), PAPER, groups=2, heads_per_group=16, key_width=192, value_width=128),
+    Case((1500, 31, 0, 530), PAPER, heads_per_group=16, key_width=128, value_width=128),
+    Case((1023,), PAPER, groups=2, heads_per_group=4, key_width=64, value_width=64),
+    Case((700, 300), PAPER, heads_per_group=6, key_width=256, value_width=256),
+    Case((257,), PAPER, heads_per_group=64, key_width=128, value_width=128),
+    Case((1025,), WIDE_BLOCKS, heads_per_group=1, key_width=128, value_width=192),
+]
+
+
+def random_blocks(
+    cu_seqlens: Tensor, groups: int, config: NsaConfig, *, seed: int = 0, fewest: int = 0
+) -> Tensor:
+    """Any choice that the contract allows: random order, -1 anywhere, some rows without a block.
+
+    Each row draws n places among all blocks so far plus as many empty ones, at least `fewest`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chosen = config.num_selected_blocks
+    rows = []
+    for length in cu_seqlens.diff().tolist():
+        most = -(-length // config.selection_block_size)
+        position = torch.arange(length)[:, None, None]
+        block = torch.arange(max(most, chosen))
+        noise = torch.rand(length, groups, block.numel(), generator=generator)
+        noise = noise.masked_fill(block > position // config.selection_block_size, 2.0)
+        keys, order = noise.sort(-1)
+        order = order[..., :chosen].masked_fill(keys[..., :chosen] > 1.0, -1)
+        dropped = torch.rand(length, groups, chosen, generator=generator) < 0.3
+        dropped[..., :fewest] = False
+        order = order.masked_fill(dropped, -1)
+        mixed = torch.rand(length, groups, chosen, generator=generator).argsort(-1)
+        rows.append(order.gather(-1, mixed))
+    return torch.cat(rows).to(cu_seqlens.device, torch.int32)
+
+
+def check(case: Case, backend: str, dtype: torch.dtype, device: str) -> None:
+    """Outputs and gradients, of out and lse, against the float64 reference."""
+    inputs = case.inputs(dtype, device)
+    blocks = random_blocks(inputs.cu_seqlens, case.groups, case.config)
+    tensors = [t.requires_grad_(True) for t in (inputs.q, inputs.k_slc, inputs.v_slc)]
+    out, lse = nsa_kernels.selected_attention(
+        *tensors, blocks, config=case.config, cu_seqlens=inputs.cu_seqlens, backend=backend
+    )
+    exact = inputs.double()
+    exact_tensors = [t.requires_grad_(True) for t in (exact.q, exact.k_slc, exact.v_slc)]
+    exact_out, exact_lse = reference.selected_attention(
+        *exact_tensors, blocks.cpu(), config=case.config, cu_seqlens=exact.cu_seqlens
+    )
+    assert_close(out, exact_out, "out")
+    assert_close(lse, exact_lse, "lse")
+    dout, dlse = torch.randn_like(exact_out).to(dtype), torch.randn_like(exact_lse).float()
+    gradients = torch.autograd.grad((out, lse), tensors, (dout.to(device), dlse.to(device)))
+    exact_gradients = torch.autograd.grad(
+        (exact_out, exact_lse), exact_tensors, (dout.double(), dlse.double())
+    )
+    for name, actual, wanted in zip("qkv", gradients, exact_gradients, strict=True):
+        assert_close(actual, wanted, f"d{name}")
+
+
+@pytest.fixture
+def interpreted() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("kernels imported for the GPU do not run in the interpreter")
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("case", INTERPRETED, ids=str)
+def test_interpreted(case: Case) -> None:
+    check(case, "triton", torch.float32, "cpu")
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_interpreted_in_16_bits() -> None:
+    """16-bit inputs take the wide tiles of the tensor cores."""
+    check(Case((70,), PAPER, heads_per_group=4, key_width=32), "triton", torch.float16, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", COMPILED, ids=str)
+def test_compiled(case: Case, dtype: torch.dtype, device: str) -> None:
+    check(case, "triton", dtype, device)
+
+
+def chunked_gradients(chunk_rows: int, device: str, heads: int, lengths: list[int]) -> list[Tensor]:
+    """dk, dv of a choice in which block 0 is hot, its lists cut into chunks of chunk_rows rows."""
+    inputs = make_inputs(lengths, groups=2, heads_per_group=heads, device=device)
+    config = inputs.config
+    blocks = random_blocks(inputs.cu_seqlens, 2, config, fewest=1)
+    blocks[..., 1] = torch.where((blocks == 0).any(-1), blocks[..., 1], 0)
+    arguments = (inputs.q, inputs.k_slc, inputs.v_slc, blocks, inputs.cu_seqlens, config, 0.25)
+    out, lse = triton_backend.selected_forward(*arguments)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(device)
+    delta = row_delta(out, dout, lse, torch.zeros_like(lse))
+    q, k, v = arguments[:3]
+    return list(
+        selected_dkv(
+            dout, q, k, v, lse, delta, blocks, inputs.cu_seqlens, config, 0.25,
+            chunk_rows=chunk_rows,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_cutting_long_lists_changes_no_gradient() -> None:
+    whole = chunked_gradients(32768, "cpu", 2, [40, 3])
+    for name, one, several in zip(
+        "kv", whole, chunked_gradients(8, "cpu", 2, [40, 3]), strict=True
+    ):
+        assert_close(several, one.double(), f"d{name}")
+
+
+@pytest.mark.gpu
+def test_cutting_long_lists_changes_no_gradient_compiled(device: str) -> None:
+    whole = chunked_gradients(2**30, device, 4, [5000, 300])
+    for name, one, several in zip(
+        "kv", whole, chunked_gradients(256, device, 4, [5000, 300]), strict=True
+    ):
+        assert_close(several, one.cpu().double(), f"d{name}")
+
+
+def check_inverse(cu_seqlens: Tensor, blocks: Tensor, block: int, chunk_tokens: int) -> None:
+    """The lists against a plain loop over the choice; the chunks against the lists."""
+    inverse = invert_choice(blocks, cu_seqlens, block, chunk_tokens)
+    starts = cu_seqlens.tolist()
+    wanted: dict[int, list[int]] = {}
+    for b in range(len(starts) - 1):
+        for t in range(starts[b], starts[b + 1]):
+            for g in range(blocks.shape[1]):
+                for j in blocks[t, g].tolist():
+                    if 0 <= j <= (t - starts[b]) // block:
+                        number = g * inverse.num_blocks + starts[b] // block + b + j
+                        wanted.setdefault(number, []).append(t)
+    list_starts = inverse.list_starts.tolist()
+    tokens = inverse.tokens.tolist()
+    found = {
+        i: tokens[low:high] for i, (low, high) in enumerate(pairwise(list_starts)) if high > low
+    }
+    assert found == wanted
+    chunks = inverse.chunk_lists.tolist()
+    slots = []
+    for i, slot in enumerate(inverse.slots.tolist()):
+        count = max(1, -(-len(wanted.get(i, [])) // chunk_tokens))
+        first = int(inverse.chunk_starts[i])
+        assert chunks[first : first + count] == [i] * count
+        assert (slot >= 0) == (count > 1)
+        slots += range(slot, slot + count) if slot >= 0 else []
+    assert chunks[int(inverse.chunk_starts[-1]) :] == [inverse.slots.numel()] * (
+        len(chunks) - int(inverse.chunk_starts[-1])
+    )
+    assert slots == list(range(len(slots)))
+    assert len(slots) <= inverse.max_slots
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 7, 1000])
+@pytest.mark.parametrize("lengths", [[40], [17, 0, 1, 33, 16], [0, 0, 5]])
+def test_inverse_lists_every_choice_once(lengths: list[int], chunk_tokens: int) -> None:
+    cu_seqlens = offsets(lengths)
+    check_inverse(cu_seqlens, random_blocks(cu_seqlens, 2, SMALL), 16, chunk_tokens)
+
+
+def test_inverse_leaves_out_blocks_that_nobody_sees() -> None:
+    """A block after the token's own would be another sequence's in the packed numbering."""
+    cu_seqlens = offsets([20, 20])
+    blocks = torch.full((40, 1, 2), -1, dtype=torch.int32)
+    blocks[3, 0] = torch.tensor([0, 2], dtype=torch.int32)
+    check_inverse(cu_seqlens, blocks, 16, 4)
+
+
+@pytest.mark.gpu
+def test_backward_repeats_bit_by_bit(device: str) -> None:
+    case = Case((3000, 17, 1500), PAPER, 2, 16, 128, 128)
+    inputs = case.inputs(torch.bfloat16, device)
+    blocks = random_blocks(inputs.cu_seqlens, 2, PAPER)
+    arguments = (inputs.q, inputs.k_slc, inputs.v_slc)
+    rest = (blocks, inputs.cu_seqlens, PAPER, 128**-0.5)
+    out, lse = triton_backend.selected_forward(*arguments, *rest)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    runs = [
+        triton_backend.selected_backward(dout, dlse, *arguments, out, lse, *rest) for _ in range(3)
+    ]
+    for again in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """L2 norm of the difference over that of the exact value."""
+    return float((actual.double() - exact).norm() / exact.norm())
+
+
+# As in test_span.py: reached by kernels that scale in fp32 after the dot.
+MAX_DQ_ERROR = 0.007
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deviation", [8.0, 24.0, 60.0])
+def test_dq_is_precise_at_large_logits(deviation: float, device: str) -> None:
+    inputs = Case((2000,), PAPER, 1, 4, 128, 128).inputs(torch.bfloat16, device)
+    blocks = random_blocks(inputs.cu_seqlens, 1, PAPER, fewest=1)
+    q = (inputs.q.float() * deviation).bfloat16()
+    rest = (blocks, inputs.cu_seqlens, PAPER, 128**-0.5)
+    out, lse = triton_backend.selected_forward(q, inputs.k_slc, inputs.v_slc, *rest)
+    dout = torch.randn_like(out)
+    dq, _, _ = triton_backend.selected_backward(
+        dout, torch.zeros_like(lse), q, inputs.k_slc, inputs.v_slc, out, lse, *rest
+    )
+    exact_q = q.double().cpu().requires_grad_(True)
+    exact = inputs.double()
+    exact_out, _ = reference.selected_attention(
+        exact_q, exact.k_slc, exact.v_slc, blocks.cpu(), config=PAPER
+    )
+    (exact_dq,) = torch.autograd.grad(exact_out, exact_q, dout.double().cpu())
+    assert relative_error(dq.cpu(), exact_dq) <= MAX_DQ_ERROR
+
+
+LONG = 270_336
+"""Tokens at which q of 64 heads of 128 has more than 2^31 elements."""
+
+
+@pytest.mark.gpu
+def test_addresses_pass_32_bits(device: str) -> None:
+    torch.manual_seed(0)
+    cu_seqlens = offsets([LONG - 4100, 4100], device)
+    make = {"dtype": torch.bfloat16, "device": device}
+    q, dout = torch.randn(LONG, 64, 128, **make), torch.randn(LONG, 64, 128, **make)
+    k, v = torch.randn(LONG, 4, 128, **make), torch.randn(LONG, 4, 128, **make)
+    tokens = torch.arange(LONG, device=device, dtype=torch.int32)
+    positions = torch.where(tokens < LONG - 4100, tokens, tokens - (LONG - 4100))
+    own = (positions // 64)[:, None, None].expand(-1, 4, 1)
+    earlier = (torch.rand(LONG, 4, 15, device=device) * own).to(torch.int32)
+    blocks = torch.cat([earlier, own], -1)
+    # The contract wants each block once: a repeated one is dropped.
+    blocks, _ = blocks.sort(-1)
+    repeated = torch.nn.functional.pad(blocks[..., 1:] == blocks[..., :-1], (1, 0))
+    blocks = blocks.masked_fill(repeated, -1).to(torch.int32).contiguous()
+    rest = (blocks, cu_seqlens, PAPER, 128**-0.5)
+    out, lse = triton_backend.selected_forward(q, k, v, *rest)
+    dq, dk, dv = triton_backend.selected_backward(
+        dout, torch.zeros_like(lse), q, k, v, out, lse, *rest
+    )
+    assert dk.isfinite().all() and dv.isfinite().all()
+    for t in (LONG - 4101, LONG - 4100 + 64, LONG - 1):
+        start = 0 if t < LONG - 4100 else LONG - 4100
+        for group in range(4):
+            chosen = blocks[t, group][blocks[t, group] >= 0].long()
+            seen = (chosen[:, None] * 64 + torch.arange(64, device=device)).flatten()
+            seen = seen[seen <= t - start] + start
+            heads = slice(16 * group, 16 * group + 16)
+            row = q[t, heads].double().requires_grad_(True)
+            logits = row @ k[seen, group].double().T * 128**-0.5
+            exact = logits.softmax(-1) @ v[seen, group].double()
+            assert relative_error(out[t, heads], exact.detach()) < 0.01
+            (exact_dq,) = torch.autograd.grad(exact, row, dout[t, heads].double())
+            assert relative_error(dq[t, heads], exact_dq) < 0.01
