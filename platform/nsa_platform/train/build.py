@@ -38,7 +38,7 @@ def build_model(
         compile_layers(layers)
     if train.activation_checkpointing == "full":
         recompute_activations(layers)
-    if resolve_parallel(train, world) == "shard":
+    if resolve_parallel(train, on_gpu=world.device.type != "cpu") == "shard":
         shard(model, layers, dtype=DTYPES[train.dtype], world=world)
     model.to_empty(device=world.device)
     if weights is None:

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +33,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from nsa_platform import storage
 from nsa_platform.config.train import CheckpointConfig
 from nsa_platform.train.parallel import World
+from nsa_platform.train.retry import DELAYS_S, first_line, retried
 from nsa_platform.train.snapshots import (
     FACTS,
     MARKER,
@@ -49,8 +49,6 @@ from nsa_platform.train.snapshots import (
 
 # One worker may retry uploads for long while the others wait for it.
 PATIENCE = datetime.timedelta(hours=2)
-
-RETRY_DELAYS_S = (1.0, 5.0, 20.0)
 
 Value = TypeVar("Value")
 
@@ -70,7 +68,7 @@ class CheckpointStore:
         config: CheckpointConfig,
         world: World,
         say: Callable[[str], None],
-        retry_delays_s: Sequence[float] = RETRY_DELAYS_S,
+        retry_delays_s: Sequence[float] = DELAYS_S,
     ) -> None:
         self.folder = folder
         self.failed_steps: list[int] = []
@@ -143,13 +141,17 @@ class CheckpointStore:
                 return self._load(snapshot, model=model, optimizer=optimizer)
             # Reading damaged files fails in as many ways as there are formats inside them.
             except (Exception, CheckpointException) as error:
-                self._say(f"checkpoint {snapshot.name} cannot be read: {_first_line(error)}")
-        if self._from_first(lambda: bool(snapshots(self.folder))):
+                self._say(f"checkpoint {snapshot.name} cannot be read: {_reason(error)}")
+        if self.has_any():
             raise CheckpointError(
                 f"{self.folder}: none of the checkpoints can be read; to start again from step 0, "
                 "move the folder away or choose another name"
             )
         return None
+
+    def has_any(self) -> bool:
+        """Whether the run has a snapshot, be it whole or damaged. Every worker calls it."""
+        return self._from_first(lambda: bool(snapshots(self.folder)))
 
     def _whole_snapshots(self) -> list[Snapshot]:
         whole = []
@@ -222,17 +224,12 @@ class CheckpointStore:
             storage.write_bytes(str(place / FACTS), _json_bytes(facts))
 
     def _upload(self, place: Path, target: str) -> None:
-        for delay_s in (*self._retry_delays_s, None):
-            try:
-                return storage.upload_tree(str(place), target)
-            except OSError as error:
-                if delay_s is None:
-                    raise
-                self._say(
-                    f"checkpoint upload to {target} failed, next try in {delay_s:g} s: "
-                    f"{_first_line(error)}"
-                )
-                time.sleep(delay_s)
+        retried(
+            lambda: storage.upload_tree(place, target),
+            f"checkpoint upload to {target}",
+            say=self._say,
+            delays_s=self._retry_delays_s,
+        )
 
     def _commit(self, step: int, place: Path, target: str) -> str | None:
         """Put the marker, make the folder visible, delete old snapshots: on the first worker."""
@@ -261,7 +258,7 @@ class CheckpointStore:
         try:
             prune(self.folder, newest=step, keep=self._config.keep_latest)
         except OSError as error:
-            self._say(f"old checkpoints were not deleted: {_first_line(error)}")
+            self._say(f"old checkpoints were not deleted: {_reason(error)}")
 
     def _agree(self, work: Callable[[], None]) -> str | None:
         """Do the work on every worker. The first failure among them, or None, for all of them."""
@@ -270,7 +267,7 @@ class CheckpointStore:
             work()
         # Whatever stops one worker's writing is told to all; it must not end the training.
         except (Exception, CheckpointException) as error:
-            problem = f"worker {self._world.rank}: {_first_line(error)}"
+            problem = f"worker {self._world.rank}: {_reason(error)}"
         return next((each for each in self._gather(problem) if each is not None), None)
 
     def _gather(self, value: Value) -> list[Value]:
@@ -363,10 +360,11 @@ def _json_bytes(facts: dict[str, Any]) -> bytes:
     return json.dumps(facts, indent=1, sort_keys=True).encode()
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
+    """The first worker's own reason, where several workers' reasons have been put together."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 def _ignore(line: str) -> None:

@@ -44,12 +44,11 @@ class World:
         return values
 
 
-def resolve_parallel(config: TrainConfig, world: World) -> Literal["replicate", "shard"]:
+def resolve_parallel(config: TrainConfig, *, on_gpu: bool) -> Literal["replicate", "shard"]:
     """auto: shard on a GPU or when computing in bfloat16, else replicate."""
     if config.parallel != "auto":
         return config.parallel
-    needs_sharding = world.device.type != "cpu" or config.dtype == "bfloat16"
-    return "shard" if needs_sharding else "replicate"
+    return "shard" if on_gpu or config.dtype == "bfloat16" else "replicate"
 
 
 def compile_layers(layers: Iterable[nn.Module]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from torch import multiprocessing
+from torch.multiprocessing.spawn import spawn
 
 from nsa_platform.config.data import LoaderConfig
 from nsa_platform.config.train import TrainConfig
@@ -36,7 +36,7 @@ def _worker(
 def _spawn(
     size: int, folder: Path, data: LoaderConfig, jobs: list[tuple[str, TrainConfig, bool]]
 ) -> dict[str, dict[int, dict[str, float]]]:
-    multiprocessing.spawn(_worker, args=(size, str(folder), data, jobs), nprocs=size)
+    spawn(_worker, args=(size, str(folder), data, jobs), nprocs=size)
     found = {}
     for name, _, _ in jobs:
         tree = json.loads((folder / f"{name}-{size}.json").read_text())

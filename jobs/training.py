@@ -1,0 +1,276 @@
+"""The driver of pretraining and fine-tuning: check, run on Ray, register, say what came out."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from types import FrameType
+from typing import Any, NoReturn
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.queue import Queue
+from rich.console import Console
+
+from jobs.cli import fail
+from jobs.cluster import connect
+from jobs.progress import TrainingProgress
+from jobs.training_inputs import (
+    Inputs,
+    Origin,
+    cache_folder,
+    inspect,
+    private_folder,
+    read_finished,
+    run_folder,
+    write_finished,
+)
+from nsa_platform import storage
+from nsa_platform.config.runs import PretrainRun, SftRun
+from nsa_platform.tracking import RunHandle, Tracker, TrackingError, open_run, register_model
+from nsa_platform.train.estimate import estimate
+from nsa_platform.train.worker import Outcome, Task, train_worker
+
+EXIT_INTERRUPTED = 130
+POLL_S = 0.3
+
+
+def run_training(job: str, run: PretrainRun | SftRun, origin: Origin) -> None:
+    """Train, or go on with, the run; ends the process with a status and a line if it fails.
+
+    The status is 0 only if the model is finished, saved, exported and, if asked for, registered.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        inputs = inspect(run, origin)
+        finished = read_finished(run, inputs)
+        storage.write_text(storage.join(run_folder(run), "run.yaml"), run.to_yaml())
+    except (ValueError, OSError, RuntimeError) as error:
+        fail(str(error))
+    if finished is not None:
+        console.print(f"[bold]{run.name}[/] is finished already", markup=True)
+        show_result(finished, console)
+        return
+    for line in inputs.changes:
+        console.print(f"changed since the checkpoint: {line}", markup=False)
+    handle = _open_tracking(job, run, origin, inputs)
+    status = "FAILED"
+    try:
+        outcome = _train(run, origin, inputs, handle)
+        result = _conclude(run, outcome, handle)
+        write_finished(run, result)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        console.print("stopped; the same command goes on from the newest checkpoint")
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    except TrainingFailedError as error:
+        fail(f"{run.name} failed, the same command goes on from the newest checkpoint: {error}")
+    finally:
+        Tracker(handle).finish(status)
+    show_result(result, console)
+
+
+def show_plan(run: PretrainRun | SftRun, origin: Origin) -> None:
+    """What the run will take; nothing is read and nothing is started."""
+    plan = estimate(origin.model, run.data, run.train, run.cluster)
+    workers = run.cluster.num_workers
+    device = "GPU" if run.cluster.use_gpu else f"{run.cluster.cpus_per_worker} CPU"
+    sparse, dense = plan.flops_per_step, plan.dense_flops_per_step
+    parameters = _si(plan.parameters.total)
+    if plan.parameters.active != plan.parameters.total:
+        parameters += f", {_si(plan.parameters.active)} active"
+    rows = {
+        "parameters": f"{parameters}, {_si(plan.parameters.embedding)} of them embeddings",
+        "steps": f"{plan.steps:,} of {_si(run.train.tokens_per_step)} tokens",
+        "tokens": f"{_si(plan.tokens)} in rows of {run.data.context_length:,}",
+        "FLOPs per step": f"{_si(sparse)} as executed, {_si(dense)} with full attention",
+        "workers": f"{workers} x {device}, {plan.parallel}, each {plan.microbatches} microbatches "
+        f"of {run.train.sequences_per_microbatch} rows in a step",
+        "memory per worker": f"{_si(plan.state_bytes)}B weights, gradients and optimizer, about "
+        f"{_si(plan.activation_bytes)}B activations",
+    }
+    for name, value in rows.items():
+        print(f"{name:<18} {value}")
+
+
+def show_result(result: dict[str, Any], console: Console) -> None:
+    """The numbers and places that a person wants at the end."""
+    if result["first_loss"] is not None:
+        line = f"loss {result['first_loss']:.3f} -> {result['last_loss']:.3f}"
+        if "valid/loss" in result["metrics"]:
+            line += f", held-out {result['metrics']['valid/loss']:.3f}"
+        if "valid/bits_per_byte" in result["metrics"]:
+            line += f", {result['metrics']['valid/bits_per_byte']:.3f} bits per byte"
+        console.print(f"{line} after {result['step']} steps", markup=False)
+    console.print(f"model    {result['model']}", markup=False)
+    if result["registered"]:
+        console.print(f"registry {result['registered']}", markup=False)
+    console.print(f"MLflow   run {result['run_id']} in {result['tracking_uri']}", markup=False)
+
+
+def _open_tracking(
+    job: str, run: PretrainRun | SftRun, origin: Origin, inputs: Inputs
+) -> RunHandle:
+    """A new MLflow run, or the one that the checkpoint or an earlier attempt belongs to."""
+    known = inputs.facts["tracking"] if inputs.facts else {}
+    same_store = known.get("uri") == run.tracking.uri
+    queue_dir = private_folder(run) / "tracking-queue"
+    queue_dir.mkdir(parents=True, exist_ok=True)
+    params = run.model_dump(mode="json") | {"model": origin.model.model_dump(mode="json")}
+    return open_run(
+        run.tracking,
+        job=job,
+        name=run.name,
+        params=params,
+        tags={"nsa.model": origin.model.name, "nsa.attention": origin.model.attention.kind},
+        yaml_text=run.to_yaml(),
+        queue_dir=queue_dir,
+        run_id=known.get("run_id") if same_store else None,
+    )
+
+
+def _train(run: PretrainRun | SftRun, origin: Origin, inputs: Inputs, handle: RunHandle) -> Outcome:
+    """Run the workers to the end and show how they get on."""
+    cluster = run.cluster
+    with (
+        connect(num_cpus=cluster.num_workers * cluster.cpus_per_worker),
+        TrainingProgress(run.train.steps) as progress,
+    ):
+        _say_if_too_small(run, progress)
+        events = Queue(actor_options={"num_cpus": 0})
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={"task": _task(run, origin, inputs, handle, events)},
+            scaling_config=ScalingConfig(
+                num_workers=cluster.num_workers,
+                use_gpu=cluster.use_gpu,
+                resources_per_worker={"CPU": cluster.cpus_per_worker, "GPU": 1}
+                if cluster.use_gpu
+                else {"CPU": cluster.cpus_per_worker},
+            ),
+            run_config=RunConfig(
+                name=f"attempt-{time.time_ns()}",
+                storage_path=storage.join(run_folder(run), "ray"),
+                failure_config=FailureConfig(max_failures=cluster.max_failures),
+            ),
+            torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
+        )
+        return _fit(trainer, events, progress)
+
+
+def _task(
+    run: PretrainRun | SftRun, origin: Origin, inputs: Inputs, handle: RunHandle, events: Queue
+) -> Task:
+    tracking = {"uri": run.tracking.uri, "run_id": handle.run_id}
+    return Task(
+        model=origin.model,
+        data=run.data,
+        train=run.train,
+        cpus=run.cluster.cpus_per_worker,
+        folder=run_folder(run),
+        start_from=origin.start_from,
+        cache_dir=str(cache_folder(run)),
+        has_validation=inputs.validation.tokens > 0,
+        handle=handle,
+        identity={"name": run.name, "described": inputs.described, "tracking": tracking},
+        events=events,
+    )
+
+
+def _say_if_too_small(run: PretrainRun | SftRun, progress: TrainingProgress) -> None:
+    have = ray.cluster_resources()
+    need = {"CPU": run.cluster.num_workers * run.cluster.cpus_per_worker}
+    if run.cluster.use_gpu:
+        need["GPU"] = run.cluster.num_workers
+    for name, amount in need.items():
+        if have.get(name, 0) < amount:
+            progress.line(
+                f"the cluster has {have.get(name, 0):g} {name}, the run needs {amount}: it waits "
+                "until there are enough (Ctrl-C stops it)"
+            )
+
+
+def _fit(trainer: TorchTrainer, events: Queue, progress: TrainingProgress) -> Outcome:
+    """Run the trainer beside this thread, which shows events and can be interrupted."""
+    answer: dict[str, Any] = {}
+
+    def fit() -> None:
+        try:
+            answer["result"] = trainer.fit()
+        # Whatever ends the training is raised again by the thread that waits for it.
+        except BaseException as error:
+            answer["error"] = error
+
+    thread = threading.Thread(target=fit, name="fit", daemon=True)
+    thread.start()
+    with _terminated_as_interrupted():
+        while thread.is_alive():
+            thread.join(POLL_S)
+            _show(events, progress)
+    if "error" in answer:
+        raise answer["error"]
+    return answer["result"].return_value
+
+
+def _show(events: Queue, progress: TrainingProgress) -> None:
+    for event in events.get_nowait_batch(events.size()):
+        if "line" in event:
+            progress.line(event["line"])
+        else:
+            progress.step(event["step"], event["metrics"])
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """A job that is told to stop ends like one that is interrupted at the keyboard."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(_: int, __: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _conclude(run: PretrainRun | SftRun, outcome: Outcome, handle: RunHandle) -> dict[str, Any]:
+    """Register the model; what the run has come to. Ends the process if it has come to less."""
+    if outcome.problem is not None:
+        fail(f"{run.name} stopped after step {outcome.step}: {outcome.problem}")
+    if outcome.step in outcome.failed_checkpoints:
+        fail(
+            f"{run.name} is trained and its model is in {run_folder(run)}/model, but its last "
+            "checkpoint could not be written; the same command trains again from the one before"
+        )
+    model = storage.join(run_folder(run), "model")
+    registered = None
+    if run.tracking.registered_model is not None:
+        name, alias = run.tracking.registered_model, run.tracking.alias
+        try:
+            version = register_model(handle, storage.fetch(model, cache_folder(run)), name, alias)
+        except (TrackingError, OSError) as error:
+            fail(f"{run.name} is trained and its model is in {model}, but: {error}")
+        registered = f"models:/{name}@{alias} (version {version})"
+    return {
+        **asdict(outcome),
+        "model": model,
+        "registered": registered,
+        "run_id": handle.run_id,
+        "tracking_uri": run.tracking.uri,
+    }
+
+
+def _si(number: float) -> str:
+    """Three digits and a unit."""
+    for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.3g}{unit}"
+    return f"{number:.3g}"

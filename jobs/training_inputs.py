@@ -1,0 +1,171 @@
+"""What a training job finds before it starts: data, tokenizer, starting weights, checkpoints.
+
+Everything that can be wrong is found here, on the driver, before Ray starts work.
+"""
+
+import hashlib
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nsa_platform import storage
+from nsa_platform.config.model import ModelConfig
+from nsa_platform.config.runs import PretrainRun, SftRun
+from nsa_platform.data.manifest import Manifest, ShardError, TokenizerMismatch
+from nsa_platform.data.shards import open_split
+from nsa_platform.data.tokenizer import Tokenizer
+from nsa_platform.model.weights import load_config
+from nsa_platform.tracking import fetch_model, is_model_reference
+from nsa_platform.train.resume import ResumeError, check_resumable, describe_run
+from nsa_platform.train.snapshots import newest_facts
+
+FINISHED = "finished.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The model that a run trains and where its weights come from."""
+
+    model: ModelConfig
+    start_from: str | None
+    """Exported folder that every worker can reach; None: from scratch."""
+    local: Path | None
+    """The same folder on this machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What was found."""
+
+    train: Manifest
+    validation: Manifest
+    described: dict[str, Any]
+    """The configuration as checkpoints remember it."""
+    facts: dict[str, Any] | None
+    """Facts of the newest whole checkpoint."""
+    changes: list[str]
+    """What differs from that checkpoint's configuration and may."""
+
+
+def run_folder(run: PretrainRun | SftRun) -> str:
+    """Folder of the run: checkpoints, model and what is local to it."""
+    return storage.join(run.storage, run.name)
+
+
+def cache_folder(run: PretrainRun | SftRun) -> Path:
+    """Local folder for copies of remote files."""
+    return Path(run.data.cache_dir or Path(tempfile.gettempdir()) / "nsa-cache")
+
+
+def private_folder(run: PretrainRun | SftRun) -> Path:
+    """Local folder of what must not be remote: the run's own, or one in the user's cache."""
+    folder = run_folder(run)
+    if not storage.is_remote(folder):
+        return Path(folder)
+    key = hashlib.sha256(folder.encode()).hexdigest()[:12]
+    return Path.home() / ".cache" / "nsa_platform" / "runs" / f"{run.name}-{key}"
+
+
+def pretrain_origin(run: PretrainRun) -> Origin:
+    """A new model."""
+    return Origin(model=run.model, start_from=None, local=None)
+
+
+def sft_origin(run: SftRun) -> Origin:
+    """The exported model that `checkpoint` names.
+
+    A registered model is put beside the run, where all workers can read it and where it stays the
+    same if its alias moves on.
+
+    Raises:
+        ValueError: it is not an exported model, or its context is too short for the data.
+        OSError: it cannot be read.
+        TrackingError: the registry does not know it.
+    """
+    place, cache = run.checkpoint, cache_folder(run)
+    if is_model_reference(place):
+        start = storage.join(run_folder(run), "start")
+        if not storage.exists(storage.join(start, "config.json")):
+            fetched = fetch_model(place, run.tracking.uri, cache)
+            storage.upload_tree(fetched, start)
+        place = start
+    local = storage.fetch(place, cache)
+    model = load_config(local)
+    if run.data.context_length > model.max_context:
+        raise ValueError(
+            f"data.context_length={run.data.context_length} must not exceed {model.max_context}, "
+            f"the max_context of {run.checkpoint}"
+        )
+    return Origin(model=model, start_from=place, local=local)
+
+
+def inspect(run: PretrainRun | SftRun, origin: Origin) -> Inputs:
+    """Look at data, tokenizer and checkpoints.
+
+    Raises:
+        ShardError: no finished shards, or none of the tokenizer that the model has.
+        ValueError: the tokenizer, the model and the data do not fit each other.
+        ResumeError: the folder holds checkpoints of another run.
+        OSError: storage cannot be reached.
+    """
+    tokenizer = Tokenizer(
+        storage.fetch(storage.join(run.data.path, "tokenizer"), cache_folder(run))
+    )
+    train, validation = (
+        open_split(run.data, split, tokenizer_fingerprint=tokenizer.fingerprint).manifest
+        for split in ("train", "validation")
+    )
+    _check_tokenizer(run, origin, tokenizer)
+    if not train.tokens:
+        raise ShardError(f"{run.data.path}/train: holds no tokens; there is nothing to train on")
+    described = describe_run(run.model_dump(mode="json") | _model(origin), data_digest=train.digest)
+    facts = newest_facts(storage.join(run_folder(run), "checkpoints"))
+    changes: list[str] = []
+    if facts is not None:
+        try:
+            changes = check_resumable(facts["described"], described)
+        except ResumeError as error:
+            raise ResumeError(f"{run_folder(run)}: {error}") from None
+        if facts["step"] > run.train.steps:
+            raise ResumeError(
+                f"{run_folder(run)}: {facts['step']} steps are done, train.steps={run.train.steps} "
+                "is less; choose another name for another run"
+            )
+    return Inputs(train, validation, described, facts, changes)
+
+
+def read_finished(run: PretrainRun | SftRun, inputs: Inputs) -> dict[str, Any] | None:
+    """What the finished run has left; None if it is not finished or something has changed."""
+    place = storage.join(run_folder(run), FINISHED)
+    if inputs.facts is None or inputs.changes or not storage.exists(place):
+        return None
+    finished = json.loads(storage.read_text(place))
+    return finished if finished.get("step") == run.train.steps else None
+
+
+def write_finished(run: PretrainRun | SftRun, result: dict[str, Any]) -> None:
+    """Say that the run is finished."""
+    text = json.dumps(result, indent=1, sort_keys=True)
+    storage.write_text(storage.join(run_folder(run), FINISHED), text)
+
+
+def _model(origin: Origin) -> dict[str, Any]:
+    return {"model": origin.model.model_dump(mode="json")}
+
+
+def _check_tokenizer(run: PretrainRun | SftRun, origin: Origin, tokenizer: Tokenizer) -> None:
+    if origin.local is not None:
+        trained_with = Tokenizer(origin.local).fingerprint
+        if trained_with != tokenizer.fingerprint:
+            raise TokenizerMismatch(
+                f"{run.data.path}: was made with tokenizer {tokenizer.fingerprint[:12]}, but the "
+                f"model {origin.start_from} was trained with {trained_with[:12]}; prepare the data "
+                f"again with tokenizer.path={origin.start_from}"
+            )
+    if tokenizer.vocab_size > origin.model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={origin.model.vocab_size} must be at least {tokenizer.vocab_size}, "
+            f"the ids of the tokenizer in {run.data.path}"
+        )

@@ -1,0 +1,85 @@
+"""What a run will take, from its configuration alone: parameters, FLOPs, steps, memory."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nsa_platform.config.data import LoaderConfig
+from nsa_platform.config.model import ModelConfig
+from nsa_platform.config.train import ClusterConfig, TrainConfig
+from nsa_platform.model.cost import (
+    ParameterCount,
+    count_parameters,
+    dense_equivalent,
+    flops_per_token,
+)
+from nsa_platform.train.parallel import resolve_parallel
+
+# float32 weight, gradient and the two moments of AdamW.
+STATE_BYTES = 16
+
+# Values of width D that a layer keeps for its backward pass beside the feed-forward's, about:
+# norms, queries, keys and values of three branches, their outputs, the residual stream.
+KEPT_PER_LAYER = 14
+
+# float32 logits of one chunk, their gradient and the softmax.
+LOGITS_BYTES = 3 * (256 << 20)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a run will take."""
+
+    parameters: ParameterCount
+    steps: int
+    tokens: int
+    """Of the whole run."""
+    flops_per_step: float
+    """Forward and backward as executed, all workers together."""
+    dense_flops_per_step: float
+    """The same shape with full attention."""
+    microbatches: int
+    """Of one worker in one step."""
+    state_bytes: int
+    """Weights, gradients and optimizer of one worker."""
+    activation_bytes: int
+    """Roughly what one worker keeps for the backward pass, logits included."""
+    parallel: Literal["replicate", "shard"]
+
+
+def estimate(
+    model: ModelConfig, data: LoaderConfig, train: TrainConfig, cluster: ClusterConfig
+) -> Estimate:
+    """Work it out; nothing is built or read."""
+    parameters = count_parameters(model)
+    flops = flops_per_token(model, data.context_length).training
+    dense = flops_per_token(dense_equivalent(model), data.context_length).training
+    parallel = resolve_parallel(train, on_gpu=cluster.use_gpu)
+    holders = cluster.num_workers if parallel == "shard" else 1
+    rows = train.tokens_per_step // data.context_length
+    tokens_at_once = data.context_length * train.sequences_per_microbatch
+    return Estimate(
+        parameters=parameters,
+        steps=train.steps,
+        tokens=train.steps * train.tokens_per_step,
+        flops_per_step=flops * train.tokens_per_step,
+        dense_flops_per_step=dense * train.tokens_per_step,
+        microbatches=rows // (cluster.num_workers * train.sequences_per_microbatch),
+        state_bytes=-(-parameters.total * STATE_BYTES // holders),
+        activation_bytes=_activation_bytes(model, train, tokens_at_once),
+        parallel=parallel,
+    )
+
+
+def _activation_bytes(model: ModelConfig, train: TrainConfig, tokens: int) -> int:
+    element = 2 if train.dtype == "bfloat16" else 4
+    ffn = model.ffn_width
+    if model.moe is not None:
+        experts = model.moe.experts_per_token + model.moe.shared_experts
+        ffn = max(ffn, experts * model.moe.expert_width)
+    layer = KEPT_PER_LAYER * model.width + 4 * ffn
+    if train.activation_checkpointing == "full":
+        kept = model.layers * model.width + layer
+    else:
+        kept = model.layers * layer
+    logits = min(LOGITS_BYTES, 3 * 4 * tokens * model.vocab_size)
+    return tokens * kept * element + logits

@@ -1,0 +1,54 @@
+"""The finished model as a folder that evaluation, serving and fine-tuning read."""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from nsa_platform import storage
+from nsa_platform.model.transformer import Transformer
+from nsa_platform.model.weights import CONFIG_FILE, export_model
+from nsa_platform.train.parallel import World
+from nsa_platform.train.retry import retried
+
+
+def gather_weights(model: Transformer) -> dict[str, Tensor]:
+    """Full weights on the CPU: on the first worker, nothing on the others. All workers call it."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def export(
+    model: Transformer, target: str, *, tokenizer: Path, world: World, say: Callable[[str], None]
+) -> None:
+    """Write the model with its tokenizer to `target`, local or s3://. All workers call it.
+
+    A remote folder is complete when its config.json is there: that is uploaded last.
+
+    Raises:
+        OSError: it could not be written; on the first worker.
+    """
+    weights = gather_weights(model)
+    if not world.is_first:
+        return
+    if not storage.is_remote(target):
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        export_model(target, model.config, weights, tokenizer_dir=tokenizer)
+        return
+    with tempfile.TemporaryDirectory(prefix="export-") as temporary:
+        folder = export_model(
+            Path(temporary) / "model", model.config, weights, tokenizer_dir=tokenizer
+        )
+        retried(
+            lambda: _upload_config_last(folder, target), f"upload of the model to {target}", say=say
+        )
+
+
+def _upload_config_last(folder: Path, target: str) -> None:
+    storage.delete_tree(storage.join(target, CONFIG_FILE))
+    names = [entry.name for entry in storage.walk(str(folder))]
+    for name in sorted(names, key=lambda name: name == CONFIG_FILE):
+        storage.upload_file(folder / name, storage.join(target, name))

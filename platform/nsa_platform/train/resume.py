@@ -1,0 +1,58 @@
+"""May this run go on from that checkpoint: what must be the same, what may change and is said."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# Sections of a run that a checkpoint remembers.
+SECTIONS = ("model", "data", "train", "cluster")
+
+# Weights have the model's shape, and the loader's row number means a row of exactly this data.
+FIXED = ("model", "data_digest", "data.context_length", "data.packing", "data.seed")
+
+# Changes that have no say in what is computed.
+SILENT = ("model.name", "data.path", "data.cache_dir", "data.cache_gib")
+
+
+class ResumeError(ValueError):
+    """The checkpoints belong to another run; the message names the differences."""
+
+
+def describe_run(run: Mapping[str, Any], *, data_digest: str) -> dict[str, Any]:
+    """What a checkpoint keeps of a run's configuration, to be compared when it is resumed."""
+    return {**{name: run[name] for name in SECTIONS}, "data_digest": data_digest}
+
+
+def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Compare two results of describe_run; returns one line for each change that is allowed.
+
+    Raises:
+        ResumeError: the model or the data is another one.
+    """
+    old, new = _flat(saved), _flat(current)
+    changes = {
+        key: f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in SILENT
+    }
+    broken = [line for key, line in changes.items() if _is_fixed(key)]
+    if broken:
+        raise ResumeError(
+            f"the checkpoints belong to another run: {'; '.join(broken)}. Choose another name, or "
+            "move the checkpoints away to start again"
+        )
+    return list(changes.values())
+
+
+def _is_fixed(key: str) -> bool:
+    return any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            # JSON knows no tuples.
+            flat[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
+    return flat

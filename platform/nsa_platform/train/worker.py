@@ -1,0 +1,259 @@
+"""What Ray Train runs on each worker: put the run's parts together, train, export."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+from ray.util.queue import Queue
+
+from nsa_platform import storage
+from nsa_platform.config.data import LoaderConfig
+from nsa_platform.config.model import ModelConfig
+from nsa_platform.config.train import TrainConfig
+from nsa_platform.data.loader import Loader, LoaderState
+from nsa_platform.data.shards import ShardSet, open_split
+from nsa_platform.data.tokenizer import Tokenizer, TokenizerError
+from nsa_platform.model.cost import flops_per_token
+from nsa_platform.model.transformer import Transformer
+from nsa_platform.tracking import RunHandle, SystemMonitor, Tracker
+from nsa_platform.train.build import build_model
+from nsa_platform.train.checkpoint import CheckpointStore
+from nsa_platform.train.export import export
+from nsa_platform.train.history import History
+from nsa_platform.train.loop import Metrics, Progress, TrainingDiverged, train
+from nsa_platform.train.metrics import Throughput, peak_flops
+from nsa_platform.train.optimizer import build_optimizer
+from nsa_platform.train.parallel import World
+from nsa_platform.train.snapshots import CheckpointError
+from nsa_platform.train.validation import Validation
+
+# The driver is told at most this often; its line of progress needs no more.
+REPORT_EVERY_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Everything a worker needs to know. All places in it are absolute."""
+
+    model: ModelConfig
+    data: LoaderConfig
+    train: TrainConfig
+    cpus: int
+    folder: str
+    """The run's own, local or s3://."""
+    start_from: str | None
+    """Exported model whose weights a new run begins with, local or s3://; None: from scratch."""
+    cache_dir: str
+    """Local folder for copies of remote files."""
+    has_validation: bool
+    handle: RunHandle
+    identity: dict[str, Any]
+    """What every checkpoint says about its run."""
+    events: Queue | None
+    """Where the first worker tells the driver how it goes; None: nowhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How it went, from the first worker."""
+
+    step: int
+    first_loss: float | None
+    last_loss: float | None
+    metrics: dict[str, float]
+    """Of the last step that this attempt has done."""
+    failed_checkpoints: list[int]
+    problem: str | None
+    """Why there is no finished model; None if there is one."""
+
+
+class Voice:
+    """Tells the driver, from the first worker, and Ray Train, from all of them."""
+
+    def __init__(self, world: World, events: Queue | None, *, steps: int) -> None:
+        self.metrics: dict[str, float] = {}
+        self._events = events if world.is_first else None
+        self._steps = steps
+        self._told_s = 0.0
+
+    def say(self, line: str) -> None:
+        """One line for a person."""
+        if self._events is not None:
+            self._events.put_nowait({"line": line})
+
+    def report(self, step: int, metrics: Metrics) -> None:
+        """The step's metrics. Ray Train takes few reports a minute: it gets the validations."""
+        self.metrics = dict(metrics)
+        is_due = step == self._steps or time.monotonic() - self._told_s >= REPORT_EVERY_S
+        if self._events is not None and (is_due or "valid/loss" in metrics):
+            self._told_s = time.monotonic()
+            self._events.put_nowait({"step": step, "metrics": dict(metrics)})
+        if "valid/loss" in metrics:
+            ray.train.report({"step": step, **metrics})
+
+
+def train_worker(config: dict[str, Any]) -> Outcome:
+    """Train one run, or go on with it, on this worker. `config` holds the Task as `task`."""
+    task: Task = config["task"]
+    context = ray.train.get_context()
+    world = World(
+        rank=context.get_world_rank(),
+        size=context.get_world_size(),
+        device=ray.train.torch.get_device(),
+    )
+    if world.device.type == "cpu":
+        torch.set_num_threads(task.cpus)
+    voice = Voice(world, task.events, steps=task.train.steps)
+    with ExitStack() as stack:
+        stack.enter_context(_warnings_told(voice))
+        tracker = None
+        if context.get_local_rank() == 0:
+            tracker = Tracker(task.handle, creates_run=world.is_first)
+            stack.callback(tracker.finish, None)
+            stack.callback(SystemMonitor(tracker).stop)
+        return _train(task, world=world, voice=voice, tracker=tracker if world.is_first else None)
+
+
+def _train(task: Task, *, world: World, voice: Voice, tracker: Tracker | None) -> Outcome:
+    checkpoints = CheckpointStore(
+        storage.join(task.folder, "checkpoints"),
+        config=task.train.checkpoint,
+        world=world,
+        say=voice.say,
+    )
+    progress, history = Progress(), History()
+    try:
+        tokenizer = Tokenizer(_tokenizer_folder(task))
+        model, optimizer, facts = _model(task, world=world, checkpoints=checkpoints)
+        if facts is not None:
+            progress = Progress(facts["step"], facts["tokens"])
+            history = History.from_dict(facts["history"])
+            voice.say(f"goes on from the checkpoint of step {progress.step}")
+        state = None if facts is None else LoaderState.from_dict(facts["loader"])
+        train(
+            model,
+            optimizer,
+            loader=_loader(task, world=world, state=state, tracker=tracker),
+            config=task.train,
+            world=world,
+            progress=progress,
+            history=history,
+            validation=_validation(task, world=world, tokenizer=tokenizer, tracker=tracker),
+            checkpoints=checkpoints,
+            identity=task.identity,
+            tracker=tracker,
+            throughput=_throughput(task, world),
+            report=voice.report,
+        )
+        checkpoints.close()
+        target = storage.join(task.folder, "model")
+        export(model, target, tokenizer=tokenizer.folder, world=world, say=voice.say)
+        problem = None
+    # The same on every worker and again the same if tried again: Ray is not asked to restart.
+    except (TrainingDiverged, CheckpointError) as error:
+        problem = str(error)
+    return Outcome(
+        step=progress.step,
+        first_loss=history.train[0][1] if history.train else None,
+        last_loss=history.train[-1][1] if history.train else None,
+        metrics=voice.metrics,
+        failed_checkpoints=checkpoints.failed_steps,
+        problem=problem,
+    )
+
+
+def _model(
+    task: Task, *, world: World, checkpoints: CheckpointStore
+) -> tuple[Transformer, torch.optim.Optimizer, dict[str, Any] | None]:
+    """Model and optimizer of the newest checkpoint, else of the start; and its facts."""
+    weights = None
+    if task.start_from is not None and not checkpoints.has_any():
+        weights = storage.fetch(task.start_from, task.cache_dir)
+    model = build_model(task.model, task.train, world=world, weights=weights)
+    optimizer = build_optimizer(model, task.train.optimizer)
+    return model, optimizer, checkpoints.load(model=model, optimizer=optimizer)
+
+
+def _tokenizer_folder(task: Task) -> Path:
+    return storage.fetch(storage.join(task.data.path, "tokenizer"), task.cache_dir)
+
+
+def _loader(
+    task: Task, *, world: World, state: LoaderState | None, tracker: Tracker | None
+) -> Loader:
+    shards = open_split(task.data, "train")
+    _track_data(shards, tracker, "training")
+    return Loader(
+        shards,
+        task.data,
+        rank=world.rank,
+        world_size=world.size,
+        rows_per_microbatch=task.train.sequences_per_microbatch,
+        state=state,
+    )
+
+
+def _validation(
+    task: Task, *, world: World, tokenizer: Tokenizer, tracker: Tracker | None
+) -> Validation | None:
+    if not task.has_validation:
+        return None
+    shards = open_split(task.data, "validation")
+    _track_data(shards, tracker, "validation")
+    try:
+        token_bytes = torch.from_numpy(tokenizer.token_bytes())
+    except TokenizerError:
+        # Ids of such a tokenizer have no bytes of their own; there is a loss in nats alone.
+        token_bytes = None
+    return Validation(
+        shards,
+        task.data,
+        tokens=task.train.validation_tokens,
+        rows_per_microbatch=task.train.sequences_per_microbatch,
+        world=world,
+        token_bytes=token_bytes,
+    )
+
+
+def _track_data(shards: ShardSet, tracker: Tracker | None, context: str) -> None:
+    if tracker is not None:
+        manifest = shards.manifest.to_dict()
+        tracker.log_dataset(manifest, shards.manifest.split, context, source=shards.folder)
+
+
+def _throughput(task: Task, world: World) -> Throughput:
+    peak = peak_flops(world.device) if task.train.dtype == "bfloat16" else None
+    return Throughput(
+        tokens_per_step=task.train.tokens_per_step,
+        flops_per_token=flops_per_token(task.model, task.data.context_length).training,
+        peak=None if peak is None else peak * world.size,
+    )
+
+
+class _Relay(logging.Handler):
+    """Gives warnings to `say`."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._say(record.getMessage())
+
+
+@contextmanager
+def _warnings_told(voice: Voice) -> Iterator[None]:
+    """Warnings of the platform, a tracking store out of reach among them, reach the driver."""
+    logger, relay = logging.getLogger("nsa_platform"), _Relay(voice.say)
+    logger.addHandler(relay)
+    try:
+        yield
+    finally:
+        logger.removeHandler(relay)
