@@ -1,7 +1,8 @@
 """Health of the sparse attention: gates, where the selected blocks lie, how sharp the scores are.
 
 A probe is handed to a forward pass and adds up sums on the device; nothing travels to the host
-until summary(). It costs a second pass over the compressed branch, so it belongs in validation.
+until summary(). It costs a second pass over the compressed branch and keeps torch.compile out, so
+it belongs in validation.
 """
 
 from dataclasses import dataclass, field
@@ -65,7 +66,6 @@ class Probe:
         return {layer: _read(sums) for layer, sums in sorted(self.layers.items())}
 
 
-@torch.compiler.disable()
 @torch.no_grad()
 def observe_gates(probe: Probe, layer: int, gates: Tensor) -> None:
     """Add the gates [T, H, branches] of a layer."""
@@ -74,7 +74,6 @@ def observe_gates(probe: Probe, layer: int, gates: Tensor) -> None:
     sums.tokens += gates.shape[0]
 
 
-@torch.compiler.disable()
 @torch.no_grad()
 def observe_selection(
     probe: Probe,

@@ -1,12 +1,14 @@
 """The whole model: gradients everywhere, packing, causality, initialisation, torch.compile."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from nsa_platform.model.inputs import PackedInputs
+from nsa_platform.model.probe import Probe
 from nsa_platform.model.transformer import Transformer, init_weights, initial_tensor
 
 VARIANTS = {
@@ -119,6 +121,9 @@ def test_a_layer_compiles_without_a_graph_break(make_config, make_model):
     compiled.sum().backward()
     torch.testing.assert_close(compiled, plain)
     assert all(parameter.grad is not None for parameter in model.parameters())
+    probe = Probe()
+    model(ids, replace(inputs, probe=probe))
+    assert list(probe.summary()) == [0, 1]
 
 
 def test_a_layer_can_be_recomputed(make_config, make_model):
