@@ -137,16 +137,20 @@ def needle_map(
     *,
     label: str,
     title: str,
+    percent: bool = True,
 ) -> Figure:
     """A needle's fate over context length and depth: green found, red lost.
 
     Args:
-        values: one row for each depth, one column for each length, from 0 to 1.
+        values: one row for each depth, one column for each length.
         label: what a value is.
+        percent: values are shares from 0 to 1; otherwise any numbers around 0.
     """
     figure, axes = _canvas(title, x="context length (tokens)", y="depth of the needle")
     figure.set_size_inches(max(5.5, 1.0 * len(lengths) + 2.5), max(3.6, 0.5 * len(depths) + 1.6))
-    _heat(figure, axes, values, label=label, percent=True, low=0, high=1, map_="RdYlGn")
+    reach = max((abs(value) for row in values for value in row), default=1.0) or 1.0
+    low, high = (0.0, 1.0) if percent else (-reach, reach)
+    _heat(figure, axes, values, label=label, percent=percent, low=low, high=high, map_="RdYlGn")
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     return figure

@@ -1,7 +1,7 @@
 """The only door to MLflow: runs that survive a dead server, datasets, figures, models."""
 
 from nsa_platform.tracking.handle import RunHandle, flatten
-from nsa_platform.tracking.opening import open_run
+from nsa_platform.tracking.opening import attach_run, open_run
 from nsa_platform.tracking.registry import (
     fetch_model,
     is_model_reference,
@@ -18,6 +18,7 @@ __all__ = [
     "SystemMonitor",
     "Tracker",
     "TrackingError",
+    "attach_run",
     "fetch_model",
     "flatten",
     "is_model_reference",

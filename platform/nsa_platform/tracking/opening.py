@@ -63,6 +63,13 @@ def open_run(
     return dataclasses.replace(memory.handle, run_id=tracker.run_id)
 
 
+def attach_run(config: TrackingConfig, *, name: str, run_id: str, queue_dir: Path) -> RunHandle:
+    """A handle to record into a run that exists, without touching its settings or status."""
+    uri = absolute_uri(config.uri)
+    handle = new_handle(uri, config.experiment, artifacts=None, name=name, queue_dir=queue_dir)
+    return dataclasses.replace(handle, run_id=run_id)
+
+
 def _choose(
     config: TrackingConfig, name: str, digest: str, *, queue_dir: Path, run_id: str | None
 ) -> Memory:

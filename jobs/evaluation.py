@@ -1,0 +1,217 @@
+"""What jobs.evaluate does: open model, data and run, measure, record."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jobs.cluster import connect
+from nsa_platform import storage
+from nsa_platform.config.data import LoaderConfig
+from nsa_platform.config.evaluate import BitsPerByteConfig, NeedleConfig
+from nsa_platform.config.runs import EvaluateRun
+from nsa_platform.data.loader import Batch, Loader
+from nsa_platform.data.shards import ShardSet
+from nsa_platform.data.tokenizer import Tokenizer
+from nsa_platform.evaluate.bits_per_byte import BitsPerByte, bits_per_byte, first_batches
+from nsa_platform.evaluate.needle import NeedleGrid, needle_grid, synthetic_filler
+from nsa_platform.evaluate.ngram import Ngrams
+from nsa_platform.evaluate.report import MODEL, record_bits_per_byte, record_needles, summary
+from nsa_platform.evaluate.scores import ModelScorer
+from nsa_platform.model.transformer import Transformer
+from nsa_platform.model.weights import load_model
+from nsa_platform.serve.generator import Generator
+from nsa_platform.tracking import (
+    RunHandle,
+    Tracker,
+    attach_run,
+    fetch_model,
+    is_model_reference,
+    open_run,
+    source_run,
+)
+
+ANSWER_ROOM = 16
+"""Tokens beyond a prompt for the number that is asked for."""
+
+
+def evaluate(run: EvaluateRun, *, run_id: str | None = None, step: int = 0) -> dict[str, Any]:
+    """Measure the run's checkpoint and record it in MLflow; returns all results as plain values.
+
+    Args:
+        run_id: record into this MLflow run, which goes on as it was; None: into a new run.
+        step: of the recorded points.
+
+    Raises:
+        ValueError: the model, the data and the configuration do not fit each other.
+        OSError: a checkpoint, shard or model version cannot be reached.
+    """
+    folder = _checkpoint(run)
+    handle = _open(run, run_id)
+    own = run_id is None
+    try:
+        if not run.use_gpu:
+            results = measure(run, folder, handle, step)
+        else:
+            with connect():
+                if not ray.cluster_resources().get("GPU"):
+                    raise ValueError("use_gpu=true, but the Ray cluster has no GPU")
+                remote = ray.remote(num_cpus=1, num_gpus=1)(measure)
+                results = ray.get(remote.remote(run, folder, handle, step))
+    except BaseException:
+        Tracker(handle).finish("FAILED" if own else None)
+        raise
+    Tracker(handle).finish("FINISHED" if own else None)
+    return results
+
+
+def measure(run: EvaluateRun, folder: str, handle: RunHandle, step: int) -> dict[str, Any]:
+    """Measure the exported model in `folder` on this machine and record it."""
+    device, dtype = ("cuda", torch.bfloat16) if run.use_gpu else ("cpu", torch.float32)
+    place = storage.fetch(folder, _cache("checkpoints"))
+    model, tokenizer = load_model(place, device=device, dtype=dtype), Tokenizer(place)
+    _check_lengths(run, model.config.max_context)
+    tracker = Tracker(handle)
+    try:
+        with _progress() as progress:
+            bits = grid = None
+            if run.bits_per_byte is not None:
+                bits = _bits_per_byte(run, run.bits_per_byte, model, tokenizer, tracker, progress)
+                record_bits_per_byte(tracker, bits, step)
+            if run.needle is not None:
+                grid = _needles(run, run.needle, model, tokenizer, progress)
+                record_needles(tracker, grid, step)
+        results = summary(bits, grid)
+        tracker.log_dict(results, "evaluation/results.json")
+    finally:
+        tracker.finish(None)
+    return {**results, "run_id": tracker.run_id, "tracking_uri": handle.uri}
+
+
+def _checkpoint(run: EvaluateRun) -> str:
+    """Folder of the exported model; one from the registry is downloaded."""
+    if is_model_reference(run.checkpoint):
+        return str(fetch_model(run.checkpoint, run.tracking.uri, _cache("models")))
+    return run.checkpoint
+
+
+def _open(run: EvaluateRun, run_id: str | None) -> RunHandle:
+    queue_dir = Path("runs") / "evaluate" / run.name / "tracking-queue"
+    if run_id is not None:
+        return attach_run(run.tracking, name=run.name, run_id=run_id, queue_dir=queue_dir)
+    tags = {"nsa.checkpoint": run.checkpoint}
+    if is_model_reference(run.checkpoint):
+        parent = source_run(run.checkpoint, run.tracking.uri)
+        tags |= {"mlflow.parentRunId": parent} if parent else {}
+    return open_run(
+        run.tracking,
+        job="evaluate",
+        name=run.name,
+        params=run.model_dump(mode="json"),
+        tags=tags,
+        yaml_text=run.to_yaml(),
+        queue_dir=queue_dir,
+    )
+
+
+def _check_lengths(run: EvaluateRun, max_context: int) -> None:
+    if run.bits_per_byte is not None and run.bits_per_byte.context_length > max_context:
+        raise ValueError(
+            f"bits_per_byte.context_length={run.bits_per_byte.context_length} must not exceed the "
+            f"model's max_context={max_context}"
+        )
+    longest = max(run.needle.lengths) + ANSWER_ROOM if run.needle is not None else 0
+    if longest > max_context:
+        raise ValueError(
+            f"needle.lengths: {longest - ANSWER_ROOM} and {ANSWER_ROOM} tokens for the answer "
+            f"must not exceed the model's max_context={max_context}"
+        )
+
+
+def _bits_per_byte(
+    run: EvaluateRun,
+    config: BitsPerByteConfig,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    tracker: Tracker,
+    progress: Progress,
+) -> dict[str, BitsPerByte]:
+    loader = _loader(run.data, "validation", tokenizer, config.context_length)
+    tracker.log_dataset(
+        loader.shards.manifest.to_dict(),
+        Path(run.data).name,
+        "evaluation",
+        source=loader.shards.folder,
+    )
+    train = _loader(run.data, "train", tokenizer, config.context_length)
+    wanted = min(config.baseline_tokens, train.shards.manifest.tokens)
+    task = progress.add_task("unigram and bigram", total=wanted)
+    ngrams = Ngrams(
+        _counted(
+            first_batches(train, tokens=wanted, batch_rows=1),
+            lambda tokens: progress.advance(task, tokens),
+        ),
+        model.config.vocab_size,
+    )
+    rows = min(max(1, config.tokens // config.context_length), loader.rows_per_epoch)
+    task = progress.add_task("bits per byte", total=rows * config.context_length)
+    return bits_per_byte(
+        {MODEL: ModelScorer(model).nats, "bigram": ngrams.bigram, "unigram": ngrams.unigram},
+        first_batches(loader, tokens=config.tokens, batch_rows=config.sequences_per_batch),
+        tokenizer.token_bytes(),
+        context_length=config.context_length,
+        buckets=config.position_buckets,
+        advance=lambda tokens: progress.advance(task, tokens),
+    )
+
+
+def _needles(
+    run: EvaluateRun,
+    config: NeedleConfig,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    progress: Progress,
+) -> NeedleGrid:
+    generator = Generator(model)
+    if config.filler == "synthetic":
+        filler = synthetic_filler(tokenizer)
+    else:
+        loader = _loader(run.data, "validation", tokenizer, max(config.lengths))
+        batches = first_batches(loader, tokens=16 * max(config.lengths), batch_rows=1)
+        ids = [token for batch in batches for token in batch.ids.tolist()]
+        filler = [token for token in ids if token not in (tokenizer.eos_id, tokenizer.pad_id)]
+    trials = len(config.lengths) * len(config.depths) * config.samples
+    task = progress.add_task("needles", total=trials)
+    return needle_grid(
+        lambda prompt, count: list(generator.stream(prompt, count, stop_ids=tokenizer.stop_ids())),
+        ModelScorer(model).answer,
+        tokenizer,
+        config,
+        filler=filler,
+        advance=lambda: progress.advance(task),
+    )
+
+
+def _counted(batches: Iterator[Batch], advance: Callable[[int], None]) -> Iterator[Batch]:
+    for batch in batches:
+        yield batch
+        advance(len(batch.ids))
+
+
+def _loader(data: str, split: str, tokenizer: Tokenizer, context_length: int) -> Loader:
+    shards = ShardSet(storage.join(data, split), tokenizer_fingerprint=tokenizer.fingerprint)
+    return Loader(shards, LoaderConfig(path=data, context_length=context_length))
+
+
+def _cache(name: str) -> Path:
+    return Path(tempfile.gettempdir()) / "nsa-platform" / name
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description:>20}"), BarColumn(), TimeRemainingColumn(), transient=True
+    )

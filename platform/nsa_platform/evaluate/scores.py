@@ -1,0 +1,64 @@
+"""How a model scores given tokens: -log p of every target, and of an answer to a prompt."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from nsa_platform.data.loader import Batch
+from nsa_platform.data.packing import IGNORED
+from nsa_platform.model.inputs import PackedInputs
+from nsa_platform.model.transformer import Transformer
+
+Score = Callable[[Batch], np.ndarray]
+"""A batch to nats of each position's target, float64 [T]; 0 where there is no target."""
+
+# Logits of one chunk take 256 MB in float32.
+LOGITS_PER_CHUNK = 1 << 26
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerScore:
+    """How a model takes to an answer whose earlier tokens it is always given (teacher forcing)."""
+
+    nats: tuple[float, ...]
+    """-log p of each token of the answer."""
+    hits: tuple[bool, ...]
+    """Whether the token was the most likely one."""
+
+
+class ModelScorer:
+    """Scores by a Transformer, on its device and in its dtype; sums stand in float64."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+        self.device = model.embedding.weight.device
+
+    @torch.no_grad()
+    def nats(self, batch: Batch) -> np.ndarray:
+        """-log p of each target of a batch, float64 [T]."""
+        batch = batch.to(self.device)
+        inputs = PackedInputs(batch.positions, batch.cu_seqlens)
+        hidden = self.model(batch.ids, inputs).hidden
+        chunk = max(1, LOGITS_PER_CHUNK // self.model.config.vocab_size)
+        losses = [
+            functional.cross_entropy(
+                self.model.logits(part).float(), goals, ignore_index=IGNORED, reduction="none"
+            )
+            for part, goals in zip(hidden.split(chunk), batch.targets.split(chunk), strict=True)
+        ]
+        return torch.cat(losses).double().cpu().numpy()
+
+    @torch.no_grad()
+    def answer(self, prompt: list[int], answer: list[int]) -> AnswerScore:
+        """Score an answer that follows a prompt; one forward pass without a cache."""
+        ids = torch.tensor(prompt + answer, device=self.device)
+        inputs = PackedInputs.from_lengths([len(ids) - 1], device=self.device)
+        hidden = self.model(ids[:-1], inputs).hidden[len(prompt) - 1 :]
+        logits = self.model.logits(hidden).float()
+        goals = ids[len(prompt) :]
+        losses = functional.cross_entropy(logits, goals, reduction="none")
+        hits = logits.argmax(-1) == goals
+        return AnswerScore(tuple(losses.double().tolist()), tuple(hits.tolist()))

@@ -1,0 +1,177 @@
+"""jobs.evaluate on a small exported model: what it records, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs import evaluate as job
+from jobs.evaluation import evaluate
+from nsa_platform.config.runs import EvaluateRun
+from nsa_platform.config.train import TrackingConfig
+from nsa_platform.tracking import open_run, register_model
+from nsa_platform.tracking.library import MlflowClient
+from nsa_platform.tracking.store import connect
+from tests.platform.evaluate.small import Corpus, export, make_corpus, make_model
+
+pytestmark = pytest.mark.xdist_group("mlflow")
+
+SETTINGS = {
+    "name": "evaluation",
+    "bits_per_byte": {"tokens": 1000, "context_length": 64, "position_buckets": 4},
+    "needle": {"lengths": [80, 120], "depths": [0.0, 1.0], "samples": 1},
+    "tracking": {"uri": "sqlite:///mlflow.db", "experiment": "test"},
+}
+FIGURES = {
+    "bits_per_byte.png",
+    "bits_per_byte_by_position.png",
+    "needle_exact.png",
+    "needle_tokens.png",
+    "needle_lift.png",
+}
+TABLES = {"bits_per_byte_by_position.json", "needle_trials.json"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with data/, model/ and, after the first test, a store."""
+    place = tmp_path_factory.mktemp("evaluate")
+    corpus = make_corpus(place / "data")
+    export(corpus, make_model(corpus.tokenizer.vocab_size, max_context=160), place / "model")
+    return place
+
+
+@pytest.fixture(autouse=True)
+def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+
+
+def config_file(place: Path, **changes: object) -> str:
+    tree = {**SETTINGS, "checkpoint": "model", "data": "data", **changes}
+    (place / "run.yaml").write_text(yaml.safe_dump(tree))
+    return str(place / "run.yaml")
+
+
+def tracking(place: Path) -> TrackingConfig:
+    return TrackingConfig(uri=f"sqlite:///{place}/mlflow.db", experiment="test")
+
+
+def client(place: Path) -> MlflowClient:
+    return connect(tracking(place).uri)
+
+
+def parent_run(place: Path) -> tuple[str, Path]:
+    handle = open_run(
+        tracking(place),
+        job="sft",
+        name="sft",
+        params={"a": 1},
+        tags={},
+        yaml_text="a: 1",
+        queue_dir=place / "queue",
+    )
+    assert handle.run_id is not None
+    register_model(handle, place / "model", "evaluated", "champion")
+    return handle.run_id, place / "queue"
+
+
+def test_the_dry_run_starts_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job.main(["--config", config_file(place), "--dry-run"])
+    assert "position_buckets: 4" in capsys.readouterr().out
+    assert not (place / "mlflow.db").exists()
+
+
+def test_results_are_printed_and_recorded(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job.main(["--config", config_file(place)])
+    out = capsys.readouterr().out
+    for word in ("bits per byte", "bigram", "unigram", "number written exactly", "MLflow run"):
+        assert word in out
+
+    experiment = client(place).get_experiment_by_name("test")
+    assert experiment is not None
+    (run,) = client(place).search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["nsa.job"] == "evaluate"
+    assert run.data.params["bits_per_byte.tokens"] == "1000"
+    assert set(run.data.metrics) == {
+        "eval/loss",
+        "eval/bits_per_byte",
+        "eval/bits_per_byte_bigram",
+        "eval/bits_per_byte_unigram",
+        "eval/needle_exact",
+        "eval/needle_tokens",
+        "eval/needle_lift",
+    }
+    files = client(place).list_artifacts(run.info.run_id, "evaluation")
+    assert {Path(file.path).name for file in files} == FIGURES | TABLES | {"results.json"}
+    assert run.inputs is not None
+    (dataset,) = run.inputs.dataset_inputs
+    manifest = json.loads((place / "data" / "validation" / "manifest.json").read_text())
+    assert dataset.dataset.digest == manifest["digest"][:36]
+    assert json.loads(str(dataset.dataset.profile))["digest"] == manifest["digest"]
+    artifacts = Path(str(run.info.artifact_uri))
+    results = json.loads((artifacts / "evaluation" / "results.json").read_text())
+    value = results["bits_per_byte"]["model"]["bits_per_byte"]
+    assert value == pytest.approx(run.data.metrics["eval/bits_per_byte"])
+    assert len(results["needle"]["trials"]) == 4
+
+
+def test_a_registered_model_is_evaluated_below_its_training_run(place: Path) -> None:
+    parent, _ = parent_run(place)
+    run = EvaluateRun.load(config_file(place, checkpoint="models:/evaluated@champion", needle=None))
+    results = evaluate(run)
+    tags = client(place).get_run(results["run_id"]).data.tags
+    assert tags["mlflow.parentRunId"] == parent
+    assert "needle" not in results
+
+
+def test_results_go_into_a_given_run_and_leave_it_as_it_was(place: Path) -> None:
+    parent, queue_dir = parent_run(place)
+    before = client(place).get_run(parent)
+    results = evaluate(EvaluateRun.load(config_file(place, needle=None)), run_id=parent, step=7)
+    assert results["run_id"] == parent
+    after = client(place).get_run(parent)
+    assert (after.info.status, after.data.params) == (before.info.status, before.data.params)
+    assert after.data.tags["nsa.job"] == "sft"
+    (point,) = client(place).get_metric_history(parent, "eval/bits_per_byte")
+    assert point.step == 7
+    assert queue_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"needle": {"lengths": [159]}}, "needle.lengths: 159 and 16 tokens for the answer"),
+        ({"bits_per_byte": {"context_length": 161}}, "bits_per_byte.context_length=161 must not"),
+        ({"checkpoint": "missing"}, "missing"),
+        ({"checkpoint": "models:/evaluated@nobody"}, "no model 'evaluated' with the alias"),
+        ({"data": "nowhere"}, "nowhere/validation/manifest.json"),
+        ({"data": "other"}, "was made with tokenizer"),
+    ],
+)
+def test_what_does_not_fit_ends_with_its_name_and_status_1(
+    place: Path,
+    changes: dict[str, object],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if changes.get("data") == "other" and not (place / "other").exists():
+        make_other(place / "other")
+    with pytest.raises(SystemExit) as end:
+        job.main(["--config", config_file(place, **changes)])
+    assert end.value.code == 1
+    assert message in capsys.readouterr().err
+
+
+def make_other(path: Path) -> Corpus:
+    return make_corpus(path, vocab_size=310)
+
+
+def test_a_mistyped_key_ends_with_status_2_before_anything(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        job.main(["--config", config_file(place), "--set", "needle.lenghts=[64]"])
+    assert end.value.code == 2
+    assert "did you mean 'lengths'" in capsys.readouterr().err
