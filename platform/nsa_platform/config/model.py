@@ -52,10 +52,13 @@ class NsaAttentionConfig(Heads):
     branch_kv: Literal["separate", "shared"] = "separate"
     """Keys and values per branch. The paper: separate (section 3.3.3); public code shares them."""
     compression: Literal["mean", "linear", "mlp"] = "mlp"
-    """phi. The paper: a learnable MLP with intra-block position encoding (Eq. 7)."""
+    """phi. The paper: a learnable MLP with intra-block position encoding (Eq. 7). Each key/value
+    head has its own, one for keys and one for values. linear starts as the mean; mlp is the mean
+    and a two-layer correction that starts at zero."""
     compressed_rotary: Literal["block_start", "before", "none"] = "block_start"
     """Rotary positions of compressed keys; the paper is silent. block_start: compress unrotated
-    keys, rotate the result at its block's start. before: compress rotated keys. none: neither."""
+    keys, rotate the result at its block's start. before: compress rotated keys. none: neither; the
+    one query that all branches share stays rotated."""
     gate_bias: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Initial bias of the gates in the order cmp, slc, win. The paper gives no initialisation."""
 
@@ -103,11 +106,12 @@ class MoeConfig(Strict):
     experts_per_token: PositiveInt = 6
     """Routed experts that each token goes to."""
     expert_width: PositiveInt
-    """Hidden width of one expert's SwiGLU."""
+    """Hidden width of one expert's SwiGLU. The paper gives none; with its other sizes 1472 makes
+    27B parameters, of which a token meets 2.7B of feed-forward (5.3B in all)."""
     dense_layers: Annotated[int, Field(ge=0)] = 1
     """First layers that keep a dense feed-forward (the paper: one, for stability)."""
     balance_loss: Annotated[float, Field(ge=0)] = 0.001
-    """Weight of the expert load-balance loss. The paper gives none."""
+    """Weight of the expert load-balance loss (arXiv 2401.06066, 3.3). The paper gives none."""
 
     @model_validator(mode="after")
     def _enough_experts(self) -> Self:
@@ -127,7 +131,15 @@ class YarnConfig(Strict):
     original_context: PositiveInt
     """Tokens of the context before extension."""
     beta_fast: PositiveFloat = 32.0
+    """Channel pairs that turn more often than this within original_context stay as they are."""
     beta_slow: PositiveFloat = 1.0
+    """Channel pairs that turn less often than this are interpolated by factor."""
+
+    @model_validator(mode="after")
+    def _ramp_rises(self) -> Self:
+        if self.beta_fast <= self.beta_slow:
+            raise ValueError(f"beta_fast={self.beta_fast} must exceed beta_slow={self.beta_slow}")
+        return self
 
 
 class ModelConfig(Strict):
