@@ -32,6 +32,8 @@ class S3Server:
     endpoint: str
     access_key: str
     secret_key: str
+    writer_key: str = "writer"
+    """May read, write and list, but not make buckets; the secret is the same."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -55,6 +57,14 @@ class S3Server:
         )
         filesystem.create_dir(name)
         return f"s3://{name}"
+
+
+def _identity(name: str, access_key: str, secret_key: str, *more: str) -> dict[str, object]:
+    return {
+        "name": name,
+        "credentials": [{"accessKey": access_key, "secretKey": secret_key}],
+        "actions": ["Read", "Write", "List", "Tagging", *more],
+    }
 
 
 def _free_ports(count: int) -> list[int]:
@@ -92,10 +102,11 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     folder = tmp_path_factory.mktemp("weed")
     s3, master, volume, filer = _free_ports(4)
     server = S3Server(f"http://127.0.0.1:{s3}", "testing", "testingsecret")
-    credentials = {"accessKey": server.access_key, "secretKey": server.secret_key}
-    actions = ["Admin", "Read", "Write", "List", "Tagging"]
-    identity = {"name": "tests", "credentials": [credentials], "actions": actions}
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    identities = [
+        _identity("tests", server.access_key, server.secret_key, "Admin"),
+        _identity("writer", server.writer_key, server.secret_key),
+    ]
+    (folder / "s3.json").write_text(json.dumps({"identities": identities}))
     command = [
         *(str(Path(sys.executable).parent / "weed"), "server", f"-dir={folder}", "-s3"),
         *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer=true", f"-s3.config={folder}/s3.json"),

@@ -66,7 +66,7 @@ def is_remote(uri: str) -> bool:
 
 def join(folder: str, *names: str) -> str:
     """Address of a name below a folder."""
-    return "/".join([folder.rstrip("/") or "/", *names]) if names else folder
+    return "/".join([folder.rstrip("/"), *names]) if names else folder
 
 
 def exists(uri: str) -> bool:

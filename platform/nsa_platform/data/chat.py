@@ -51,7 +51,7 @@ def render_chat(tokenizer: Tokenizer, messages: object) -> tuple[list[int], list
     if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns):
         raise ChatError("no_assistant_turn", "a chat needs an assistant message with content")
     for turn in turns:
-        for token in tokenizer.transformers.all_special_tokens:
+        for token in tokenizer.control_tokens.values():
             if token in turn["content"]:
                 raise ChatError("control_token", f"a message contains the control token {token}")
     encoded: Any = tokenizer.transformers.apply_chat_template(

@@ -87,6 +87,11 @@ class Tokenizer:
         template = self.transformers.chat_template
         self.chat_template: str | None = template if isinstance(template, str) else None
         self._backend = _plain_text_backend(self.transformers)
+        added = self._backend.get_added_tokens_decoder()
+        self.control_tokens = {
+            index: token.content for index, token in added.items() if token.special
+        }
+        """Tokens that stand for no text, by id."""
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         """Ids are below this: the least number of rows of an embedding."""
         content = file.read_bytes() + b"\0" + (self.chat_template or "").encode()
@@ -125,11 +130,10 @@ class Tokenizer:
         """
         if "ByteLevel" not in json.dumps(json.loads(self._backend.to_str())["decoder"]):
             raise TokenizerError(f"{self.folder}: bytes of a token need a byte-level tokenizer")
-        special = set(self.transformers.all_special_ids)
-        added = self._backend.get_added_tokens_decoder()
         result = np.zeros(self.vocab_size, dtype=np.int32)
+        added = self._backend.get_added_tokens_decoder()
         for token, index in self._backend.get_vocab(with_added_tokens=True).items():
-            if index not in special and not (index in added and added[index].special):
+            if index not in self.control_tokens:
                 # The byte-level alphabet writes each byte as one character.
                 result[index] = len(token.encode()) if index in added else len(token)
         return result

@@ -284,9 +284,7 @@ def test_numbers_that_do_not_fit(tmp_path: Path, options: dict, message: str) ->
 
 def test_a_step_must_divide(tmp_path: Path) -> None:
     write(tmp_path, [20])
-    with pytest.raises(
-        ValueError, match="rows_per_step=6 must be a multiple of"
-    ):
+    with pytest.raises(ValueError, match="rows_per_step=6 must be a multiple of"):
         loader(tmp_path, rows_per_microbatch=2, world_size=2).next_step(6)
 
 
