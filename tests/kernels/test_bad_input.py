@@ -208,7 +208,7 @@ def test_lse_of_select_blocks() -> None:
 )
 def test_pages(changes: dict[str, torch.Tensor], part: str) -> None:
     paged = make_paged([40, 30], [1, 1], config=SMALL)
-    given = {
+    given: dict[str, Any] = {
         "q": paged.whole.q[paged.rows],
         **paged.caches,
         "gates": paged.whole.gates[paged.rows],

@@ -1,5 +1,7 @@
 """Paged attention on the torch backend and in the reference: the rows of the one-shot op."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,11 +15,15 @@ from tests.kernels.triton.pages import PagedBatch, make_paged
 BOUNDARIES = [1, 7, 8, 9, 11, 12, 15, 16, 17, 23, 24, 25, 63, 64, 65, 81]
 
 
+def _caches(paged: PagedBatch) -> dict[str, Any]:
+    return {**paged.caches}
+
+
 def attend(paged: PagedBatch) -> Tensor:
     """nsa_paged_attention on the torch backend."""
     return nsa_kernels.nsa_paged_attention(
         paged.whole.q[paged.rows],
-        **paged.caches,
+        **_caches(paged),
         gates=paged.whole.gates[paged.rows],
         page_table=paged.page_table,
         window_page_table=paged.window_page_table,
@@ -81,7 +87,7 @@ def test_wide_and_uneven() -> None:
 @pytest.mark.parametrize("new_tokens", [[1, 2], [40, 9]], ids=str)
 def test_reference_is_its_own_one_shot(new_tokens: list[int]) -> None:
     paged = make_paged([70, 9], new_tokens, config=SMALL, dtype=torch.float64)
-    options = {
+    options: dict[str, Any] = {
         "page_table": paged.page_table,
         "cu_seqlens": paged.cu_seqlens,
         "context_lens": paged.context_lens,
@@ -89,7 +95,7 @@ def test_reference_is_its_own_one_shot(new_tokens: list[int]) -> None:
     q, whole = paged.whole.q[paged.rows], paged.whole
     out = reference.nsa_paged_attention(
         q,
-        **paged.caches,
+        **_caches(paged),
         gates=whole.gates[paged.rows],
         window_page_table=paged.window_page_table,
         config=SMALL,

@@ -1,6 +1,7 @@
 """Where NSA must equal full attention exactly, and what no query may ever see."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +14,17 @@ from tests.kernels.judge import OPS, call, op_inputs, reference_blocks
 
 def run_selected(inputs: Inputs, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
     """Selected attention over the blocks that the target itself selects."""
-    options = {"config": inputs.config, "cu_seqlens": inputs.cu_seqlens, "backend": target.backend}
+    options: dict[str, Any] = {
+        "config": inputs.config,
+        "cu_seqlens": inputs.cu_seqlens,
+        "backend": target.backend,
+    }
     _, lse = nsa_kernels.compressed_attention(inputs.q, inputs.k_cmp, inputs.v_cmp, **options)
     blocks = nsa_kernels.select_blocks(inputs.q, inputs.k_cmp, lse, **options)
     return nsa_kernels.selected_attention(inputs.q, inputs.k_win, inputs.v_win, blocks, **options)
 
 
-def wide(target: Target) -> dict[str, int]:
+def wide(target: Target) -> dict[str, Any]:
     """Widths that a GPU has tensor cores for."""
     return {"key_width": 64, "value_width": 64} if target.device == "cuda" else {}
 

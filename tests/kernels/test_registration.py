@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 import nsa_kernels
 from tests.kernels.cases import SMALL, Inputs, make_inputs
@@ -146,11 +147,12 @@ def test_default_arguments_compile(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_paged_compiles() -> None:
     paged = make_paged([70], [1], config=SMALL)
+    caches: dict[str, Any] = {**paged.caches}
 
     def run(q: Tensor, gates: Tensor, table: Tensor, window: Tensor, lens: Tensor) -> Tensor:
         return nsa_kernels.nsa_paged_attention(
             q,
-            **paged.caches,
+            **caches,
             gates=gates,
             page_table=table,
             window_page_table=window,
@@ -168,9 +170,7 @@ def test_paged_compiles() -> None:
 def test_checkpointing_recomputes_the_same() -> None:
     inputs = make_inputs([60]).require_grad()
     plain = whole(*inputs.tensors, cu_seqlens=inputs.cu_seqlens)
-    again = torch.utils.checkpoint.checkpoint(
-        whole, *inputs.tensors, cu_seqlens=inputs.cu_seqlens, use_reentrant=False
-    )
+    again = checkpoint(whole, *inputs.tensors, cu_seqlens=inputs.cu_seqlens, use_reentrant=False)
     assert isinstance(again, Tensor)
     expected = torch.autograd.grad(plain.sum(), inputs.tensors)
     for gradient, truth in zip(
