@@ -32,12 +32,8 @@ class MoeFeedForward(nn.Module):
         """x [T, D] -> output [T, D] and this layer's weighted balance loss, a scalar."""
         weights, experts, balance_loss = self._route(x)
         order = experts.flatten().argsort(stable=True)
-        sizes = experts.flatten().bincount(minlength=self.config.routed_experts).tolist()
-
         pairs = x[:, None].expand(-1, self.config.experts_per_token, -1).flatten(0, 1)[order]
-        outputs = torch.cat(
-            [self._expert(i, part) for i, part in enumerate(pairs.split(sizes)) if len(part)]
-        )
+        outputs = self._run_experts(pairs, experts)
         chosen = outputs[order.argsort()].unflatten(0, experts.shape)  # [T, top-k, D]
         mixed = (chosen * weights[..., None].to(chosen.dtype)).sum(1).to(x.dtype)
         if self.shared is not None:
@@ -60,6 +56,14 @@ class MoeFeedForward(nn.Module):
         frequency = is_chosen.mean(0) * (config.routed_experts / config.experts_per_token)
         balance_loss = config.balance_loss * (frequency * probabilities.mean(0)).sum()
         return weights, experts, balance_loss
+
+    # Group sizes are data: a compiled version would be made anew for each.
+    @torch.compiler.disable()
+    def _run_experts(self, pairs: Tensor, experts: Tensor) -> Tensor:
+        """Outputs of pairs [T * top-k, D] that are sorted by expert."""
+        sizes = experts.flatten().bincount(minlength=self.config.routed_experts).tolist()
+        parts = enumerate(pairs.split(sizes))
+        return torch.cat([self._expert(index, part) for index, part in parts if len(part)])
 
     def _expert(self, index: int, x: Tensor) -> Tensor:
         gate, up = (x @ self.gate_up[index]).chunk(2, dim=-1)

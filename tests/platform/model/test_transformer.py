@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 from nsa_platform.model.inputs import PackedInputs
@@ -124,6 +125,23 @@ def test_a_layer_compiles_without_a_graph_break(make_config, make_model):
     probe = Probe()
     model(ids, replace(inputs, probe=probe))
     assert list(probe.summary()) == [0, 1]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_compiled_layer_with_experts_is_compiled_once(make_config, make_model):
+    moe = {"routed_experts": 4, "experts_per_token": 2, "expert_width": 16, "dense_layers": 0}
+    model = make_model(make_config(moe=moe, layers=1))
+    inputs = PackedInputs.from_lengths([40, 24])
+    wanted = [model(ids_of(64, seed), inputs).hidden for seed in range(4)]
+    torch._dynamo.reset()
+    frames = CompileCounter()
+    model.layers[0].compile(backend=frames)
+    counts = []
+    for seed, plain in enumerate(wanted):
+        torch.testing.assert_close(model(ids_of(64, seed), inputs).hidden, plain)
+        counts.append(frames.frame_count)
+    assert counts == [counts[0]] * 4 and counts[0] > 0
 
 
 def test_a_layer_can_be_recomputed(make_config, make_model):
