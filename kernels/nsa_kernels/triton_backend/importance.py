@@ -124,15 +124,16 @@ def paged_importance_kernel(
     page_table,
     row_sequences,
     row_positions,
+    row_tokens,
     partial_lse,
     importance,
     scale_log2,
-    first_row,
     G,
     M,
     S,
     R: tl.constexpr,
     R_PADDED: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
     K: tl.constexpr,
     K_MAIN: tl.constexpr,
     K_TAIL: tl.constexpr,
@@ -146,28 +147,33 @@ def paged_importance_kernel(
     ALL_SPLITS: tl.constexpr,
     TILE_S: tl.constexpr,
 ):
-    """Write importance [rows, G, S] of one new token and one group, over paged compressed keys.
+    """Write importance [rows, G, S] of a tile of new tokens, one group, over paged keys.
 
     partial_lse [rows, H, ALL_SPLITS] holds the compressed branch's partial lse in its first SPLITS.
+    Nothing is written while each query chooses every block it has.
     """
-    i_row = tl.program_id(0).to(tl.int64)
-    i_group = tl.program_id(2)
-    position = tl.load(row_positions + first_row + i_row)
-    first_block = tl.program_id(1) * TILE_S
-    last_block = position // SELECTION_BLOCK
-    if (position < 0) | (last_block < CHOSEN) | (first_block > last_block):
-        return
-    i_sequence = tl.load(row_sequences + first_row + i_row).to(tl.int64)
+    TOKENS: tl.constexpr = TILE_ROWS // R_PADDED
     BLOCK_STRIDES: tl.constexpr = COMPRESSION_BLOCK // STRIDE
     SELECTION_STRIDES: tl.constexpr = SELECTION_BLOCK // STRIDE
+    i_tile = tl.program_id(0)
+    i_group = tl.program_id(2)
+    first_block = tl.program_id(1) * TILE_S
+    o_query = tl.arange(0, TILE_ROWS)
+    o_row = i_tile.to(tl.int64) * TOKENS + o_query // R_PADDED
+    o_r = o_query % R_PADDED
+    position = tl.load(row_positions + o_row)
+    m_query = (o_r < R) & (position >= 0)
+    last_position = tl.max(position, 0)
+    last_block = last_position // SELECTION_BLOCK
+    if (last_position < 0) | (last_block < CHOSEN) | (first_block > last_block):
+        return
+    i_sequence = tl.load(row_sequences + i_tile * TOKENS).to(tl.int64)
 
-    o_r = tl.arange(0, R_PADDED)
     o_split = tl.arange(0, SPLITS_PADDED)
-    m_head = o_r < R
-    o_head = i_row * (G * R) + i_group * R + o_r
+    o_head = o_row * (G * R) + i_group * R + o_r
     b_partial = tl.load(
         partial_lse + o_head[:, None] * ALL_SPLITS + o_split[None, :],
-        m_head[:, None] & (o_split < SPLITS)[None, :],
+        m_query[:, None] & (o_split < SPLITS)[None, :],
         -float("inf"),
     )
     # Where no key was seen, or no head is, an lse of +inf makes every p 0.
@@ -176,24 +182,30 @@ def paged_importance_kernel(
     largest = tl.where(is_empty, 0.0, largest)
     total = tl.where(is_empty, 1.0, tl.sum(tl.exp(b_partial - largest[:, None]), 1))
     b_lse = tl.where(is_empty, float("inf"), largest * 1.4426950408889634 + tl.log2(total))
-    o_query = ((first_row + i_row) * (G * R) + i_group * R + o_r) * K
-    b_q, b_q_tail = load_split(q, o_query, m_head, K, K_MAIN, K_TAIL)
+    b_token = tl.load(row_tokens + o_row).to(tl.int64)
+    b_q, b_q_tail = load_split(
+        q, (b_token * (G * R) + i_group * R + o_r) * K, m_query, K, K_MAIN, K_TAIL
+    )
 
-    num_visible = visible_high(position, COMPRESSION_BLOCK, STRIDE)
+    num_seen = visible_high(position, COMPRESSION_BLOCK, STRIDE)
+    num_keys = visible_high(last_position, COMPRESSION_BLOCK, STRIDE)
     o_block = first_block + tl.arange(0, TILE_S)
-    b_importance = tl.zeros([TILE_S], tl.float32)
+    b_importance = tl.zeros([TOKENS, TILE_S], tl.float32)
     for step in range(BLOCK_STRIDES + SELECTION_STRIDES - 1):
         offset = step + 1 - BLOCK_STRIDES
         o_cmp = o_block * SELECTION_STRIDES + offset
-        m_cmp = (o_cmp >= 0) & (o_cmp < num_visible)
+        m_cmp = (o_cmp >= 0) & (o_cmp < num_keys)
         page = tl.load(page_table + i_sequence * M + o_cmp // PAGE_ROWS, m_cmp, 0).to(tl.int64)
         o_key = ((page * PAGE_ROWS + o_cmp % PAGE_ROWS) * G + i_group) * K
         b_k, b_k_tail = load_split(k_cmp, o_key, m_cmp, K, K_MAIN, K_TAIL)
         score = score_split(b_q, b_q_tail, b_k, b_k_tail, K_TAIL)
         b_p = tl.exp2(score * scale_log2 - b_lse[:, None])
+        b_p = tl.where(m_cmp[None, :] & (o_cmp[None, :] < num_seen[:, None]), b_p, 0.0)
         weight = shared_strides(offset, BLOCK_STRIDES, SELECTION_STRIDES)
-        b_importance += tl.where(m_cmp, tl.sum(b_p, 0), 0.0) * weight
-    tl.store(importance + (i_row * G + i_group) * S + o_block, b_importance, o_block < S)
+        b_importance += tl.sum(tl.reshape(b_p, [TOKENS, R_PADDED, TILE_S]), 1) * weight
+    o_out = ((i_tile.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)) * G + i_group) * S
+    p_out = importance + o_out[:, None] + o_block[None, :]
+    tl.store(p_out, b_importance, (o_block < S)[None, :])
 
 
 def importance_tiles(key_width: int, dtype: torch.dtype) -> Tiles:

@@ -2,7 +2,7 @@
 
 NSA takes five kernels after the rows are located: the compressed parts, the importance of the
 selection blocks, the top n, the selected and sliding parts, and the merge. Long inputs go through
-in chunks of tokens, so that importances and parts never grow with their square.
+in chunks of tiles, so that importances and parts never grow with their square.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from torch import Tensor
 from nsa_kernels.shapes import NsaConfig
 from nsa_kernels.triton_backend.importance import paged_importance_kernel
 from nsa_kernels.triton_backend.paged_merge import paged_merge_kernel
-from nsa_kernels.triton_backend.paged_rows import locate_rows
+from nsa_kernels.triton_backend.paged_rows import Rows, locate_rows
 from nsa_kernels.triton_backend.paged_selected import paged_selected_sliding_forward_kernel
 from nsa_kernels.triton_backend.paged_span import paged_span_forward_kernel
 from nsa_kernels.triton_backend.tiles import LOG2_E, key_widths, value_widths
@@ -24,13 +24,16 @@ from nsa_kernels.triton_backend.topn import top_blocks
 _WANTED_PROGRAMS = 264
 _LEAST_KEYS_PER_SPLIT = 128
 _MOST_SPLITS = 64
+# Rows of a matrix product: the least there is for one token, more where tokens share their keys.
+_DECODE_ROWS = 16
+_PREFILL_ROWS = 64
 _TILE_S = 64
 # Bytes of importances and parts alive at once.
 _BUFFER_BYTES = 256 * 2**20
 
 
 class Splits(NamedTuple):
-    """How many parts a token's keys are cut into, per branch."""
+    """How many parts a query's keys are cut into, per branch."""
 
     compressed: int
     selected: int
@@ -41,31 +44,211 @@ class Splits(NamedTuple):
         return self.compressed + self.selected + self.sliding
 
 
+class Parts(NamedTuple):
+    """What every branch leaves of a chunk's rows, and how the branches share the parts."""
+
+    out: Tensor
+    """fp32 [rows, H, parts, V]."""
+    lse: Tensor
+    """fp32 [rows, H, parts]."""
+    splits: Splits
+
+
 def num_splits(num_keys: int, num_programs: int) -> int:
-    """Parts of num_keys keys (the most that can be) that keep a GPU busy with num_programs rows."""
+    """Parts of num_keys keys (the most that can be) that keep a GPU busy with num_programs."""
     most = max(1, min(_MOST_SPLITS, num_keys // _LEAST_KEYS_PER_SPLIT))
     return min(most, triton.cdiv(_WANTED_PROGRAMS, num_programs))
 
 
-def head_sizes(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
-    """Sizes that every paged kernel takes, with their padding to what a matrix product accepts."""
-    group_size = q.shape[1] // k.shape[-2]
-    return {
-        "R": group_size,
-        "R_PADDED": max(16, triton.next_power_of_2(group_size)),
-        **key_widths(k.shape[-1]),
-        **value_widths(v.shape[-1]),
-    }
+def tile_rows(num_tokens: int, num_sequences: int, group_size: int) -> int:
+    """Queries of a program: few while most sequences bring one token, as in decoding."""
+    rows = _DECODE_ROWS if num_tokens < 4 * num_sequences else _PREFILL_ROWS
+    return max(rows, triton.next_power_of_2(group_size))
 
 
-def key_tile(sizes: dict[str, int], dtype: torch.dtype) -> int:
-    """Keys of one tile: a row of up to 256 bytes allows 64, a longer one 32."""
-    row_bytes = max(sizes["K"], sizes["V"]) * dtype.itemsize
-    return 64 if row_bytes <= 256 else 32
+def key_tile(key_width: int, value_width: int, dtype: torch.dtype) -> int:
+    """Keys of one tile: rows of up to 256 bytes allow 64, longer ones 32."""
+    return 64 if max(key_width, value_width) * dtype.itemsize <= 256 else 32
 
 
-def rows_per_chunk(num_tokens: int, bytes_per_token: int) -> int:
-    return max(1, min(num_tokens, _BUFFER_BYTES // bytes_per_token))
+def new_parts(q: Tensor, num_rows: int, value_width: int, splits: Splits) -> Parts:
+    """Room for the parts of num_rows rows."""
+    shape = (num_rows, q.shape[1], splits.total)
+    out = torch.empty(*shape, value_width, dtype=torch.float32, device=q.device)
+    return Parts(out, torch.empty(shape, dtype=torch.float32, device=q.device), splits)
+
+
+def _span_parts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    page_table: Tensor,
+    rows: Rows,
+    parts: Parts,
+    block: int,
+    stride: int,
+    scale: float,
+) -> None:
+    """The first parts: keys of `block` tokens every `stride` up to the query's position."""
+    page_rows, num_groups = k.shape[1], k.shape[2]
+    group_size = q.shape[1] // num_groups
+    padded = triton.next_power_of_2(group_size)
+    paged_span_forward_kernel[(rows.num_tiles, num_groups, parts.splits.compressed)](
+        q,
+        k,
+        v,
+        page_table,
+        rows.sequences,
+        rows.positions,
+        rows.packed,
+        parts.out,
+        parts.lse,
+        scale * LOG2_E,
+        num_groups,
+        page_table.shape[1],
+        R=group_size,
+        R_PADDED=padded,
+        TILE_ROWS=rows.tokens * padded,
+        **key_widths(k.shape[3]),
+        **value_widths(v.shape[3]),
+        BLOCK=block,
+        STRIDE=stride,
+        PAGE_ROWS=page_rows,
+        SPLITS=parts.splits.compressed,
+        ALL_SPLITS=parts.splits.total,
+        TILE_K=key_tile(k.shape[3], v.shape[3], k.dtype),
+    )
+
+
+def _choose_blocks(
+    q: Tensor,
+    k_cmp: Tensor,
+    page_table: Tensor,
+    rows: Rows,
+    parts: Parts,
+    config: NsaConfig,
+    scale: float,
+) -> Tensor:
+    """Chosen selection blocks of every row, int32 [rows, G, n]."""
+    page_rows, num_groups = k_cmp.shape[1], k_cmp.shape[2]
+    num_pages, num_rows = page_table.shape[1], rows.positions.shape[0]
+    page = page_rows * config.compression_stride
+    num_blocks = num_pages * page // config.selection_block_size
+    group_size = q.shape[1] // num_groups
+    padded = triton.next_power_of_2(group_size)
+    importance = parts.lse.new_empty(num_rows, num_groups, num_blocks)
+    grid = (rows.num_tiles, triton.cdiv(num_blocks, _TILE_S), num_groups)
+    paged_importance_kernel[grid](
+        q,
+        k_cmp,
+        page_table,
+        rows.sequences,
+        rows.positions,
+        rows.packed,
+        parts.lse,
+        importance,
+        scale * LOG2_E,
+        num_groups,
+        num_pages,
+        num_blocks,
+        R=group_size,
+        R_PADDED=padded,
+        TILE_ROWS=rows.tokens * padded,
+        **key_widths(k_cmp.shape[3]),
+        COMPRESSION_BLOCK=config.compression_block_size,
+        STRIDE=config.compression_stride,
+        SELECTION_BLOCK=config.selection_block_size,
+        CHOSEN=config.num_selected_blocks,
+        PAGE_ROWS=page_rows,
+        SPLITS=parts.splits.compressed,
+        SPLITS_PADDED=triton.next_power_of_2(parts.splits.compressed),
+        ALL_SPLITS=parts.splits.total,
+        TILE_S=_TILE_S,
+    )
+    shape = (num_rows, num_groups, config.num_selected_blocks)
+    block_indices = torch.empty(shape, dtype=torch.int32, device=q.device)
+    top_blocks(importance, rows.positions, None, block_indices, config)
+    return block_indices
+
+
+def _selected_sliding_parts(
+    q: Tensor,
+    caches: tuple[Tensor, Tensor, Tensor, Tensor],
+    block_indices: Tensor,
+    page_table: Tensor,
+    window_page_table: Tensor,
+    rows: Rows,
+    parts: Parts,
+    config: NsaConfig,
+    scale: float,
+) -> None:
+    """The parts behind the compressed ones, from the caches k_slc, v_slc, k_win, v_win."""
+    page, num_groups, key_width = caches[0].shape[1:]
+    value_width = caches[1].shape[3]
+    group_size = q.shape[1] // num_groups
+    splits = parts.splits
+    grid = (rows.positions.shape[0], num_groups, splits.selected + splits.sliding)
+    paged_selected_sliding_forward_kernel[grid](
+        q,
+        *caches,
+        block_indices,
+        page_table,
+        window_page_table,
+        rows.sequences,
+        rows.positions,
+        rows.packed,
+        parts.out,
+        parts.lse,
+        scale * LOG2_E,
+        num_groups,
+        page_table.shape[1],
+        R=group_size,
+        R_PADDED=max(_DECODE_ROWS, triton.next_power_of_2(group_size)),
+        **key_widths(key_width),
+        **value_widths(value_width),
+        SELECTION_BLOCK=config.selection_block_size,
+        CHOSEN=config.num_selected_blocks,
+        CHOSEN_PADDED=triton.next_power_of_2(config.num_selected_blocks),
+        WINDOW=config.window_size,
+        PAGE_ROWS=page,
+        SPLITS_CMP=splits.compressed,
+        SPLITS_SLC=splits.selected,
+        SPLITS_WIN=splits.sliding,
+        TILE_K=key_tile(key_width, value_width, q.dtype),
+    )
+
+
+def _merge(parts: Parts, gates: Tensor | None, rows: Rows, out: Tensor) -> None:
+    """Join the parts of every row into its packed token's output."""
+    paged_merge_kernel[(rows.positions.shape[0], out.shape[1])](
+        parts.out,
+        parts.lse,
+        gates,
+        rows.positions,
+        rows.packed,
+        out,
+        out.shape[1],
+        **value_widths(out.shape[2]),
+        SPLITS_CMP=parts.splits.compressed,
+        SPLITS_SLC=parts.splits.selected,
+        SPLITS_WIN=parts.splits.sliding,
+        SPLITS_PADDED=triton.next_power_of_2(parts.splits.total),
+    )
+
+
+def _locate(
+    q: Tensor, cu_seqlens: Tensor, context_lens: Tensor, num_groups: int
+) -> tuple[Rows, int]:
+    """The rows of all new tokens, and how many programs they make at most but for empty ones."""
+    num_tokens, num_sequences = q.shape[0], context_lens.shape[0]
+    group_size = q.shape[1] // num_groups
+    tokens = tile_rows(num_tokens, num_sequences, group_size) // triton.next_power_of_2(group_size)
+    rows = locate_rows(cu_seqlens, context_lens, num_tokens, tokens)
+    return rows, min(num_tokens, rows.num_tiles) * num_groups
+
+
+def _tiles_per_chunk(rows: Rows, bytes_per_row: int) -> int:
+    return max(1, _BUFFER_BYTES // (bytes_per_row * rows.tokens))
 
 
 def paged_attention(
@@ -84,65 +267,37 @@ def paged_attention(
     config: NsaConfig,
     scale: float,
 ) -> Tensor:
-    """Gated sum of the three branches for every new token; out [T, H, V]."""
+    """Gated sum of the three branches for every new token, [T, H, V].
+
+    Tokens past the last sequence, as a captured batch may have, get 0.
+    """
     num_tokens, num_heads, _ = q.shape
-    page, num_groups, v_width = v_slc.shape[1:]
-    num_pages = page_table.shape[1]
-    out = q.new_empty(num_tokens, num_heads, v_width)
+    page, num_groups, value_width = v_slc.shape[1:]
+    out = q.new_zeros(num_tokens, num_heads, value_width)
     if num_tokens == 0:
         return out
-    context = num_pages * page
-    num_blocks = context // config.selection_block_size
-    chosen = config.num_selected_blocks
-    programs = num_tokens * num_groups
+    rows, programs = _locate(q, cu_seqlens, context_lens, num_groups)
+    context = page_table.shape[1] * page
+    chosen = min(config.num_selected_blocks * config.selection_block_size, context)
     splits = Splits(
         num_splits(context // config.compression_stride, programs),
-        num_splits(min(chosen * config.selection_block_size, context), programs),
-        num_splits(min(config.window_size, context), programs),
+        num_splits(chosen, num_tokens * num_groups),
+        num_splits(min(config.window_size, context), num_tokens * num_groups),
     )
-    rows = locate_rows(cu_seqlens, context_lens, num_tokens)
-    sizes = head_sizes(q, k_slc, v_slc)
-    tile_k = key_tile(sizes, q.dtype)
-    part_bytes = 4 * num_heads * splits.total * (v_width + 1)
-    chunk = rows_per_chunk(num_tokens, 4 * num_groups * num_blocks + part_bytes)
-    float32 = {"dtype": torch.float32, "device": q.device}
-    importance = torch.empty(chunk, num_groups, num_blocks, **float32)
-    block_indices = torch.empty(chunk, num_groups, chosen, dtype=torch.int32, device=q.device)
-    partial_out = torch.empty(chunk, num_heads, splits.total, v_width, **float32)
-    partial_lse = torch.empty(chunk, num_heads, splits.total, **float32)
-    key_sizes = {name: sizes[name] for name in ("R", "R_PADDED", "K", "K_MAIN", "K_TAIL")}
-    compression = {
-        "STRIDE": config.compression_stride,
-        "PAGE_ROWS": page // config.compression_stride,
-        "ALL_SPLITS": splits.total,
-    }
-    for first in range(0, num_tokens, chunk):
-        num_rows = min(chunk, num_tokens - first)
-        paged_span_forward_kernel[(num_rows, num_groups, splits.compressed)](
-            q, k_cmp, v_cmp, page_table, *rows, partial_out, partial_lse, scale * LOG2_E, first,
-            num_groups, num_pages, **sizes, **compression, BLOCK=config.compression_block_size,
-            SPLITS=splits.compressed, TILE_K=tile_k,
-        )  # fmt: skip
-        paged_importance_kernel[(num_rows, triton.cdiv(num_blocks, _TILE_S), num_groups)](
-            q, k_cmp, page_table, *rows, partial_lse, importance, scale * LOG2_E, first,
-            num_groups, num_pages, num_blocks, **key_sizes, **compression,
-            COMPRESSION_BLOCK=config.compression_block_size,
-            SELECTION_BLOCK=config.selection_block_size, CHOSEN=chosen, SPLITS=splits.compressed,
-            SPLITS_PADDED=triton.next_power_of_2(splits.compressed), TILE_S=_TILE_S,
-        )  # fmt: skip
-        top_blocks(
-            importance[:num_rows], rows[1][first : first + num_rows], None, block_indices, config
+    importance_bytes = 4 * num_groups * (context // config.selection_block_size)
+    part_bytes = 4 * num_heads * splits.total * (value_width + 1)
+    chunk = _tiles_per_chunk(rows, importance_bytes + part_bytes)
+    block, stride = config.compression_block_size, config.compression_stride
+    for first in range(0, rows.num_tiles, chunk):
+        some = rows.cut(first, chunk)
+        parts = new_parts(q, some.positions.shape[0], value_width, splits)
+        _span_parts(q, k_cmp, v_cmp, page_table, some, parts, block, stride, scale)
+        block_indices = _choose_blocks(q, k_cmp, page_table, some, parts, config, scale)
+        caches = (k_slc, v_slc, k_win, v_win)
+        _selected_sliding_parts(
+            q, caches, block_indices, page_table, window_page_table, some, parts, config, scale
         )
-        grid = (num_rows, num_groups, splits.selected + splits.sliding)
-        paged_selected_sliding_forward_kernel[grid](
-            q, k_slc, v_slc, k_win, v_win, block_indices, page_table, window_page_table, *rows,
-            partial_out, partial_lse, scale * LOG2_E, first, num_groups, num_pages, **sizes,
-            SELECTION_BLOCK=config.selection_block_size, CHOSEN=chosen,
-            CHOSEN_PADDED=triton.next_power_of_2(chosen), WINDOW=config.window_size,
-            PAGE_ROWS=page, SPLITS_CMP=splits.compressed, SPLITS_SLC=splits.selected,
-            SPLITS_WIN=splits.sliding, TILE_K=tile_k,
-        )  # fmt: skip
-        _merge(partial_out, partial_lse, gates, rows[1], out, first, num_rows, splits)
+        _merge(parts, gates, some, out)
     return out
 
 
@@ -155,53 +310,21 @@ def full_paged_attention(
     context_lens: Tensor,
     scale: float,
 ) -> Tensor:
-    """Causal attention of every new token over its whole paged context; out [T, H, V]."""
+    """Causal attention of every new token over its whole paged context, [T, H, V].
+
+    Tokens past the last sequence, as a captured batch may have, get 0.
+    """
     num_tokens, num_heads, _ = q.shape
-    page, num_groups, v_width = v.shape[1:]
-    num_pages = page_table.shape[1]
-    out = q.new_empty(num_tokens, num_heads, v_width)
+    page, num_groups, value_width = v.shape[1:]
+    out = q.new_zeros(num_tokens, num_heads, value_width)
     if num_tokens == 0:
         return out
-    splits = Splits(num_splits(num_pages * page, num_tokens * num_groups), 0, 0)
-    rows = locate_rows(cu_seqlens, context_lens, num_tokens)
-    sizes = head_sizes(q, k, v)
-    chunk = rows_per_chunk(num_tokens, 4 * num_heads * splits.total * (v_width + 1))
-    float32 = {"dtype": torch.float32, "device": q.device}
-    partial_out = torch.empty(chunk, num_heads, splits.total, v_width, **float32)
-    partial_lse = torch.empty(chunk, num_heads, splits.total, **float32)
-    for first in range(0, num_tokens, chunk):
-        num_rows = min(chunk, num_tokens - first)
-        paged_span_forward_kernel[(num_rows, num_groups, splits.total)](
-            q, k, v, page_table, *rows, partial_out, partial_lse, scale * LOG2_E, first,
-            num_groups, num_pages, **sizes, BLOCK=1, STRIDE=1, PAGE_ROWS=page,
-            SPLITS=splits.total, ALL_SPLITS=splits.total, TILE_K=key_tile(sizes, q.dtype),
-        )  # fmt: skip
-        _merge(partial_out, partial_lse, None, rows[1], out, first, num_rows, splits)
+    rows, programs = _locate(q, cu_seqlens, context_lens, num_groups)
+    splits = Splits(num_splits(page_table.shape[1] * page, programs), 0, 0)
+    chunk = _tiles_per_chunk(rows, 4 * num_heads * splits.total * (value_width + 1))
+    for first in range(0, rows.num_tiles, chunk):
+        some = rows.cut(first, chunk)
+        parts = new_parts(q, some.positions.shape[0], value_width, splits)
+        _span_parts(q, k, v, page_table, some, parts, 1, 1, scale)
+        _merge(parts, None, some, out)
     return out
-
-
-def _merge(
-    partial_out: Tensor,
-    partial_lse: Tensor,
-    gates: Tensor | None,
-    row_positions: Tensor,
-    out: Tensor,
-    first: int,
-    num_rows: int,
-    splits: Splits,
-) -> None:
-    num_heads, v_width = out.shape[1:]
-    paged_merge_kernel[(num_rows, num_heads)](
-        partial_out,
-        partial_lse,
-        gates,
-        row_positions,
-        out,
-        first,
-        num_heads,
-        **value_widths(v_width),
-        SPLITS_CMP=splits.compressed,
-        SPLITS_SLC=splits.selected,
-        SPLITS_WIN=splits.sliding,
-        SPLITS_PADDED=triton.next_power_of_2(splits.total),
-    )

@@ -21,8 +21,8 @@ def paged_merge_kernel(
     partial_lse,
     gates,
     row_positions,
+    row_tokens,
     out,
-    first_row,
     H,
     V: tl.constexpr,
     V_PADDED: tl.constexpr,
@@ -31,17 +31,18 @@ def paged_merge_kernel(
     SPLITS_WIN: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
 ):
-    """Write out [T, H, V] of one row and head; without gates all parts are of one branch."""
+    """Write one row and head of out [T, H, V]; without gates all parts are of one branch."""
     i_row = tl.program_id(0).to(tl.int64)
     i_head = tl.program_id(1)
-    i_out = (first_row + i_row) * H + i_head
-    is_row = tl.load(row_positions + first_row + i_row) >= 0
+    if tl.load(row_positions + i_row) < 0:
+        return
+    i_out = tl.load(row_tokens + i_row).to(tl.int64) * H + i_head
     ALL_SPLITS: tl.constexpr = SPLITS_CMP + SPLITS_SLC + SPLITS_WIN
 
     o_split = tl.arange(0, SPLITS_PADDED)
     o_v = tl.arange(0, V_PADDED)
     o_part = (i_row * H + i_head) * ALL_SPLITS + o_split
-    b_lse = tl.load(partial_lse + o_part, (o_split < ALL_SPLITS) & is_row, -float("inf"))
+    b_lse = tl.load(partial_lse + o_part, o_split < ALL_SPLITS, -float("inf"))
     # Parts without keys were never written.
     b_partial = tl.load(
         partial_out + o_part[:, None] * V + o_v[None, :],
@@ -52,9 +53,9 @@ def paged_merge_kernel(
         weight = branch_weights(b_lse, o_split < ALL_SPLITS, 1.0)
     else:
         end_slc: tl.constexpr = SPLITS_CMP + SPLITS_SLC
-        gate_cmp = tl.load(gates + i_out * 3, is_row, 0.0).to(tl.float32)
-        gate_slc = tl.load(gates + i_out * 3 + 1, is_row, 0.0).to(tl.float32)
-        gate_win = tl.load(gates + i_out * 3 + 2, is_row, 0.0).to(tl.float32)
+        gate_cmp = tl.load(gates + i_out * 3).to(tl.float32)
+        gate_slc = tl.load(gates + i_out * 3 + 1).to(tl.float32)
+        gate_win = tl.load(gates + i_out * 3 + 2).to(tl.float32)
         weight = branch_weights(b_lse, o_split < SPLITS_CMP, gate_cmp)
         weight += branch_weights(b_lse, (o_split >= SPLITS_CMP) & (o_split < end_slc), gate_slc)
         weight += branch_weights(b_lse, o_split >= end_slc, gate_win)

@@ -1,7 +1,7 @@
 """What the paged kernels share: rows of one new token, scores, a running softmax, its parts.
 
-A program holds the query heads of one group of one new token as its rows. What it reads of the
-token's keys is one part: a normalised partial output with its lse, which paged_merge joins.
+A program reads one part of the keys that its queries see and leaves a normalised partial output
+with its lse; paged_merge joins the parts.
 """
 
 import triton
@@ -44,6 +44,7 @@ def attend_keys(
     v,
     o_row,
     m_row,
+    seen,
     largest,
     total,
     acc,
@@ -54,10 +55,13 @@ def attend_keys(
     V: tl.constexpr,
     V_PADDED: tl.constexpr,
 ):
-    """Fold the cache rows o_row (int64, in rows of K or V elements) into a running softmax."""
+    """Fold the cache rows o_row (int64, counted in keys) into a running softmax in base 2.
+
+    m_row says which of them may be read, seen [queries or 1, keys] which query sees which.
+    """
     b_k, b_k_tail = load_split(k, o_row * K, m_row, K, K_MAIN, K_TAIL)
     score = score_split(b_q, b_q_tail, b_k, b_k_tail, K_TAIL) * scale_log2
-    score = tl.where(m_row[None, :], score, -float("inf"))
+    score = tl.where(seen, score, -float("inf"))
     grown = tl.maximum(largest, tl.max(score, 1))
     # A tile may hold no key at all; -inf minus -inf would be NaN.
     shift = tl.where(grown == -float("inf"), 0.0, grown)

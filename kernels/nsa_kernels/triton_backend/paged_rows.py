@@ -1,12 +1,41 @@
-"""Rows of a paged batch: the sequence and the position of each new token, found on the device."""
+"""Rows of a paged batch: new tokens in tiles of one sequence each, located on the device.
+
+Tiles are numbered as in packing.py, so the number of rows is known from shapes alone. A row without
+a token (the end of a sequence's last tile, or a tile past it) has position -1.
+"""
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE_T = 64
+from nsa_kernels.packing import num_tiles
+
+_ROWS_PER_PROGRAM = 64
 _MAX_TILE_B = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Where each row stands, int32 [rows]; `tokens` rows make a tile."""
+
+    sequences: Tensor
+    positions: Tensor
+    """Position in the sequence, -1 for no token."""
+    packed: Tensor
+    """The packed new token."""
+    tokens: int
+
+    @property
+    def num_tiles(self) -> int:
+        return self.positions.shape[0] // self.tokens
+
+    def cut(self, first_tile: int, count: int) -> "Rows":
+        """The rows of up to `count` tiles."""
+        part = slice(first_tile * self.tokens, (first_tile + count) * self.tokens)
+        return Rows(self.sequences[part], self.positions[part], self.packed[part], self.tokens)
 
 
 @triton.jit
@@ -15,45 +44,53 @@ def locate_rows_kernel(
     context_lens,
     row_sequences,
     row_positions,
-    T,
+    row_tokens,
+    num_rows,
     B,
-    TILE_T: tl.constexpr,
+    TOKENS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
     TILE_B: tl.constexpr,
 ):
-    """Write row_sequences [T] and row_positions [T]; a token of no sequence gets position -1."""
-    o_token = tl.program_id(0) * TILE_T + tl.arange(0, TILE_T)
-    m_token = o_token < T
-    # A token's sequence is the number of sequences that end at or before it.
-    sequence = tl.zeros([TILE_T], tl.int32)
-    for first in range(0, B, TILE_B):
+    """Write sequence, position and packed token of every row of tiles of TOKENS rows."""
+    o_row = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    m_row = o_row < num_rows
+    o_tile = o_row // TOKENS
+    # The last sequence whose first tile, cu_seqlens[b] // TOKENS + b, is not after the row's.
+    sequence = tl.zeros([TILE_ROWS], tl.int32)
+    for first in range(1, B, TILE_B):
         o_sequence = first + tl.arange(0, TILE_B)
-        end = tl.load(cu_seqlens + 1 + o_sequence, o_sequence < B, 0x7FFFFFFF)
-        sequence += tl.sum((end[None, :] <= o_token[:, None]).to(tl.int32), 1)
-    m_known = m_token & (sequence < B)
-    end = tl.load(cu_seqlens + 1 + sequence, m_known, 0)
-    context = tl.load(context_lens + sequence, m_known, 0)
-    position = tl.where(m_known, context - (end - o_token), -1)
-    tl.store(row_sequences + o_token, sequence, m_token)
-    tl.store(row_positions + o_token, tl.maximum(position, -1), m_token)
+        start = tl.load(cu_seqlens + o_sequence, o_sequence < B, 0)
+        first_tile = tl.where(o_sequence < B, start // TOKENS + o_sequence, 0x7FFFFFFF)
+        sequence += tl.sum((first_tile[None, :] <= o_tile[:, None]).to(tl.int32), 1)
+    start = tl.load(cu_seqlens + sequence)
+    length = tl.load(cu_seqlens + sequence + 1) - start
+    offset = o_row - (start // TOKENS + sequence) * TOKENS
+    position = tl.load(context_lens + sequence) - length + offset
+    tl.store(row_sequences + o_row, sequence, m_row)
+    tl.store(row_positions + o_row, tl.where(offset < length, position, -1), m_row)
+    tl.store(row_tokens + o_row, start + offset, m_row)
 
 
-def locate_rows(cu_seqlens: Tensor, context_lens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """Return int32 [T] sequence and position of each new token.
-
-    A token past the last sequence (the padding of a captured batch) has position -1.
-    """
+def locate_rows(
+    cu_seqlens: Tensor, context_lens: Tensor, num_tokens: int, tokens_per_tile: int
+) -> Rows:
+    """Rows of all new tokens, in tiles of tokens_per_tile."""
     num_sequences = context_lens.shape[0]
-    row_sequences = torch.empty(num_tokens, dtype=torch.int32, device=cu_seqlens.device)
-    row_positions = torch.empty_like(row_sequences)
-    locate_rows_kernel[(triton.cdiv(num_tokens, _TILE_T),)](
+    num_rows = num_tiles(num_tokens, num_sequences, tokens_per_tile) * tokens_per_tile
+    sequences = torch.empty(num_rows, dtype=torch.int32, device=cu_seqlens.device)
+    rows = Rows(
+        sequences, torch.empty_like(sequences), torch.empty_like(sequences), tokens_per_tile
+    )
+    locate_rows_kernel[(triton.cdiv(num_rows, _ROWS_PER_PROGRAM),)](
         cu_seqlens,
         context_lens,
-        row_sequences,
-        row_positions,
-        num_tokens,
+        rows.sequences,
+        rows.positions,
+        rows.packed,
+        num_rows,
         num_sequences,
-        TILE_T=_TILE_T,
-        TILE_B=min(_MAX_TILE_B, triton.next_power_of_2(max(1, num_sequences))),
-        num_warps=4,
+        TOKENS=tokens_per_tile,
+        TILE_ROWS=_ROWS_PER_PROGRAM,
+        TILE_B=min(_MAX_TILE_B, triton.next_power_of_2(num_sequences)),
     )
-    return row_sequences, row_positions
+    return rows

@@ -24,10 +24,10 @@ def paged_selected_sliding_forward_kernel(
     window_page_table,
     row_sequences,
     row_positions,
+    row_tokens,
     partial_out,
     partial_lse,
     scale_log2,
-    first_row,
     G,
     M,
     R: tl.constexpr,
@@ -51,15 +51,16 @@ def paged_selected_sliding_forward_kernel(
     i_row = tl.program_id(0).to(tl.int64)
     i_group = tl.program_id(1)
     i_split = tl.program_id(2)
-    position = tl.load(row_positions + first_row + i_row)
+    position = tl.load(row_positions + i_row)
     if position < 0:
         return
-    i_sequence = tl.load(row_sequences + first_row + i_row).to(tl.int64)
+    i_sequence = tl.load(row_sequences + i_row).to(tl.int64)
+    i_token = tl.load(row_tokens + i_row).to(tl.int64)
 
     o_r = tl.arange(0, R_PADDED)
     m_head = o_r < R
     o_head = i_row * (G * R) + i_group * R + o_r
-    o_query = ((first_row + i_row) * (G * R) + i_group * R + o_r) * K
+    o_query = (i_token * (G * R) + i_group * R + o_r) * K
     b_q, b_q_tail = load_split(q, o_query, m_head, K, K_MAIN, K_TAIL)
 
     largest = tl.full([R_PADDED], -float("inf"), tl.float32)
@@ -83,8 +84,8 @@ def paged_selected_sliding_forward_kernel(
             page = tl.load(p_table + o_key // PAGE_ROWS, m_key, 0).to(tl.int64)
             o_row = (page * PAGE_ROWS + o_key % PAGE_ROWS) * G + i_group
             largest, total, acc = attend_keys(
-                b_q, b_q_tail, k_slc, v_slc, o_row, m_key, largest, total, acc, scale_log2,
-                K, K_MAIN, K_TAIL, V, V_PADDED,
+                b_q, b_q_tail, k_slc, v_slc, o_row, m_key, m_key[None, :], largest, total, acc,
+                scale_log2, K, K_MAIN, K_TAIL, V, V_PADDED,
             )  # fmt: skip
     else:
         p_table = window_page_table + i_sequence * M
@@ -99,8 +100,8 @@ def paged_selected_sliding_forward_kernel(
             page = tl.load(p_table + o_key // PAGE_ROWS, m_key, 0).to(tl.int64)
             o_row = (page * PAGE_ROWS + o_key % PAGE_ROWS) * G + i_group
             largest, total, acc = attend_keys(
-                b_q, b_q_tail, k_win, v_win, o_row, m_key, largest, total, acc, scale_log2,
-                K, K_MAIN, K_TAIL, V, V_PADDED,
+                b_q, b_q_tail, k_win, v_win, o_row, m_key, m_key[None, :], largest, total, acc,
+                scale_log2, K, K_MAIN, K_TAIL, V, V_PADDED,
             )  # fmt: skip
     store_partial(
         partial_out, partial_lse, o_head, m_head, SPLITS_CMP + i_split, largest, total, acc,

@@ -49,30 +49,39 @@ def test_decode_at_every_boundary(pages_of: int) -> None:
 
 
 def test_chunks_verify_and_decode_in_one_batch() -> None:
-    batch = make_paged([333, 40, 1, 66, 9], [3, 17, 1, 1, 9], config=SMALL, groups=1, page=32)
+    batch = make_paged(
+        [333, 40, 1, 66, 9],
+        [3, 17, 1, 1, 9],
+        config=SMALL,
+        groups=1,
+        page=32,
+    )
     assert_equals_reference(batch)
 
 
 def test_whole_prompt() -> None:
-    assert_equals_reference(make_paged([70], [70], config=SMALL, groups=1))
+    assert_equals_reference(make_paged([70], [70], config=SMALL, groups=1, heads_per_group=1))
 
 
 @pytest.mark.parametrize(
-    ("config", "heads_per_group", "key_width", "value_width"),
+    ("config", "groups", "heads_per_group", "key_width", "value_width"),
     [
-        (EQUAL_BLOCKS, 1, 48, 16),
-        (DENSE_STRIDE, 16, 16, 32),
-        (ODD, 5, 32, 16),
-        (PAPER, 16, 192, 128),
+        (EQUAL_BLOCKS, 3, 1, 48, 16),
+        (DENSE_STRIDE, 1, 16, 16, 32),
+        (ODD, 2, 3, 32, 16),
+        (PAPER, 1, 4, 192, 128),
     ],
     ids=["equal", "dense", "odd", "paper"],
 )
-def test_sizes(config: NsaConfig, heads_per_group: int, key_width: int, value_width: int) -> None:
+def test_sizes(
+    config: NsaConfig, groups: int, heads_per_group: int, key_width: int, value_width: int
+) -> None:
     batch = make_paged(
         [333, 64],
         [1, 2],
         config=config,
         page=2 * config.selection_block_size,
+        groups=groups,
         heads_per_group=heads_per_group,
         key_width=key_width,
         value_width=value_width,
