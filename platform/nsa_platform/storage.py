@@ -150,7 +150,10 @@ def read_text(uri: str) -> str:
 def write_bytes(uri: str, content: bytes) -> None:
     """Write a file at once: readers see the old content or the new, never a part."""
     if is_remote(uri):
-        with _explained("write", uri), _filesystem(uri).open_output_stream(_path(uri)) as stream:
+        with (
+            _explained("write", uri),
+            _filesystem(uri).open_output_stream(_path(uri), compression=None) as stream,
+        ):
             stream.write(content)
         return
     with writing(uri) as path:
@@ -200,7 +203,10 @@ def upload_file(local: str | Path, uri: str) -> None:
     source = Path(local)
     filesystem, path = _filesystem(uri), _path(uri)
     with _explained("write", uri):
-        with source.open("rb") as reader, filesystem.open_output_stream(path) as stream:
+        with (
+            source.open("rb") as reader,
+            filesystem.open_output_stream(path, compression=None) as stream,
+        ):
             while chunk := reader.read(COPY_BYTES):
                 stream.write(chunk)
         arrived = filesystem.get_file_info(path).size
@@ -217,7 +223,7 @@ def download_file(uri: str, local: str | Path) -> None:
             if expected.type != fs.FileType.File:
                 raise FileNotFoundError(uri)
             with (
-                _filesystem(uri).open_input_stream(_path(uri)) as stream,
+                _filesystem(uri).open_input_stream(_path(uri), compression=None) as stream,
                 path.open("wb") as writer,
             ):
                 shutil.copyfileobj(stream, writer, COPY_BYTES)

@@ -14,7 +14,12 @@ from nsa_platform.storage import MissingFileError, StorageError
 
 def tree(folder: Path) -> dict[str, bytes]:
     """A folder with files of awkward sizes."""
-    contents = {"a.txt": b"a", "empty": b"", "sub/deep/b.bin": os.urandom(9_000_000)}
+    contents = {
+        "a.txt": b"a",
+        "named.gz": b"not compressed",
+        "empty": b"",
+        "sub/deep/b.bin": os.urandom(9_000_000),
+    }
     for name, content in contents.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
@@ -83,13 +88,13 @@ def check_missing(root: str, tmp_path: Path) -> None:
 
 
 def check_a_failed_write_changes_nothing(root: str) -> None:
-    uri = storage.join(root, "w", "file")
+    uri = storage.join(root, "w", "file.gz")
     storage.write_bytes(uri, b"old")
     with pytest.raises(RuntimeError, match="midway"), storage.writing(uri) as path:
         path.write_bytes(b"half")
         raise RuntimeError("midway")
     assert storage.read_bytes(uri) == b"old"
-    assert storage.list_names(storage.join(root, "w")) == ["file"]
+    assert storage.list_names(storage.join(root, "w")) == ["file.gz"]
 
 
 def test_local_files(tmp_path: Path) -> None:
