@@ -53,7 +53,8 @@ def loss_curve(
         _note(axes, xs[-1], ys[-1], f"{ys[-1]:.2f}")
     _draw_baselines(axes, baselines or {})
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.legend(edgecolor="white", framealpha=0.9)
+    if train or valid:
+        axes.legend(edgecolor="white", framealpha=0.9)
     return figure
 
 
