@@ -10,6 +10,9 @@ import ray
 # A cluster of this process alone, on loopback: no token to exchange, no report to anyone.
 LOCAL_ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 
+# Jobs show what their workers report to them; Ray's own lines and workers' output stay in its logs.
+QUIET = {"logging_level": logging.ERROR, "log_to_driver": False}
+
 
 @contextmanager
 def connect(*, num_cpus: int | None = None) -> Iterator[None]:
@@ -28,15 +31,14 @@ def connect(*, num_cpus: int | None = None) -> Iterator[None]:
         return
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, logging_level=logging.WARNING)
+        ray.init(address=address, **QUIET)
     else:
         for name, value in LOCAL_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         ray.init(
             address="local",
             num_cpus=max(num_cpus or 0, os.cpu_count() or 1),
-            include_dashboard=False,
-            logging_level=logging.WARNING,
+            **QUIET,
         )
     try:
         yield

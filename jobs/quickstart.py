@@ -1,0 +1,121 @@
+"""The whole road on one machine: data, pretraining, SFT, evaluation, registry, an answer.
+
+    python -m jobs.quickstart                 (make quickstart)
+    python -m jobs.quickstart --folder DIR    writes below DIR/runs instead of ./runs
+
+Its text is the standard library of the Python that runs it, its chats are questions about that
+library's documentation strings. Run again, it reuses what is finished. Ctrl-C stops everything.
+
+Exit status: 0 answered; 130 interrupted; 1 anything else.
+"""
+
+import argparse
+import json
+import sysconfig
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+
+from jobs.answer import stream_answer
+from jobs.cli import fail
+from jobs.cluster import connect
+from jobs.docstring_chats import write_chats
+from jobs.evaluate import print_results
+from jobs.evaluation import evaluate
+from jobs.preparation import print_report, run_preparation
+from jobs.training import run_training
+from jobs.training_inputs import pretrain_origin, sft_origin
+from nsa_platform.config.base import Strict
+from nsa_platform.config.locations import resolve_locations
+from nsa_platform.config.runs import EvaluateRun, PrepareDataRun, PretrainRun, SftRun
+from nsa_platform.tracking import fetch_model
+
+CONFIGS = Path(__file__).resolve().parent / "configs"
+QUESTION = "What does textwrap.dedent do?"
+ANSWER_TOKENS = 96
+INTERRUPTED = 130
+WORKERS = 2
+NEXT = """\
+  make mlflow            curves, figures, dataset and model version of experiment 'quickstart'
+  make test              every test that needs no GPU
+  jobs/README.md         the run book: your own text, a cluster, a GPU
+"""
+
+Run = TypeVar("Run", bound=Strict)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Travel the road; ends the process with an exit status if something fails."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", default=".", help="everything is written below FOLDER/runs")
+    folder = Path(parser.parse_args(argv).folder).resolve()
+    console = Console(highlight=False, soft_wrap=True)
+    started = time.monotonic()
+    try:
+        travel(folder, console)
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on from here", status=INTERRUPTED)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    minutes, seconds = divmod(round(time.monotonic() - started), 60)
+    console.print(f"[bold]Done[/] in {minutes} min {seconds} s. Next:\n{NEXT}")
+
+
+def travel(folder: Path, console: Console) -> None:
+    """All stages in order, on one local Ray cluster."""
+    stdlib = sysconfig.get_path("stdlib")
+    text = _load(PrepareDataRun, "quickstart_text", folder, [f'corpus.inputs=["{stdlib}"]'])
+    chat = _load(PrepareDataRun, "quickstart_chat", folder)
+    pretrain = _load(PretrainRun, "quickstart", folder)
+    sft = _load(SftRun, "quickstart", folder)
+    measured = _load(EvaluateRun, "quickstart", folder)
+    with connect(num_cpus=WORKERS):
+        _stage(console, 1, "Text", f"{stdlib} -> tokenizer and Arrow shards")
+        print_report(run_preparation(text), text.output, console)
+        _stage(console, 2, "Pretrain", f"{WORKERS} Ray Train workers, {pretrain.model.name}")
+        run_training("pretrain", pretrain, pretrain_origin(pretrain))
+        _stage(console, 3, "Chats", "questions and answers from documentation strings")
+        write_chats(Path(stdlib), Path(chat.corpus.inputs[0]))
+        print_report(run_preparation(chat), chat.output, console)
+        _stage(console, 4, "SFT", "the same loop, loss on the assistant's tokens")
+        run_training("sft", sft, sft_origin(sft))
+    _stage(console, 5, "Evaluate", "held-out bits per byte, needle in a haystack")
+    print_results(_evaluate_once(measured, folder / "runs" / "quickstart"))
+    _stage(console, 6, "Ask", f"{measured.checkpoint}, paged sparse cache")
+    model = fetch_model(measured.checkpoint, measured.tracking.uri, folder / "runs" / "models")
+    console.print(f"[bold]Q[/] {QUESTION}\n[bold]A[/] ", end="")
+    for piece in stream_answer(model, QUESTION, max_new_tokens=ANSWER_TOKENS):
+        console.print(piece, end="", markup=False)
+    console.print("\n")
+
+
+def _load(root: type[Run], name: str, folder: Path, overrides: Sequence[str] = ()) -> Run:
+    job = {PrepareDataRun: "prepare_data", PretrainRun: "pretrain", SftRun: "sft"}
+    path = CONFIGS / job.get(root, "evaluate") / f"{name}.yaml"
+    return resolve_locations(root.load(path, overrides), folder)
+
+
+def _stage(console: Console, number: int, name: str, what: str) -> None:
+    console.print(f"\n[bold cyan]{number}/6 {name}[/]  {what}")
+
+
+def _evaluate_once(run: EvaluateRun, folder: Path) -> dict[str, Any]:
+    """The champion's results: measured now, or kept from when the same version was measured."""
+    version = str(fetch_model(run.checkpoint, run.tracking.uri, folder.parent / "models").name)
+    kept = folder / f"evaluation-{version}-{run.fingerprint()}.json"
+    if kept.exists():
+        return json.loads(kept.read_text(encoding="utf-8"))
+    results = evaluate(run)
+    partial = kept.with_suffix(".partial")
+    partial.write_text(json.dumps(results), encoding="utf-8")
+    partial.replace(kept)
+    return results
+
+
+if __name__ == "__main__":
+    main()
