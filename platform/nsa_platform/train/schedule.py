@@ -9,7 +9,7 @@ def learning_rate(step: int, *, config: OptimizerConfig, steps: int) -> float:
     """Learning rate of optimizer step `step`, counted from 0, in a run of `steps`.
 
     The warm-up rises linearly and reaches the peak with its last step. The last step of the run
-    has exactly `learning_rate * min_lr_factor` (unless the whole run is warm-up).
+    has exactly `learning_rate * min_lr_factor`, if there is a step that decays.
 
     Source:
         cosine: arXiv 1608.03983 without restarts; wsd: arXiv 2404.06395, section 4, with a

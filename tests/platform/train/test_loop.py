@@ -8,7 +8,7 @@ import torch
 
 from nsa_platform.config.data import LoaderConfig
 from nsa_platform.train.loop import TrainingDiverged
-from tests.platform.train.tiny_run import CONTEXT, MOE, VOCAB, run, settings, write_data
+from tests.platform.train.tiny_run import CONTEXT, MODEL, MOE, VOCAB, run, settings, write_data
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -95,3 +95,15 @@ def test_a_divergence_stops_before_it_is_saved(data: LoaderConfig, tmp_path: Pat
     with pytest.raises(TrainingDiverged, match=r"train/\w+ is (nan|inf) at step"):
         run(config, data, tmp_path)
     assert not list(tmp_path.glob("step-*"))
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of what it meets inside itself
+def test_compiled_layers_learn_the_same(data: LoaderConfig, tmp_path: Path) -> None:
+    short = {"steps": 2, "validate_every_steps": 9, "tokens_per_step": 2 * CONTEXT}
+    model = MODEL.model_copy(update={"layers": 1})
+    plain = run(settings(**short), data, tmp_path / "plain", model_config=model)
+    config = settings(compile=True, **short)
+    compiled = run(config, data, tmp_path / "compiled", model_config=model)
+    assert compiled.losses() == pytest.approx(plain.losses(), rel=1e-3)
+    for name in ("valid/loss", "nsa/gate_mean/cmp/0"):
+        assert compiled.metrics[2][name] == pytest.approx(plain.metrics[2][name], rel=1e-3)
