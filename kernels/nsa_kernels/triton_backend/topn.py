@@ -79,8 +79,9 @@ def top_blocks_kernel(
         )
 
     threshold = tl.zeros([TILE_ROWS], tl.int32)
-    for step in range(31):
-        trial = threshold | (1 << (30 - step))
+    bit = 1 << 30
+    for _ in range(31):
+        trial = threshold | bit
         if ONE_TILE:
             count = tl.sum((keys >= trial[:, None]).to(tl.int32), 1)
         else:
@@ -100,6 +101,7 @@ def top_blocks_kernel(
                 )
                 count += tl.sum((tile >= trial[:, None]).to(tl.int32), 1)
         threshold = tl.where(count >= CHOSEN, trial, threshold)
+        bit = bit // 2
 
     if ONE_TILE:
         above = tl.sum((keys > threshold[:, None]).to(tl.int32), 1)

@@ -60,7 +60,7 @@ def test_chunks_verify_and_decode_in_one_batch() -> None:
 
 
 def test_whole_prompt() -> None:
-    assert_equals_reference(make_paged([70], [70], config=SMALL, groups=1, heads_per_group=1))
+    assert_equals_reference(make_paged([50], [50], config=SMALL, groups=1, heads_per_group=1))
 
 
 @pytest.mark.parametrize(
