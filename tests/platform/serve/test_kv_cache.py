@@ -29,7 +29,7 @@ VARIANTS = {
 }
 CHUNKS = {
     "one-shot": [60],
-    "token-by-token": [1] * 60,
+    "token-by-token": [1] * 40,
     "chunks": [7, 8, 1, 1, 16, 9, 1, 17],
 }
 
