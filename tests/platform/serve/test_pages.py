@@ -1,7 +1,7 @@
 """Page accounting: after any steps each page is in one place, and the tail is kept."""
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nsa_platform.serve.pages import ABSENT, OutOfPages, PageAllocator, PageBook, SequencePages
@@ -32,6 +32,7 @@ STEPS = st.lists(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     steps=STEPS,
     page_size=st.sampled_from([1, 4, 8]),
