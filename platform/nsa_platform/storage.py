@@ -14,7 +14,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -248,7 +248,8 @@ def download_tree(uri: str, local: str | Path) -> None:
 
 def delete_tree(uri: str) -> None:
     """Delete a file, or a folder with all below it. Nothing there: nothing happens."""
-    with _explained("delete", uri):
+    # Some stores go on showing a folder for a while after its last object is gone.
+    with _explained("delete", uri), suppress(FileNotFoundError):
         filesystem, path = _filesystem(uri), _path(uri)
         kind = filesystem.get_file_info(path).type
         if kind == fs.FileType.Directory:

@@ -57,12 +57,12 @@ def plan_shards(lengths: Sequence[np.ndarray], shard_tokens: int) -> list[list[P
         start, before = 0, 0
         while start < len(ends):
             stop = int(np.searchsorted(ends, before + room, side="right"))
-            if stop == start:
+            if stop <= start:
                 shards.append([])
                 room = shard_tokens
                 stop = max(int(np.searchsorted(ends, before + room, side="right")), start + 1)
             shards[-1].append(Piece(part, start, stop))
-            room -= int(ends[stop - 1]) - before
+            room = max(room - (int(ends[stop - 1]) - before), 0)
             start, before = stop, int(ends[stop - 1])
     return shards
 
