@@ -197,7 +197,7 @@ class CheckpointStore:
                 self._agree(lambda: self._prepare(target, place))
                 or self._agree(lambda: self._write_tensors(place, tensors, random_state))
                 or self._agree(lambda: self._write_facts(place, facts))
-                or self._agree(lambda: self._upload(place, target) if remote else None)
+                or self._agree(lambda: self._upload(place, target))
                 or self._commit(step, place, target)
             )
         finally:
@@ -208,7 +208,7 @@ class CheckpointStore:
         if self._world.is_first:
             shutil.rmtree(place, ignore_errors=True)
             if storage.is_remote(target):
-                storage.delete_tree(target)
+                self._insist(lambda: storage.delete_tree(target), target)
         place.mkdir(parents=True, exist_ok=True)
 
     def _write_tensors(self, place: Path, tensors: Any, random_state: dict[str, Tensor]) -> None:
@@ -224,12 +224,13 @@ class CheckpointStore:
             storage.write_bytes(str(place / FACTS), _json_bytes(facts))
 
     def _upload(self, place: Path, target: str) -> None:
-        retried(
-            lambda: storage.upload_tree(place, target),
-            f"checkpoint upload to {target}",
-            say=self._say,
-            delays_s=self._retry_delays_s,
-        )
+        if storage.is_remote(target):
+            self._insist(lambda: storage.upload_tree(place, target), target)
+
+    def _insist(self, action: Callable[[], None], target: str) -> None:
+        """Do something with the remote target, again if it fails."""
+        what = f"writing checkpoint {target}"
+        retried(action, what, say=self._say, delays_s=self._retry_delays_s)
 
     def _commit(self, step: int, place: Path, target: str) -> str | None:
         """Put the marker, make the folder visible, delete old snapshots: on the first worker."""
@@ -241,7 +242,8 @@ class CheckpointStore:
                 return
             marker = marker_text(step, files)
             if storage.is_remote(target):
-                storage.write_bytes(storage.join(target, MARKER), marker)
+                place_of_marker = storage.join(target, MARKER)
+                self._insist(lambda: storage.write_bytes(place_of_marker, marker), target)
             else:
                 _need_all(place, files)
                 storage.write_bytes(str(place / MARKER), marker)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing, nn
 
+from nsa_platform import storage
 from nsa_platform.config.train import CheckpointConfig
 from nsa_platform.train.checkpoint import CheckpointStore
 from nsa_platform.train.parallel import World
@@ -38,7 +39,7 @@ class Pair:
         return torch.cat([p.detach().flatten().clone() for p in self.model.parameters()])
 
 
-def store(folder: Path, lines: list[str] | None = None, **config: object) -> CheckpointStore:
+def store(folder: Path | str, lines: list[str] | None = None, **config: object) -> CheckpointStore:
     return CheckpointStore(
         str(folder),
         config=CheckpointConfig.model_validate(config),
@@ -48,7 +49,7 @@ def store(folder: Path, lines: list[str] | None = None, **config: object) -> Che
     )
 
 
-def save_steps(folder: Path, steps: int, **config: object) -> tuple[Pair, list[torch.Tensor]]:
+def save_steps(folder: Path | str, steps: int, **config: object) -> tuple[Pair, list[torch.Tensor]]:
     """Snapshots after each of `steps` steps; the weights at each."""
     pair, states = Pair(seed=1), []
     lines: list[str] = []
@@ -64,7 +65,7 @@ def save_steps(folder: Path, steps: int, **config: object) -> tuple[Pair, list[t
     return pair, states
 
 
-def load(folder: Path, lines: list[str] | None = None) -> tuple[Pair, dict]:
+def load(folder: Path | str, lines: list[str] | None = None) -> tuple[Pair, dict]:
     pair = Pair(seed=2)
     facts = store(folder, lines).load(model=pair.model, optimizer=pair.optimizer)
     assert facts is not None
@@ -194,6 +195,41 @@ def test_a_failed_write_is_said_and_training_goes_on(tmp_path: Path) -> None:
     checkpoints.close()
     assert checkpoints.failed_steps == [1]
     assert [each.step for each in snapshots(str(folder))] == [2]
+
+
+def test_an_object_store_that_is_away_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+    }.items():
+        monkeypatch.setenv(name, value)
+    lines: list[str] = []
+    pair = Pair(seed=1)
+    checkpoints = store("s3://bucket/run", lines)
+    checkpoints.save(1, model=pair.model, optimizer=pair.optimizer, facts={})
+    checkpoints.close()
+    assert checkpoints.failed_steps == [1]
+    assert len(lines) == 2
+    assert "failed, next try in 0 s" in lines[0]
+    assert "step 1 was not written, training goes on" in lines[1]
+    for line in lines:
+        assert "http://127.0.0.1:9" in line
+
+
+@pytest.mark.cluster
+def test_an_object_store_keeps_snapshots_like_a_folder(s3_environment) -> None:
+    folder = s3_environment.bucket("checkpoints") + "/run"
+    _, states = save_steps(folder, 4, keep_latest=2)
+    assert [each.step for each in snapshots(folder)] == [4, 3]
+    assert storage.list_names(folder) == ["step-00000003", "step-00000004"]
+    pair, facts = load(folder)
+    assert facts["step"] == 4
+    assert torch.equal(pair.weights(), states[3])
+    storage.delete_tree(f"{folder}/step-00000004/__0_0.distcp")
+    lines: list[str] = []
+    assert load(folder, lines)[1]["step"] == 3
+    assert "__0_0.distcp is missing" in lines[0]
 
 
 def _save_until_killed(folder: str) -> None:
