@@ -2,6 +2,7 @@
 
 from nsa_platform.tracking.handle import RunHandle, flatten
 from nsa_platform.tracking.opening import attach_run, open_run
+from nsa_platform.tracking.reading import RunRecord, read_run
 from nsa_platform.tracking.registry import (
     fetch_model,
     is_model_reference,
@@ -15,6 +16,7 @@ from nsa_platform.tracking.viewer import ui_command, ui_environment
 
 __all__ = [
     "RunHandle",
+    "RunRecord",
     "SystemMonitor",
     "Tracker",
     "TrackingError",
@@ -23,6 +25,7 @@ __all__ = [
     "flatten",
     "is_model_reference",
     "open_run",
+    "read_run",
     "register_model",
     "source_run",
     "ui_command",
