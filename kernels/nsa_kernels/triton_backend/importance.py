@@ -25,7 +25,7 @@ from nsa_kernels.triton_backend.tiles import (
 )
 from nsa_kernels.triton_backend.topn import top_blocks
 
-# Bytes of importances alive at once, whatever the length of the input.
+# Bytes of importances alive at once: queries go through in runs of whole tiles.
 _BUFFER_BYTES = 256 * 2**20
 
 
@@ -231,8 +231,6 @@ def select_blocks(
 ) -> Tensor:
     """Chosen selection blocks, int32 [T, G, n], ascending and padded with -1.
 
-    Importances live in a buffer of bounded size: queries go through in runs of whole tiles.
-
     Source:
         arXiv 2502.11089, Eq. 8-11; Eq. 9 as overlap, counted in strides.
     """
@@ -251,8 +249,7 @@ def select_blocks(
     num_rows = chunk * tiles.rows
     cu_seqlens_cmp = compressed_cu_seqlens(cu_seqlens, config)
     importance = torch.empty(num_rows, num_groups, num_blocks, dtype=torch.float32, device=q.device)
-    row_positions = torch.empty(num_rows, dtype=torch.int32, device=q.device)
-    row_tokens = torch.empty_like(row_positions)
+    row_positions, row_tokens = torch.empty(2, num_rows, dtype=torch.int32, device=q.device)
     for first in range(0, total, chunk):
         count = min(chunk, total - first)
         rows = slice(0, count * tiles.rows)
