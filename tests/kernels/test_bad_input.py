@@ -21,6 +21,12 @@ CALLS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def cpu_tensors_may_ask_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The refusals come before any kernel runs, so these tests need neither GPU nor interpreter."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
 def arguments(op: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> dict[str, Any]:
     """Good arguments for an op, to be spoilt one at a time."""
     inputs = make_inputs([30, 10], dtype=dtype, **sizes)

@@ -95,8 +95,9 @@ def test_every_registered_op_is_checked_here() -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("op", OPS)
-def test_fake_shapes(op: str, backend: str) -> None:
+def test_fake_shapes(op: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes, dtypes and devices without running anything, for either backend."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     real = make_inputs([47, 9], value_width=32, dtype=torch.bfloat16)
     wanted = call(nsa_kernels, op, real, reference_blocks(real), backend="torch")
     blocks = reference_blocks(real)
