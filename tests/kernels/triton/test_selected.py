@@ -153,7 +153,8 @@ def test_interpreted(case: Case) -> None:
 @pytest.mark.usefixtures("interpreted")
 def test_interpreted_in_16_bits() -> None:
     """16-bit inputs take the wide tiles of the tensor cores."""
-    check(Case((70,), PAPER, heads_per_group=4, key_width=32), "triton", torch.float16, "cpu")
+    config = NsaConfig(num_selected_blocks=3)
+    check(Case((70,), config, heads_per_group=4), "triton", torch.float16, "cpu")
 
 
 @pytest.mark.gpu
@@ -163,41 +164,36 @@ def test_compiled(case: Case, dtype: torch.dtype, device: str) -> None:
     check(case, "triton", dtype, device)
 
 
-def chunked_gradients(chunk_rows: int, device: str, heads: int, lengths: list[int]) -> list[Tensor]:
-    """dk, dv of a choice in which block 0 is hot, its lists cut into chunks of chunk_rows rows."""
-    inputs = make_inputs(lengths, groups=2, heads_per_group=heads, device=device)
+def check_chunks(lengths: list[int], groups: int, heads: int, chunk_rows: int, device: str) -> None:
+    """dk and dv with lists of any length in one chunk, and cut into chunks of chunk_rows rows.
+
+    Every token chooses block 0, so its list is long.
+    """
+    inputs = make_inputs(lengths, groups=groups, heads_per_group=heads, device=device)
     config = inputs.config
-    blocks = random_blocks(inputs.cu_seqlens, 2, config, fewest=1)
+    blocks = random_blocks(inputs.cu_seqlens, groups, config, fewest=1)
     blocks[..., 1] = torch.where((blocks == 0).any(-1), blocks[..., 1], 0)
-    arguments = (inputs.q, inputs.k_slc, inputs.v_slc, blocks, inputs.cu_seqlens, config, 0.25)
-    out, lse = triton_backend.selected_forward(*arguments)
+    tensors = (inputs.q, inputs.k_slc, inputs.v_slc)
+    rest = (blocks, inputs.cu_seqlens, config, 0.25)
+    out, lse = triton_backend.selected_forward(*tensors, *rest)
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(device)
     delta = row_delta(out, dout, lse, torch.zeros_like(lse))
-    q, k, v = arguments[:3]
-    return list(
-        selected_dkv(
-            dout, q, k, v, lse, delta, blocks, inputs.cu_seqlens, config, 0.25,
-            chunk_rows=chunk_rows,
-        )
-    )  # fmt: skip
+    whole, several = (
+        selected_dkv(dout, *tensors, lse, delta, *rest, chunk_rows=rows)
+        for rows in (2**30, chunk_rows)
+    )
+    for name, one, many in zip("kv", whole, several, strict=True):
+        assert_close(many, one.cpu().double(), f"d{name}")
 
 
 @pytest.mark.usefixtures("interpreted")
 def test_cutting_long_lists_changes_no_gradient() -> None:
-    whole = chunked_gradients(32768, "cpu", 2, [40, 3])
-    for name, one, several in zip(
-        "kv", whole, chunked_gradients(8, "cpu", 2, [40, 3]), strict=True
-    ):
-        assert_close(several, one.double(), f"d{name}")
+    check_chunks([37, 3], groups=1, heads=2, chunk_rows=8, device="cpu")
 
 
 @pytest.mark.gpu
 def test_cutting_long_lists_changes_no_gradient_compiled(device: str) -> None:
-    whole = chunked_gradients(2**30, device, 4, [5000, 300])
-    for name, one, several in zip(
-        "kv", whole, chunked_gradients(256, device, 4, [5000, 300]), strict=True
-    ):
-        assert_close(several, one.cpu().double(), f"d{name}")
+    check_chunks([5000, 300], groups=2, heads=4, chunk_rows=256, device=device)
 
 
 def check_inverse(cu_seqlens: Tensor, blocks: Tensor, block: int, chunk_tokens: int) -> None:
