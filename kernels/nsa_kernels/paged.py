@@ -97,6 +97,30 @@ def _(
     return q.new_empty(q.shape[0], q.shape[1], v.shape[3])
 
 
+def _check(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    gates: Tensor,
+    config: NsaConfig,
+) -> None:
+    """Refuse new tokens and caches that do not fit together."""
+    checks.check_query(q)
+    checks.check_page_size(k_slc, config)
+    page, strides = k_slc.shape[1], k_slc.shape[1] // config.compression_stride
+    checks.check_pages(q, k_slc, v_slc, names=("k_slc", "v_slc"), rows=page)
+    like = {"groups": k_slc.shape[2], "value_width": v_slc.shape[3]}
+    checks.check_pages(
+        q, k_cmp, v_cmp, names=("k_cmp", "v_cmp"), rows=strides, pages=k_slc.shape[0], **like
+    )
+    checks.check_pages(q, k_win, v_win, names=("k_win", "v_win"), rows=page, **like)
+    checks.check_gates(gates, q)
+
+
 def nsa_paged_attention(
     q: Tensor,
     k_cmp: Tensor,
@@ -117,9 +141,9 @@ def nsa_paged_attention(
 ) -> Tensor:
     """Rows of nsa_attention for new tokens whose past, and who themselves, lie in paged caches.
 
-    The caller has written the keys and values of the new tokens and every compressed block that is
-    complete within context_lens. New token r of sequence b, which brings q_len of them, has
-    position context_lens[b] - q_len + r: one token is decoding, many are a chunk of a prompt.
+    The caller has written the new tokens' keys and values and every compressed block complete
+    within context_lens. New token r of the q_len of sequence b has position
+    context_lens[b] - q_len + r: one token is decoding, many are a chunk of a prompt.
 
     Args:
         q: [T, H, K], the new tokens, sequences packed one after the other.
@@ -145,16 +169,7 @@ def nsa_paged_attention(
         ValueError: shapes, dtypes or devices do not fit together, or the backend cannot run. The
             values of index tensors are checked on the CPU only: elsewhere it would cost a sync.
     """
-    checks.check_query(q)
-    checks.check_page_size(k_slc, config)
-    page, strides = k_slc.shape[1], k_slc.shape[1] // config.compression_stride
-    checks.check_pages(q, k_slc, v_slc, names=("k_slc", "v_slc"), rows=page)
-    like = {"groups": k_slc.shape[2], "value_width": v_slc.shape[3]}
-    checks.check_pages(
-        q, k_cmp, v_cmp, names=("k_cmp", "v_cmp"), rows=strides, pages=k_slc.shape[0], **like
-    )
-    checks.check_pages(q, k_win, v_win, names=("k_win", "v_win"), rows=page, **like)
-    checks.check_gates(gates, q)
+    _check(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, config)
     offsets = checks.packed_offsets(cu_seqlens, q)
     tables = {"page_table": page_table, "window_page_table": window_page_table}
     checks.check_page_tables(tables, context_lens, offsets, q)

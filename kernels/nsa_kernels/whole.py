@@ -62,6 +62,26 @@ def _gradients(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
 _mix.register_autograd(_gradients, setup_context=_setup_context)
 
 
+def _check(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    gates: Tensor,
+) -> None:
+    """Refuse what does not fit before any branch runs."""
+    checks.check_query(q)
+    rows = q.shape[0]
+    checks.check_keys(q, k_cmp, v_cmp, names=("k_cmp", "v_cmp"))
+    for names, k, v in ((("k_slc", "v_slc"), k_slc, v_slc), (("k_win", "v_win"), k_win, v_win)):
+        checks.check_keys(q, k, v, names=names, rows=rows)
+        checks.check_branch(names, k, v, k_cmp, v_cmp)
+    checks.check_gates(gates, q)
+
+
 def nsa_attention(
     q: Tensor,
     k_cmp: Tensor,
@@ -104,13 +124,7 @@ def nsa_attention(
     Source:
         arXiv 2502.11089, Eq. 5.
     """
-    checks.check_query(q)
-    rows = q.shape[0]
-    checks.check_keys(q, k_cmp, v_cmp, names=("k_cmp", "v_cmp"))
-    for names, k, v in ((("k_slc", "v_slc"), k_slc, v_slc), (("k_win", "v_win"), k_win, v_win)):
-        checks.check_keys(q, k, v, names=names, rows=rows)
-        checks.check_branch(names, k, v, k_cmp, v_cmp)
-    checks.check_gates(gates, q)
+    _check(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
     offsets = checks.packed_offsets(cu_seqlens, q)
     chosen = resolve_backend(q, backend)
     q = q.contiguous()
