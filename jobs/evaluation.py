@@ -115,6 +115,7 @@ def _open(run: EvaluateRun, run_id: str | None) -> RunHandle:
         tags=tags,
         yaml_text=run.to_yaml(),
         queue_dir=queue_dir,
+        continues=False,
     )
 
 

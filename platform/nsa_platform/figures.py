@@ -148,8 +148,9 @@ def needle_map(
         percent: values are shares from 0 to 1; otherwise any numbers around 0.
     """
     figure, axes = _canvas(title, x="context length (tokens)", y="depth of the needle")
-    figure.set_size_inches(max(5.5, 1.0 * len(lengths) + 2.5), max(3.6, 0.5 * len(depths) + 1.6))
-    reach = max((abs(value) for row in values for value in row), default=1.0) or 1.0
+    figure.set_size_inches(max(6.5, 1.0 * len(lengths) + 2.5), max(3.8, 0.5 * len(depths) + 1.8))
+    # At least 1, so that noise about 0 keeps the colour of 0.
+    reach = max([1.0, *(abs(value) for row in values for value in row)])
     low, high = (0.0, 1.0) if percent else (-reach, reach)
     _heat(figure, axes, values, label=label, percent=percent, low=low, high=high, map_="RdYlGn")
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])

@@ -108,10 +108,11 @@ def test_needle_maps_have_depths_down_and_lengths_across() -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0%", "50%", "100%"]
     assert axes.images[0].get_clim() == (0, 1)
     assert "found" in words
-    lift = figures.needle_map([256], [0.5], [[-0.3]], label="nats", title="Worth", percent=False)
-    assert "-0.30" in texts(lift)
-    assert lift.axes[0].images[0].get_clim() == (-0.3, 0.3)
-    texts(figures.needle_map([256], [0.5], [[0.0]], label="nats", title="Worth", percent=False))
+    lift = figures.needle_map([256], [0.5], [[-3.5]], label="nats", title="Worth", percent=False)
+    assert "-3.50" in texts(lift)
+    assert lift.axes[0].images[0].get_clim() == (-3.5, 3.5)
+    noise = figures.needle_map([256], [0.5], [[0.1]], label="nats", title="Worth", percent=False)
+    assert noise.axes[0].images[0].get_clim() == (-1, 1)
 
 
 def test_loss_by_position_leaves_a_gap_where_nothing_was_counted() -> None:

@@ -248,6 +248,17 @@ def test_an_unfinished_run_is_continued_without_a_checkpoint(
 ) -> None:
     first = begin(config, queue_dir)
     assert begin(config, queue_dir).run_id == first.run_id, "killed before its first checkpoint"
+    anew = open_run(
+        config,
+        job="evaluate",
+        name="run",
+        params={},
+        tags={},
+        yaml_text="a: 1\n",
+        queue_dir=queue_dir,
+        continues=False,
+    )
+    assert anew.run_id != first.run_id, "a job that starts over"
     other = begin(config, queue_dir, yaml_text="a: 3\n")
     assert other.run_id != first.run_id, "another configuration is another run"
     Tracker(other).finish("FINISHED")

@@ -59,12 +59,9 @@ def record_needles(tracker: Tracker, grid: NeedleGrid, step: int) -> None:
     tracker.log_table(list(asdict(grid.trials[0])), rows, "evaluation/needle_trials.json")
     per_cell = len(grid.trials) // (len(grid.lengths) * len(grid.depths))
     labels = {
-        "exact": ("numbers written exactly", "the number is written, generating freely"),
-        "tokens": (
-            "tokens of the number",
-            "tokens of the number predicted, the earlier ones given",
-        ),
-        "lift": ("nats", "what the needle's content adds to log p(number), in nats"),
+        "exact": ("share of numbers", "numbers written exactly"),
+        "tokens": ("share of the number's tokens", "tokens predicted, the earlier ones given"),
+        "lift": ("nats", "what the needle adds to log p(number)"),
     }
     for name, (label, about) in labels.items():
         figure = figures.needle_map(
@@ -72,7 +69,7 @@ def record_needles(tracker: Tracker, grid: NeedleGrid, step: int) -> None:
             grid.depths,
             grid.cells(name),
             label=label,
-            title=f"Needle in a haystack: {about}\n{per_cell} needles in each cell",
+            title=f"Needle in a haystack: {about}\nneedles in each cell: {per_cell}",
             percent=name != "lift",
         )
         tracker.log_figure(figure, f"evaluation/needle_{name}.png")

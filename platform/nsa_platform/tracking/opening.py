@@ -34,6 +34,7 @@ def open_run(
     yaml_text: str,
     queue_dir: Path,
     run_id: str | None = None,
+    continues: bool = True,
 ) -> RunHandle:
     """Create or continue the run that `job` records into; its status becomes RUNNING.
 
@@ -48,8 +49,11 @@ def open_run(
         queue_dir: local folder, the run's own, for what is not delivered yet.
         run_id: continue this run (from a checkpoint). Without it, a run that an earlier attempt
             opened with the same queue_dir, store and configuration and did not finish is continued.
+        continues: false for a job that starts over each time: every call is a new run.
     """
-    memory = _choose(config, name, text_digest(yaml_text), queue_dir=queue_dir, run_id=run_id)
+    known = recall(queue_dir) if continues else None
+    digest = text_digest(yaml_text)
+    memory = _choose(config, name, digest, queue_dir=queue_dir, run_id=run_id, known=known)
     memory.write()
     tracker = Tracker(memory.handle, creates_store=True)
     tracker.log_params(params)
@@ -71,10 +75,15 @@ def attach_run(config: TrackingConfig, *, name: str, run_id: str, queue_dir: Pat
 
 
 def _choose(
-    config: TrackingConfig, name: str, digest: str, *, queue_dir: Path, run_id: str | None
+    config: TrackingConfig,
+    name: str,
+    digest: str,
+    *,
+    queue_dir: Path,
+    run_id: str | None,
+    known: Memory | None,
 ) -> Memory:
     uri = absolute_uri(config.uri)
-    known = recall(queue_dir)
     if known is not None and (known.handle.uri, known.handle.experiment) == (
         uri,
         config.experiment,
