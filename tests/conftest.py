@@ -112,7 +112,9 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer=true", f"-s3.config={folder}/s3.json"),
         *(f"-s3.port={s3}", f"-master.port={master}", f"-volume.port={volume}"),
         *(f"-filer.port={filer}", "-master.volumeSizeLimitMB=64", "-volume.max=300"),
-        "-master.volumePreallocate=false",
+        *("-master.volumePreallocate=false", "-master.telemetry=false"),
+        # Services that would take a fixed port, so that two servers could not run side by side.
+        *("-s3.port.iceberg=0", "-s3.port.lance=0"),
     ]
     log = folder / "weed.log"
     with log.open("wb") as output:
