@@ -5,6 +5,9 @@ chosen blocks (arXiv 2502.11089, section 3.4). Tokens run fastest in the grid, s
 work at the same time are neighbours of one group and find each other's blocks in L2.
 """
 
+# Jitted functions and their launches have no types that a checker knows.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl
@@ -70,7 +73,7 @@ def selected_forward(
 
 def block_tile_keys(selection_block: int) -> int:
     """Keys of a tile inside a selection block: a power of two that tl.dot takes, at most 64."""
-    return min(64, max(16, triton.next_power_of_2(selection_block)))
+    return int(min(64, max(16, triton.next_power_of_2(selection_block))))
 
 
 def selected_tiles(

@@ -6,6 +6,9 @@ key tiles that the tile can see: those at a window's left edge and at the causal
 those between are not.
 """
 
+# Jitted functions and their launches have no types that a checker knows.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
 from dataclasses import dataclass
 
 import torch

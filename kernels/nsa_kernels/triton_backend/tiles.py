@@ -12,6 +12,9 @@ saves a quarter of the products, registers and shared memory that padding to 256
 padded with masked columns where even that does not fit.
 """
 
+# Jitted functions and their launches have no types that a checker knows.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportReturnType=false
+
 from dataclasses import dataclass
 
 import torch

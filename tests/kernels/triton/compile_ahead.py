@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
@@ -107,7 +107,7 @@ def record_launches() -> list[Built]:
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         start = time.perf_counter()
-        compiled = launch(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled: Any = launch(self, *args, grid=grid, warmup=True, **kwargs)
         if compiled.hash not in seen:
             seen.add(compiled.hash)
             assembly = compiled.asm.get("ptx") or compiled.asm.get("amdgcn")
@@ -165,7 +165,7 @@ def run_paged(shape: Shape, tokens: int) -> None:
         return torch.zeros(pages, rows, GROUPS, width, dtype=shape.dtype)
 
     short = page // CONFIG.compression_stride
-    caches = [
+    caches: Any = [
         make(rows, width)
         for rows in (short, page, page)
         for width in (shape.key_width, shape.value_width)
@@ -175,7 +175,8 @@ def run_paged(shape: Shape, tokens: int) -> None:
     gates = torch.zeros(tokens, heads, 3, dtype=shape.dtype)
     cu_seqlens = torch.tensor([0, 1, tokens], dtype=torch.int32)
     rest = (cu_seqlens, contexts)
-    triton_backend.paged_attention(q, *caches, gates, table, table, *rest, CONFIG, scale)
+    run: Any = triton_backend.paged_attention
+    run(q, *caches, gates, table, table, *rest, CONFIG, scale)
     triton_backend.full_paged_attention(q, caches[2], caches[3], table, *rest, scale)
 
 
@@ -193,7 +194,7 @@ def main(parts: list[str]) -> None:
     rows: dict[str, list[dict[str, Any]]] = {part: [] for part in parts}
     for part in parts:
         target, shapes = PARTS[part]
-        triton.runtime.driver.set_active(NoDevice(TARGETS[target]))
+        triton.runtime.driver.set_active(cast(Any, NoDevice(TARGETS[target])))
         for shape in shapes:
             first = len(built)
             for op in shape.ops:

@@ -1,6 +1,7 @@
 """Span attention in Triton: compressed, sliding and full, forward and backward."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -130,21 +131,18 @@ def test_compiled(op: str, case: Case, dtype: torch.dtype, device: str) -> None:
     check(op, case, Target(backend="triton", device=device), dtype)
 
 
-def backward(op: str, dout: Tensor, dlse: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+def backward(op: str, dout: Tensor, dlse: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
     """triton_backend's backward of op on (q, k, v, out, lse, cu_seqlens)."""
     scale = tensors[0].shape[-1] ** -0.5
-    if op == "full":
-        return triton_backend.full_backward(dout, dlse, *tensors, scale)
-    run = getattr(triton_backend, f"{op}_backward")
-    return run(dout, dlse, *tensors, PAPER, scale)
+    config = () if op == "full" else (PAPER,)
+    return getattr(triton_backend, f"{op}_backward")(dout, dlse, *tensors, *config, scale)
 
 
-def forward(op: str, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+def forward(op: str, *tensors: Any) -> tuple[Tensor, Tensor]:
     """triton_backend's forward of op on (q, k, v, cu_seqlens)."""
     scale = tensors[0].shape[-1] ** -0.5
-    if op == "full":
-        return triton_backend.full_forward(*tensors, scale)
-    return getattr(triton_backend, f"{op}_forward")(*tensors, PAPER, scale)
+    config = () if op == "full" else (PAPER,)
+    return getattr(triton_backend, f"{op}_forward")(*tensors, *config, scale)
 
 
 @pytest.mark.gpu
