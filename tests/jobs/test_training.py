@@ -1,0 +1,254 @@
+"""Pretraining and fine-tuning on real Ray, with workers and drivers killed on the way."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from jobs import pretrain, sft
+from jobs.cluster import connect
+from nsa_platform import storage
+from nsa_platform.data.tokenizer import Tokenizer
+from nsa_platform.model.weights import load_model
+from nsa_platform.tracking.library import MlflowClient
+from nsa_platform.train.snapshots import snapshots
+
+# Ray warns of its own deprecated settings when a trainer is built.
+pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 24
+PATIENCE_S = 240
+
+MODEL = {
+    "name": "tiny",
+    "vocab_size": 512,
+    "layers": 2,
+    "width": 32,
+    "ffn_width": 64,
+    "max_context": 128,
+    "attention": {
+        "kind": "nsa",
+        "query_heads": 4,
+        "kv_heads": 2,
+        "key_width": 16,
+        "value_width": 16,
+        "compression_block_size": 8,
+        "compression_stride": 4,
+        "selection_block_size": 8,
+        "num_selected_blocks": 4,
+        "num_initial_blocks": 1,
+        "num_local_blocks": 2,
+        "window_size": 16,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the runs of this file live."""
+
+    folder: Path
+    tracking: str
+
+    def config(self, name: str, **changes: Any) -> Path:
+        """A YAML file of a run of two workers."""
+        run = {
+            "name": name,
+            "data": {"context_length": 128},
+            "train": {
+                "steps": STEPS,
+                "tokens_per_step": 512,
+                "sequences_per_microbatch": 1,
+                "validate_every_steps": 12,
+                "validation_tokens": 640,
+                "optimizer": {"learning_rate": 3e-3, "warmup_steps": 4},
+                "checkpoint": {"every_steps": 4},
+            },
+            "cluster": {"num_workers": 2},
+            "tracking": {"uri": self.tracking, "experiment": "tests"},
+            "storage": str(self.folder / "runs"),
+        }
+        for section, values in changes.items():
+            run[section] = {**run[section], **values} if section in run else values
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(run))
+        return path
+
+    def client(self) -> MlflowClient:
+        return MlflowClient(self.tracking)
+
+    def run_id(self, name: str) -> str:
+        """The one MLflow run of this name."""
+        client = self.client()
+        experiment = client.get_experiment_by_name("tests")
+        assert experiment is not None
+        found = client.search_runs(
+            [experiment.experiment_id], filter_string=f"attributes.run_name = '{name}'"
+        )
+        assert len(found) == 1
+        return found[0].info.run_id
+
+    def losses(self, name: str) -> list[tuple[int, float]]:
+        """(step, train/loss) in the order in which the points were recorded."""
+        history = self.client().get_metric_history(self.run_id(name), "train/loss")
+        return [(point.step, point.value) for point in history]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = tmp_path_factory.mktemp("training")
+    return Place(folder, f"sqlite:///{folder}/mlflow.db")
+
+
+@pytest.fixture(scope="module")
+def cluster(s3_server) -> Iterator[None]:
+    """A local cluster whose processes know the S3 server."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_server.environment.items():
+            patch.setenv(name, value)
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with connect(num_cpus=2):
+            yield
+
+
+@pytest.fixture(scope="module")
+def straight(place: Place, cluster: None, tiny_shards) -> list[tuple[int, float]]:
+    """Losses of an uninterrupted run, registered as tiny@champion."""
+    config = place.config(
+        "straight",
+        model=MODEL,
+        data={"path": str(tiny_shards.path)},
+        tracking={"registered_model": "tiny"},
+    )
+    pretrain.main(["--config", str(config)])
+    return place.losses("straight")
+
+
+def _wait_for(condition: Callable[[], Any], what: str) -> Any:
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    raise TimeoutError(f"no {what} after {PATIENCE_S} s")
+
+
+def _workers_of(pid: int) -> list[psutil.Process]:
+    children = psutil.Process(pid).children(recursive=True)
+    return [child for child in children if "RayTrainWorker" in " ".join(_command(child))]
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def test_a_run_learns_and_leaves_what_it_should(place: Place, straight, capsys) -> None:
+    assert [step for step, _ in straight] == list(range(1, STEPS + 1))
+    assert straight[-1][1] < straight[0][1] - 0.5
+    folder = place.folder / "runs" / "straight"
+    assert [each.step for each in snapshots(str(folder / "checkpoints"))] == [24, 20]
+    assert load_model(folder / "model").config.name == "tiny"
+    client, run_id = place.client(), place.run_id("straight")
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    assert {"valid/loss", "valid/bits_per_byte", "train/grad_norm", "train/tokens_per_s"} <= set(
+        run.data.metrics
+    )
+    assert "nsa/gate_mean/slc/1" in run.data.metrics
+    assert run.inputs is not None
+    assert {dataset.dataset.name for dataset in run.inputs.dataset_inputs} == {
+        "train",
+        "validation",
+    }
+    figures = {item.path for item in client.list_artifacts(run_id, "figures")}
+    assert {"figures/loss.png", "figures/gate_means.png"} <= figures
+    assert client.get_model_version_by_alias("tiny", "champion").run_id == run_id
+
+
+def test_a_finished_run_is_not_trained_again(place: Place, straight, capsys) -> None:
+    pretrain.main(["--config", str(place.folder / "straight.yaml")])
+    output = capsys.readouterr().out
+    assert "straight is finished already" in output
+    assert "starting workers" not in output
+    assert place.losses("straight") == straight
+
+
+def test_a_killed_worker_on_object_storage(
+    place: Place, straight, tiny_shards, s3_server, capsys
+) -> None:
+    bucket = s3_server.bucket("runs")
+    config = place.config("killed", model=MODEL, data={"path": str(tiny_shards.path)})
+    killed: list[int] = []
+
+    def kill_after_a_checkpoint() -> None:
+        _wait_for(lambda: snapshots(f"{bucket}/killed/checkpoints"), "checkpoint")
+        worker = _workers_of(os.getpid())[-1]
+        worker.kill()
+        killed.append(worker.pid)
+
+    killer = threading.Thread(target=kill_after_a_checkpoint)
+    killer.start()
+    pretrain.main(["--config", str(config), "--set", f"storage={bucket}"])
+    killer.join()
+    assert len(killed) == 1
+    assert "goes on from the checkpoint of step" in capsys.readouterr().out
+    assert place.losses("killed") == straight
+    assert place.client().get_run(place.run_id("killed")).info.status == "FINISHED"
+    assert "config.json" in storage.list_names(f"{bucket}/killed/model")
+
+
+def test_a_killed_driver(place: Place, straight, tiny_shards, capsys) -> None:
+    config = place.config("orphan", model=MODEL, data={"path": str(tiny_shards.path)})
+    command = [sys.executable, "-m", "jobs.pretrain", "--config", str(config)]
+    log = place.folder / "orphan.log"
+    with log.open("wb") as output:
+        driver = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
+        folder = str(place.folder / "runs" / "orphan" / "checkpoints")
+        _wait_for(lambda: snapshots(folder) or driver.poll() is not None, "checkpoint")
+        assert driver.poll() is None, log.read_text()[-3000:]
+        workers = _workers_of(driver.pid)
+        assert len(workers) == 2
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait()
+        _wait_for(lambda: not any(worker.is_running() for worker in workers), "end of the workers")
+    first_id = place.run_id("orphan")
+    pretrain.main(["--config", str(config)])
+    assert "goes on from the checkpoint of step" in capsys.readouterr().out
+    assert place.run_id("orphan") == first_id
+    assert place.losses("orphan") == straight
+
+
+def test_fine_tuning_starts_from_the_registered_model(
+    place: Place, straight, tiny_chat_shards, tiny_shards
+) -> None:
+    config = place.config(
+        "tuned",
+        checkpoint="models:/tiny@champion",
+        data={"path": str(tiny_chat_shards.path), "packing": "whole"},
+        train={"steps": 6, "validate_every_steps": 6, "checkpoint": {"every_steps": 3}},
+    )
+    sft.main(["--config", str(config)])
+    losses = place.losses("tuned")
+    assert [step for step, _ in losses] == list(range(1, 7))
+    # Pretraining began at log(512) = 6.2; whoever starts from its end starts lower.
+    assert losses[0][1] < straight[0][1]
+    model = place.folder / "runs" / "tuned" / "model"
+    assert Tokenizer(model).fingerprint == Tokenizer(tiny_shards.tokenizer).fingerprint
+    start = load_model(place.folder / "runs" / "straight" / "model").state_dict()
+    tuned = load_model(model).state_dict()
+    assert any(not tuned[name].equal(start[name]) for name in start)

@@ -1,0 +1,197 @@
+"""What is wrong is found on the driver, in one clear line, before Ray starts work."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from jobs import pretrain, sft
+from nsa_platform import storage
+from nsa_platform.config.model import ModelConfig
+from nsa_platform.model.transformer import Transformer, init_weights
+from nsa_platform.model.weights import export_model
+from nsa_platform.train.snapshots import FACTS, MARKER, marker_text
+
+MODEL: dict[str, Any] = {
+    "vocab_size": 512,
+    "layers": 1,
+    "width": 16,
+    "ffn_width": 16,
+    "max_context": 64,
+    "attention": {
+        "kind": "full",
+        "query_heads": 2,
+        "kv_heads": 1,
+        "key_width": 8,
+        "value_width": 8,
+    },
+}
+
+
+def config(folder: Path, shards: Path, **changes: Any) -> str:
+    """A YAML file of a small run; `changes` replace whole sections."""
+    run = {
+        "name": "run",
+        "model": MODEL,
+        "data": {"path": str(shards), "context_length": 32},
+        "train": {"steps": 4, "tokens_per_step": 64},
+        "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
+        "storage": str(folder / "runs"),
+    } | changes
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in run.items() if value is not None}))
+    return str(path)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], job: Any, *arguments: str) -> str:
+    """The error of a job that must end with status 1 without starting workers."""
+    with pytest.raises(SystemExit) as ended:
+        job.main(["--config", *arguments])
+    output = capsys.readouterr()
+    assert ended.value.code == 1
+    assert "starting workers" not in output.out
+    lines = output.err.strip().splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_a_dry_run_needs_no_data(tmp_path: Path, capsys) -> None:
+    pretrain.main(["--config", config(tmp_path, tmp_path / "nowhere"), "--dry-run"])
+    output = capsys.readouterr().out
+    for word in ("parameters", "FLOPs per step", "4 of 64 tokens", "memory per worker", "256 in"):
+        assert word in output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml"]
+
+
+def test_no_data(tmp_path: Path, capsys) -> None:
+    nowhere = tmp_path / "nowhere"
+    assert str(nowhere) in refusal(capsys, pretrain, config(tmp_path, nowhere))
+
+
+def test_a_vocabulary_that_is_too_small(tmp_path: Path, tiny_shards, capsys) -> None:
+    path = config(tmp_path, tiny_shards.path, model=MODEL | {"vocab_size": 400})
+    error = refusal(capsys, pretrain, path)
+    assert "model.vocab_size=400 must be at least 512" in error
+
+
+def test_shards_of_another_tokenizer(tmp_path: Path, tiny_shards, capsys) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_shards.path, data)
+    (data / "tokenizer" / "chat_template.jinja").write_text("another")
+    error = refusal(capsys, pretrain, config(tmp_path, data))
+    assert "was made with tokenizer" in error
+    assert str(data / "train") in error
+
+
+def test_a_broken_manifest(tmp_path: Path, tiny_shards, capsys) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_shards.path, data)
+    manifest = data / "train" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"tokens": ', '"tokens": 1', 1))
+    assert str(manifest) in refusal(capsys, pretrain, config(tmp_path, data))
+
+
+def test_storage_that_is_away(tmp_path: Path, tiny_shards, capsys, monkeypatch) -> None:
+    for name, value in {
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+    }.items():
+        monkeypatch.setenv(name, value)
+    path = config(tmp_path, tiny_shards.path, storage="s3://bucket/runs")
+    error = refusal(capsys, pretrain, path)
+    assert "http://127.0.0.1:9" in error
+    assert "does not answer" in error
+
+
+def _checkpoint(folder: Path, described: dict[str, Any], step: int = 2) -> None:
+    """A snapshot by its facts alone: all that the driver looks at."""
+    place = folder / "runs" / "run" / "checkpoints" / f"step-{step:08d}"
+    facts = {"step": step, "described": described, "tracking": {}}
+    content = json.dumps(facts).encode()
+    storage.write_bytes(str(place / FACTS), content)
+    storage.write_bytes(str(place / MARKER), marker_text(step, {FACTS: len(content)}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": MODEL | {"layers": 2}}, "model.layers was 1, is 2"),
+        ({"data": {"context_length": 64}}, "data.context_length was 32, is 64"),
+        ({"train": {"steps": 1, "tokens_per_step": 64}}, "2 steps are done, train.steps=1 is less"),
+    ],
+)
+def test_checkpoints_of_another_run(
+    tmp_path: Path, tiny_shards, capsys, changes: dict[str, Any], message: str
+) -> None:
+    digest = json.loads((tiny_shards.path / "train" / "manifest.json").read_text())["digest"]
+    saved = pretrain.PretrainRun.load(config(tmp_path, tiny_shards.path))
+    described = saved.model_dump(mode="json", include={"model", "data", "train", "cluster"})
+    _checkpoint(tmp_path, described | {"data_digest": digest})
+    changes = {
+        key: ({"path": str(tiny_shards.path)} if key == "data" else {}) | value
+        for key, value in changes.items()
+    }
+    error = refusal(capsys, pretrain, config(tmp_path, tiny_shards.path, **changes))
+    assert message in error
+    assert str(tmp_path / "runs" / "run") in error
+    assert "choose another name" in error.lower()
+
+
+@pytest.fixture
+def exported(tmp_path: Path, tiny_shards) -> Path:
+    """A model with the tokenizer of tiny_shards."""
+    model = Transformer(ModelConfig.parse(MODEL))
+    init_weights(model, 0)
+    with torch.no_grad():
+        return export_model(
+            tmp_path / "exported",
+            model.config,
+            model.state_dict(),
+            tokenizer_dir=tiny_shards.tokenizer,
+        )
+
+
+def test_fine_tuning_a_folder_that_is_no_model(tmp_path: Path, tiny_chat_shards, capsys) -> None:
+    path = config(
+        tmp_path, tiny_chat_shards.path, model=None, checkpoint=str(tiny_chat_shards.path)
+    )
+    assert "config.json" in refusal(capsys, sft, path)
+
+
+def test_fine_tuning_with_rows_that_are_too_long(
+    tmp_path: Path, tiny_chat_shards, exported: Path, capsys
+) -> None:
+    data = {"path": str(tiny_chat_shards.path), "context_length": 128, "packing": "whole"}
+    path = config(
+        tmp_path,
+        tiny_chat_shards.path,
+        model=None,
+        checkpoint=str(exported),
+        data=data,
+        train={"steps": 1, "tokens_per_step": 128},
+    )
+    error = refusal(capsys, sft, path)
+    assert "data.context_length=128 must not exceed 64" in error
+
+
+def test_fine_tuning_with_another_tokenizer(
+    tmp_path: Path, tiny_chat_shards, exported: Path, capsys
+) -> None:
+    (exported / "chat_template.jinja").write_text("another")
+    path = config(tmp_path, tiny_chat_shards.path, model=None, checkpoint=str(exported))
+    error = refusal(capsys, sft, path)
+    assert "was made with tokenizer" in error
+    assert f"tokenizer.path={exported}" in error
+
+
+def test_fine_tuning_plans_from_the_models_own_config(
+    tmp_path: Path, tiny_chat_shards, exported: Path, capsys
+) -> None:
+    path = config(tmp_path, tiny_chat_shards.path, model=None, checkpoint=str(exported))
+    sft.main(["--config", path, "--dry-run"])
+    assert "parameters" in capsys.readouterr().out
