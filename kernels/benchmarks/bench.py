@@ -3,8 +3,8 @@
     python kernels/benchmarks/bench.py [--quick] [--json results/kernels.json]
 
 First a gate: every op's output and gradients against the float64 reference; if one is off, nothing
-is timed. Then medians of triton.testing.do_bench (L2 flushed between calls). Prints as it goes,
-writes the records as JSON and renders RESULTS.md from them.
+is timed. Then medians, L2 flushed between calls. Prints as it goes, writes the records as JSON and
+renders RESULTS.md from them.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import nsa_kernels
 from benchmarks import report
 from benchmarks.decode import measure_decode
+from benchmarks.timing import median_ms
 from benchmarks.workloads import (
     GATE,
     QUICK,
@@ -92,7 +93,9 @@ def check_gate(workload: Workload, device: str) -> None:
         gradients = torch.autograd.grad(out, inputs, tensors.dout)
         exact_gradients = torch.autograd.grad(exact, exact_inputs, tensors.dout.double())
         pairs = zip((out, *gradients), (exact, *exact_gradients), strict=True)
-        errors = [float((a.double() - b).norm() / b.norm()) for a, b in pairs]
+        errors = [
+            float((a.detach().double() - b.detach()).norm() / b.detach().norm()) for a, b in pairs
+        ]
         print(f"gate {small.key_width}/{small.value_width} {op:10s} {max(errors):.4f}", flush=True)
         if not max(errors) <= MAX_ERROR:
             raise RedGate(f"{op}: relative errors of out and gradients {errors} > {MAX_ERROR}")
@@ -101,10 +104,10 @@ def check_gate(workload: Workload, device: str) -> None:
 def measure_ceilings(device: str) -> Iterator[dict[str, Any]]:
     """bf16 matrix products and memory copies: what the kernels could reach at most."""
     a = torch.randn(8192, 8192, dtype=torch.bfloat16, device=device)
-    ms = triton.testing.do_bench(lambda: a @ a, return_mode="median")
+    ms = median_ms(lambda: a @ a)
     yield {"name": "ceiling/matmul", "value": 2 * 8192**3 / ms / 1e9, "unit": "TFLOP/s"}
     big = torch.empty(2**30, dtype=torch.uint8, device=device)
-    ms = triton.testing.do_bench(big.clone, return_mode="median")
+    ms = median_ms(big.clone)
     yield {"name": "ceiling/copy", "value": 2 * big.numel() / ms / 1e9, "unit": "TB/s"}
 
 
@@ -113,15 +116,13 @@ def time_attention(
 ) -> Iterator[dict[str, Any]]:
     """Forward without autograd, then backward alone."""
     with torch.no_grad():
-        forward_ms = triton.testing.do_bench(attend, rep=rep_ms, return_mode="median")
+        forward_ms = median_ms(attend, rep_ms)
     yield {"name": f"{name}/forward", "value": forward_ms, "unit": "ms"}
     for tensor in inputs:
         tensor.requires_grad_(True)
     out = attend()
-    backward_ms = triton.testing.do_bench(
-        lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True),
-        rep=rep_ms,
-        return_mode="median",
+    backward_ms = median_ms(
+        lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True), rep_ms
     )
     yield {"name": f"{name}/backward", "value": backward_ms, "unit": "ms"}
     for tensor in inputs:
@@ -143,10 +144,8 @@ def measure_ops(workload: Workload, device: str, rep_ms: int) -> Iterator[dict[s
             direction = record["name"].rsplit("/", 1)[1]
             yield {**record, "flops": attention_flops(workload, direction, pairs)}
     _, lse = nsa_kernels.compressed_attention(*op_tensors("compressed", tensors), config=config)
-    ms = triton.testing.do_bench(
-        lambda: nsa_kernels.select_blocks(tensors.q, tensors.k_cmp, lse, config=config),
-        rep=rep_ms,
-        return_mode="median",
+    ms = median_ms(
+        lambda: nsa_kernels.select_blocks(tensors.q, tensors.k_cmp, lse, config=config), rep_ms
     )
     yield {"name": f"{workload.name}/select_blocks/forward", "value": ms, "unit": "ms"}
 
@@ -155,7 +154,7 @@ def measure_sdpa(workload: Workload, device: str, rep_ms: int) -> Iterator[dict[
     """torch's attention with each of its fast kernels; one that refuses the shape is left out."""
     tensors = make_tensors(workload, device)
     # [1, H, T, K], the layout that torch's kernels want; grouped keys stay grouped.
-    inputs = [t.transpose(0, 1)[None] for t in op_tensors("full", tensors)]
+    q, k, v = inputs = [t.transpose(0, 1)[None] for t in op_tensors("full", tensors)]
     dout = tensors.dout.transpose(0, 1)[None]
     pairs = attended_pairs(workload, "full", tensors.blocks)
     for name, kernel in SDPA.items():
@@ -163,7 +162,7 @@ def measure_sdpa(workload: Workload, device: str, rep_ms: int) -> Iterator[dict[
         def attend(kernel: SDPBackend = kernel) -> Tensor:
             with sdpa_kernel(kernel):
                 return torch.nn.functional.scaled_dot_product_attention(
-                    *inputs, is_causal=True, enable_gqa=True
+                    q, k, v, is_causal=True, enable_gqa=True
                 )
 
         try:
@@ -217,7 +216,7 @@ def measure(workloads: list[Workload], device: str, *, rep_ms: int) -> Iterator[
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}; no decode")
     parser.add_argument("--json", type=Path, default=ROOT / "results" / "kernels.json")
     parser.add_argument("--commit", help="what to call this version where git cannot tell")

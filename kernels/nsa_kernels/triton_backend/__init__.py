@@ -1,6 +1,7 @@
 """The Triton kernels behind every op: plain tensors in, plain tensors out, no autograd."""
 
 from nsa_kernels.triton_backend.importance import select_blocks
+from nsa_kernels.triton_backend.mixing import mix_backward, mix_forward
 from nsa_kernels.triton_backend.paged import full_paged_attention, paged_attention
 from nsa_kernels.triton_backend.selected_backward import selected_backward
 from nsa_kernels.triton_backend.selected_forward import selected_forward
@@ -21,6 +22,8 @@ __all__ = [
     "full_backward",
     "full_forward",
     "full_paged_attention",
+    "mix_backward",
+    "mix_forward",
     "paged_attention",
     "select_blocks",
     "selected_backward",

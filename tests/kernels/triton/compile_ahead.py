@@ -57,7 +57,7 @@ class Shape:
         return f"{self.dtype} K{self.key_width} V{self.value_width} R{self.heads_per_group}"
 
 
-ONE_SPAN = ("compressed", "selected", "select_blocks", "decode")
+ONE_SPAN = ("compressed", "selected", "select_blocks", "mixing", "decode")
 PARTS: dict[str, tuple[str, list[Shape]]] = {
     # Together: every launch at the commonest width, and every width in every kind of kernel.
     "sm_90 narrow": (
@@ -133,6 +133,11 @@ def run_op(op: str, shape: Shape) -> None:
     def make(*sizes: int) -> Tensor:
         return torch.zeros(*sizes, dtype=shape.dtype)
 
+    if op == "mixing":
+        out, gates = make(TOKENS, heads, shape.value_width), make(TOKENS, heads, 3)
+        triton_backend.mix_forward(out, out, out, gates)
+        triton_backend.mix_backward(out, out, out, out, gates)
+        return
     q, out = make(TOKENS, heads, shape.key_width), make(TOKENS, heads, shape.value_width)
     lse = torch.zeros(TOKENS, heads)
     num_keys = TOKENS // 16 if op in ("compressed", "select_blocks") else TOKENS

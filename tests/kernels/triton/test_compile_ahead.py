@@ -21,6 +21,8 @@ SHARED_BYTES = {"sm_90": 227 * 1024, "sm_80": 163 * 1024, "gfx942": 64 * 1024}
 # Kernels that move or add numbers and have no product of matrices.
 WITHOUT_DOTS = {
     "row_delta_kernel",
+    "mix_forward_kernel",
+    "mix_backward_kernel",
     "selected_backward_sum_kernel",
     "top_blocks_kernel",
     "locate_rows_kernel",

@@ -1,0 +1,123 @@
+"""The gated sum of the three branches (Eq. 5), one pass over memory forward and one backward."""
+
+# Jitted functions and their launches have no types that a checker knows.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_kernels.triton_backend.tiles import load_rows, store_rows, value_widths
+
+_TILE_ELEMENTS = 2048
+
+
+def mix_forward(out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor) -> Tensor:
+    """Sum of the branches [T, H, V] times their gates [T, H, 3], in fp32, in out_cmp's dtype."""
+    mixed = torch.empty_like(out_cmp)
+    num_rows, value_width = gates.numel() // 3, out_cmp.shape[-1]
+    if num_rows == 0:
+        return mixed
+    tile = _tile_rows(value_width)
+    mix_forward_kernel[(triton.cdiv(num_rows, tile),)](
+        out_cmp, out_slc, out_win, gates, mixed, num_rows,
+        TILE_ROWS=tile, **value_widths(value_width),
+    )  # fmt: skip
+    return mixed
+
+
+def mix_backward(
+    dout: Tensor, out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of out_cmp, out_slc, out_win and gates."""
+    grads = (
+        torch.empty_like(out_cmp),
+        torch.empty_like(out_slc),
+        torch.empty_like(out_win),
+        torch.empty_like(gates),
+    )
+    num_rows, value_width = gates.numel() // 3, out_cmp.shape[-1]
+    if num_rows == 0:
+        return grads
+    tile = _tile_rows(value_width)
+    mix_backward_kernel[(triton.cdiv(num_rows, tile),)](
+        dout, out_cmp, out_slc, out_win, gates, *grads, num_rows,
+        TILE_ROWS=tile, **value_widths(value_width),
+    )  # fmt: skip
+    return grads
+
+
+def _tile_rows(value_width: int) -> int:
+    return max(1, _TILE_ELEMENTS // triton.next_power_of_2(value_width))
+
+
+@triton.jit
+def mix_forward_kernel(
+    out_cmp,
+    out_slc,
+    out_win,
+    gates,
+    mixed,
+    num_rows,
+    V: tl.constexpr,
+    V_PADDED: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+):
+    """mixed = gate_cmp out_cmp + gate_slc out_slc + gate_win out_win over flat rows."""
+    o_row = tl.program_id(0).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    m_row = o_row < num_rows
+    gate_cmp = tl.load(gates + o_row * 3, mask=m_row, other=0.0).to(tl.float32)
+    gate_slc = tl.load(gates + o_row * 3 + 1, mask=m_row, other=0.0).to(tl.float32)
+    gate_win = tl.load(gates + o_row * 3 + 2, mask=m_row, other=0.0).to(tl.float32)
+    b_cmp = load_rows(out_cmp, o_row * V, m_row, 0, V_PADDED, V, True).to(tl.float32)
+    b_slc = load_rows(out_slc, o_row * V, m_row, 0, V_PADDED, V, True).to(tl.float32)
+    b_win = load_rows(out_win, o_row * V, m_row, 0, V_PADDED, V, True).to(tl.float32)
+    b_mixed = b_cmp * gate_cmp[:, None] + b_slc * gate_slc[:, None] + b_win * gate_win[:, None]
+    store_rows(mixed, b_mixed, o_row * V, m_row, 0, V_PADDED, V)
+
+
+@triton.jit
+def _branch_gradient(
+    b_dout,
+    out,
+    gates,
+    dout,
+    dgates,
+    o_row,
+    m_row,
+    BRANCH: tl.constexpr,
+    V: tl.constexpr,
+    V_PADDED: tl.constexpr,
+):
+    """Write one branch's gradient, dout times its gate, and its gate's, the sum of dout * out."""
+    b_out = load_rows(out, o_row * V, m_row, 0, V_PADDED, V, True).to(tl.float32)
+    b_dgate = tl.sum(b_dout * b_out, 1)
+    tl.store(dgates + o_row * 3 + BRANCH, b_dgate.to(dgates.dtype.element_ty), mask=m_row)
+    gate = tl.load(gates + o_row * 3 + BRANCH, mask=m_row, other=0.0).to(tl.float32)
+    store_rows(dout, b_dout * gate[:, None], o_row * V, m_row, 0, V_PADDED, V)
+
+
+@triton.jit
+def mix_backward_kernel(
+    dout,
+    out_cmp,
+    out_slc,
+    out_win,
+    gates,
+    dout_cmp,
+    dout_slc,
+    dout_win,
+    dgates,
+    num_rows,
+    V: tl.constexpr,
+    V_PADDED: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+):
+    """Gradients of the branches and gates over flat rows."""
+    o_row = tl.program_id(0).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    m_row = o_row < num_rows
+    b_dout = load_rows(dout, o_row * V, m_row, 0, V_PADDED, V, True).to(tl.float32)
+    _branch_gradient(b_dout, out_cmp, gates, dout_cmp, dgates, o_row, m_row, 0, V, V_PADDED)
+    _branch_gradient(b_dout, out_slc, gates, dout_slc, dgates, o_row, m_row, 1, V, V_PADDED)
+    _branch_gradient(b_dout, out_win, gates, dout_win, dgates, o_row, m_row, 2, V, V_PADDED)
