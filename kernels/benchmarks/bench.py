@@ -40,7 +40,13 @@ from benchmarks.workloads import (
 from nsa_kernels import reference
 
 ROOT = Path(__file__).parents[2]
-OPS = ("compressed", "selected", "sliding", "full", "nsa")
+OPS = {
+    "compressed": "compressed_attention",
+    "selected": "selected_attention",
+    "sliding": "sliding_attention",
+    "full": "full_attention",
+    "nsa": "nsa_attention",
+}
 SDPA = {
     "sdpa_flash": SDPBackend.FLASH_ATTENTION,
     "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -73,7 +79,7 @@ def op_output(module: Any, op: str, inputs: list[Tensor], blocks: Tensor, config
     """out of nsa_kernels' op, or of its twin in the reference."""
     choice = [blocks] if op == "selected" else []
     options = {} if op == "full" else {"config": config}
-    result = getattr(module, f"{op}_attention")(*inputs, *choice, **options)
+    result = getattr(module, OPS[op])(*inputs, *choice, **options)
     return result if isinstance(result, Tensor) else result[0]
 
 
