@@ -31,7 +31,7 @@ def read_run(uri: str, run_id: str) -> RunRecord:
     names = [name for name in run.data.metrics if not name.startswith("system/")]
     return RunRecord(
         run_id=run_id,
-        name=run.info.run_name,
+        name=run.info.run_name or run_id,
         status=run.info.status,
         params=dict(run.data.params),
         tags=dict(run.data.tags),

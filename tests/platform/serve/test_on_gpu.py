@@ -1,5 +1,6 @@
 """The model on a GPU: agrees with the CPU, never waits for the host, generates as it recomputes."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,17 +32,22 @@ LENGTHS = [700, 31, 293]
 
 @contextmanager
 def no_host_sync() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            # It says that it is a prototype, which is no reason to do without it.
+            warnings.filterwarnings("ignore", message="Synchronization debug mode")
+            torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
+FIELDS = {"width": 128, "ffn_width": 256, "max_context": 2048, "tie_embeddings": False}
+
+
 @pytest.fixture(params=list(ATTENTION.values()), ids=list(ATTENTION))
 def model(request: pytest.FixtureRequest, make_model: Any) -> Any:
-    fields = {"width": 128, "ffn_width": 256, "max_context": 2048, "tie_embeddings": False}
-    return make_model(request.param, **fields)
+    return make_model(request.param, **FIELDS)
 
 
 def ids_of(length: int) -> torch.Tensor:
@@ -52,7 +58,12 @@ def loss_of(model: Any, ids: torch.Tensor, inputs: PackedInputs) -> torch.Tensor
     return model.logits(model(ids, inputs).hidden).float().logsumexp(-1).mean()
 
 
-def test_forward_and_gradients_agree_with_the_cpu(model):
+@pytest.mark.parametrize("kind", ATTENTION)
+def test_forward_and_gradients_agree_with_the_cpu(kind, make_model):
+    # Untrained, all blocks are nearly equal, and two ways of rounding choose differently: here
+    # every block is chosen. That choices agree is tested where they are made.
+    chosen = {"num_selected_blocks": 16} if kind == "nsa" else {}
+    model = make_model(ATTENTION[kind] | chosen, **FIELDS)
     ids, parameters = ids_of(sum(LENGTHS)), dict(model.named_parameters())
     wanted = torch.autograd.grad(
         loss_of(model, ids, PackedInputs.from_lengths(LENGTHS)), list(parameters.values())
@@ -61,9 +72,8 @@ def test_forward_and_gradients_agree_with_the_cpu(model):
     inputs = PackedInputs.from_lengths(LENGTHS, device="cuda")
     found = torch.autograd.grad(loss_of(model, ids.cuda(), inputs), list(model.parameters()))
     for name, one, other in zip(parameters, found, wanted, strict=True):
-        # Nearly equal blocks may change places between two ways of rounding.
         error = (one.cpu() - other).norm() / other.norm().clamp(min=1e-6)
-        assert error < 1e-2, f"{name}: {error}"
+        assert error < 1e-3, f"{name}: {error}"
 
 
 def test_training_never_waits_for_the_host(model):
