@@ -38,6 +38,10 @@ EXIT_INTERRUPTED = 130
 POLL_S = 0.3
 
 
+class HopelessRun(RuntimeError):
+    """A worker met what no restart can help with; the message is its reason."""
+
+
 def run_training(job: str, run: PretrainRun | SftRun, origin: Origin) -> None:
     """Train, or go on with, the run; ends the process with a status and a line if it fails.
 
@@ -67,6 +71,8 @@ def run_training(job: str, run: PretrainRun | SftRun, origin: Origin) -> None:
         status = "KILLED"
         console.print("stopped; the same command goes on from the newest checkpoint")
         raise SystemExit(EXIT_INTERRUPTED) from None
+    except HopelessRun as error:
+        fail(f"{run.name} cannot go on: {error}")
     except TrainingFailedError as error:
         fail(f"{run.name} failed, the same command goes on from the newest checkpoint: {error}")
     finally:
@@ -218,6 +224,8 @@ def _fit(trainer: TorchTrainer, events: Queue, progress: TrainingProgress) -> Ou
 
 def _show(events: Queue, progress: TrainingProgress) -> None:
     for event in events.get_nowait_batch(events.size()):
+        if "fatal" in event:
+            raise HopelessRun(event["fatal"])
         if "line" in event:
             progress.line(event["line"])
         else:

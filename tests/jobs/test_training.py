@@ -1,6 +1,7 @@
 """Pretraining and fine-tuning on real Ray, with workers and drivers killed on the way."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -252,3 +253,23 @@ def test_fine_tuning_starts_from_the_registered_model(
     start = load_model(place.folder / "runs" / "straight" / "model").state_dict()
     tuned = load_model(model).state_dict()
     assert any(not tuned[name].equal(start[name]) for name in start)
+
+
+def test_a_broken_shard_ends_the_run_with_its_name(
+    place: Place, cluster: None, tiny_shards, capsys
+) -> None:
+    data = place.folder / "broken"
+    shutil.copytree(tiny_shards.path, data)
+    for shard in (data / "train").glob("*.arrow"):
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+    config = place.config("broken", model=MODEL, data={"path": str(data)})
+    with pytest.raises(SystemExit) as ended:
+        pretrain.main(["--config", str(config)])
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert "broken cannot go on: worker" in error
+    assert str(data / "train" / "shard-") in error
+    assert "sha256" in error
+    assert place.client().get_run(place.run_id("broken")).info.status == "FAILED"

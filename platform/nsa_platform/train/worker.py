@@ -79,6 +79,7 @@ class Voice:
 
     def __init__(self, world: World, events: Queue | None, *, steps: int) -> None:
         self.metrics: dict[str, float] = {}
+        self._all_events = events
         self._events = events if world.is_first else None
         self._steps = steps
         self._told_s = 0.0
@@ -87,6 +88,11 @@ class Voice:
         """One line for a person."""
         if self._events is not None:
             self._events.put_nowait({"line": line})
+
+    def give_up(self, reason: str) -> None:
+        """From any worker: trying again is useless, the driver shall end the run."""
+        if self._all_events is not None:
+            self._all_events.put_nowait({"fatal": reason})
 
     def report(self, step: int, metrics: Metrics) -> None:
         """The step's metrics. Ray Train takes few reports a minute: it gets the validations."""
@@ -118,7 +124,15 @@ def train_worker(config: dict[str, Any]) -> Outcome:
             tracker = Tracker(task.handle, creates_run=world.is_first)
             stack.callback(tracker.finish, None)
             stack.callback(SystemMonitor(tracker).stop)
-        return _train(task, world=world, voice=voice, tracker=tracker if world.is_first else None)
+        try:
+            return _train(
+                task, world=world, voice=voice, tracker=tracker if world.is_first else None
+            )
+        except ValueError as error:
+            # Broken shards, a foreign model: perhaps seen by this worker alone, and by every
+            # worker that would take its place.
+            voice.give_up(f"worker {world.rank}: {error}")
+            raise
 
 
 def _train(task: Task, *, world: World, voice: Voice, tracker: Tracker | None) -> Outcome:

@@ -9,7 +9,8 @@ from torch.multiprocessing.spawn import spawn
 
 from nsa_platform.config.data import LoaderConfig
 from nsa_platform.config.train import TrainConfig
-from tests.platform.train.tiny_run import MODEL, MOE, run, settings, write_data
+from nsa_platform.train import loss
+from tests.platform.train.tiny_run import MODEL, MOE, VOCAB, run, settings, write_data
 
 # The same sums in another order: float32 with a few hundred terms.
 ROUNDING = 2e-5
@@ -25,6 +26,7 @@ def _worker(
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
     for name, config, has_experts in jobs:
         place = Path(folder) / name
+        loss.LOGITS_PER_CHUNK = 10 * VOCAB if "chunks" in name else 1 << 26
         recorded = run(config, data, place, model_config=MOE if has_experts else MODEL)
         if rank == 0:
             (Path(folder) / f"{name}-{size}.json").write_text(
@@ -63,6 +65,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, dict[s
         data,
         [
             ("shard", shard, False),
+            ("shard-chunks", shard, False),
             ("replicate", replicate, False),
             ("experts", replicate, True),
             ("experts-shard", shard, True),
@@ -96,6 +99,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, dict[s
     ("name", "reference", "tolerance"),
     [
         ("shard", "alone", ROUNDING),
+        ("shard-chunks", "shard", ROUNDING),
         ("replicate", "alone", ROUNDING),
         ("experts-shard", "experts", ROUNDING),
         ("bfloat16", "alone", BFLOAT16_ROUNDING),
