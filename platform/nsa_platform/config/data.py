@@ -67,7 +67,9 @@ class LoaderConfig(Strict):
     are never cut, rows are padded, a document longer than a row is truncated and counted (for
     chats)."""
     seed: int = 0
-    """Decides, with the epoch, the order of shards and documents."""
+    """Decides, with the epoch, the order of shards, documents and rows."""
+    shuffle_rows: PositiveInt = 2048
+    """Rows are dealt in random order within windows of this many; 1: in the stream's order."""
     cache_gib: PositiveFloat = 32.0
     """Remote shards that were not used for longest are deleted from the cache beyond this."""
     cache_dir: Location | None = None

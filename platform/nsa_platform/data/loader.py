@@ -21,6 +21,7 @@ from nsa_platform.data.packing import (
     SplitPacker,
     WholePacker,
 )
+from nsa_platform.data.row_order import RowOrder
 from nsa_platform.data.shards import ShardSet
 
 
@@ -100,6 +101,7 @@ class Loader:
         self._world_size = world_size
         self._rows_per_microbatch = rows_per_microbatch
         self._packers: OrderedDict[int, Packer] = OrderedDict()
+        self._orders: dict[int, RowOrder] = {}
         self._state = LoaderState()
         self._seek(state or LoaderState())
 
@@ -133,13 +135,26 @@ class Loader:
         epoch, row = self._state.epoch, self._state.row
         for index in range(rows_per_step):
             if index % self._world_size == self._rank:
-                rows.append(self._packer(epoch).row(row))
+                rows.append(self._row(epoch, row))
             row += 1
             if row == self._packer(epoch).num_rows:
                 epoch, row = epoch + 1, 0
         self._state = LoaderState(epoch, row)
         size = self._rows_per_microbatch
         return [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+    def _row(self, epoch: int, place: int) -> Row:
+        packer = self._packer(epoch)
+        if epoch not in self._orders:
+            self._orders = {
+                epoch: RowOrder(
+                    packer.num_rows,
+                    window=self.config.shuffle_rows,
+                    seed=self.config.seed,
+                    epoch=epoch,
+                )
+            }
+        return packer.row(self._orders[epoch][place])
 
     def _seek(self, state: LoaderState) -> None:
         rows = self._packer(state.epoch).num_rows

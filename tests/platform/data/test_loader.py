@@ -37,9 +37,20 @@ def write(
     return writer.finish(SourceRecord(files=1, bytes=1, documents=len(lengths)))
 
 
-def loader(folder: Path, *, length: int = 16, packing: str = "split", **options: object) -> Loader:
-    config = LoaderConfig.parse(
-        {"path": str(folder), "context_length": length, "packing": packing, "seed": 5}
+def loader(
+    folder: Path,
+    *,
+    length: int = 16,
+    packing: str = "split",
+    shuffle_rows: int = 1,
+    **options: object,
+) -> Loader:
+    config = LoaderConfig(
+        path=str(folder),
+        context_length=length,
+        packing=packing,  # pyright: ignore[reportArgumentType]
+        seed=5,
+        shuffle_rows=shuffle_rows,
     )
     return Loader(open_split(config, "train"), config, **options)  # pyright: ignore
 
@@ -329,3 +340,33 @@ def test_the_loader_is_fast(tmp_path: Path) -> None:
     for _ in range(100):
         stream.next_step(4)
     assert 100 * 4 * 1024 / (time.perf_counter() - started) > 200_000
+
+
+@pytest.mark.parametrize("window", [1, 4, 7, 1000])
+def test_rows_are_shuffled_within_windows_and_none_is_lost(tmp_path: Path, window: int) -> None:
+    write(tmp_path, random_lengths(2))
+    plain, shuffled = loader(tmp_path, length=8), loader(tmp_path, length=8, shuffle_rows=window)
+    count = plain.rows_per_epoch
+    for epoch in range(2):
+        wanted = rows_of([plain.next_step(1)[0] for _ in range(count)], 8)
+        found = rows_of([shuffled.next_step(1)[0] for _ in range(count)], 8)
+        assert (found == wanted) == (window == 1)
+        for begin in range(0, count, window):
+            assert sorted(found[begin : begin + window]) == sorted(wanted[begin : begin + window])
+        assert shuffled.state() == LoaderState(epoch + 1, 0)
+
+
+def test_shuffled_rows_are_resumed_exactly_by_any_number_of_workers(tmp_path: Path) -> None:
+    write(tmp_path, random_lengths(3))
+    straight = loader(tmp_path, length=8, shuffle_rows=5)
+    steps = [rows_of(straight.next_step(4), 8) for _ in range(6)]
+    early = loader(tmp_path, length=8, shuffle_rows=5)
+    for _ in range(3):
+        early.next_step(4)
+    workers = [
+        loader(tmp_path, length=8, shuffle_rows=5, rank=r, world_size=2, state=early.state())
+        for r in range(2)
+    ]
+    for step in steps[3:]:
+        first, second = (rows_of(worker.next_step(4), 8) for worker in workers)
+        assert [first[0], second[0], first[1], second[1]] == step

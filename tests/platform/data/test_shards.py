@@ -230,11 +230,11 @@ def test_remote_shards_are_fetched_once_and_ahead(s3_environment: Any, tmp_path:
     uri = storage.join(s3_environment.bucket("shards"), "set/train")
     manifest = write(uri)
     config = LoaderConfig(
-        path="s3://shards/set", context_length=8, cache_dir=str(tmp_path / "cache")
+        path="s3://shards/set", context_length=8, shuffle_rows=1, cache_dir=str(tmp_path / "cache")
     )
     local = tmp_path / "local"
     storage.download_tree(uri, local / "train")
-    same = LoaderConfig(path=str(local), context_length=8)
+    same = LoaderConfig(path=str(local), context_length=8, shuffle_rows=1)
     remote_loader = Loader(open_split(config, "train"), config)
     local_loader = Loader(open_split(same, "train"), same)
     first = remote_loader.next_step(1)
