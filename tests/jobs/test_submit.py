@@ -4,8 +4,10 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,6 +86,8 @@ def cluster() -> Iterator[str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
+    # The job's driver connects as its cluster does, whatever the shell of the tests says.
+    os.environ["RAY_AUTH_MODE"] = "disabled"
     head = subprocess.Popen(
         ["ray", "start", "--head", "--block", "--num-cpus=3", f"--port={_free_port()}",
          "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"],
@@ -92,13 +96,61 @@ def cluster() -> Iterator[str]:
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
+        _wait_for(f"127.0.0.1:{dashboard}")
         yield f"http://127.0.0.1:{dashboard}"
     finally:
         head.terminate()
         head.wait(timeout=60)
 
 
+def _wait_for(address: str) -> None:
+    host, _, port = address.partition(":")
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex((host, int(port))) == 0:
+                return
+        time.sleep(0.5)
+    pytest.fail(f"the cluster's dashboard does not answer at {address}")
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@pytest.mark.cluster
+def test_pretrain_then_sft_on_a_cluster(
+    cluster: str,
+    tiny_shards: Any,
+    tiny_chat_shards: Any,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    places = [
+        "--set", f"storage={tmp_path}/runs",
+        "--set", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db",
+        "--address", cluster,
+    ]  # fmt: skip
+    text = ["--set", f"data.path={tiny_shards.path}", "--set", "model.vocab_size=512"]
+    assert main(["pretrain", "--config", CONFIG, *text, *places]) == 0
+    said = capfd.readouterr().out
+    assert "step 10/10" in said and "SUCCEEDED" in said
+    assert f"Dashboard  {cluster}/#/jobs/" in said
+    chat = ["--set", f"data.path={tiny_chat_shards.path}"]
+    start = ["--set", f"checkpoint={tmp_path}/runs/smoke/model"]
+    sft = ["sft", "--config", "jobs/configs/sft/smoke.yaml", *chat, *start, *places]
+    assert main(sft) == 0
+    assert (tmp_path / "runs/smoke-sft/model/model.safetensors").exists()
+
+
+@pytest.mark.cluster
+def test_a_failing_job_fails_here_too(
+    cluster: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = ["--set", f"data.path={tmp_path}/nothing", "--set", f"storage={tmp_path}/runs"]
+    assert main(["pretrain", "--config", CONFIG, *broken, "--address", cluster]) == 1
+    said = capfd.readouterr()
+    assert f"{tmp_path}/nothing" in said.out
+    assert "FAILED" in said.out
