@@ -93,6 +93,7 @@ def selected_dq(
         SELECTION_BLOCK=block,
         **key_widths(key_width),
         **value_widths(value_width),
+        PRECISION=tiles.precision,
         TILE_ROWS=tiles.rows,
         TILE_KEYS=tiles.keys,
         num_warps=tiles.num_warps,
@@ -127,6 +128,7 @@ def selected_backward_dq_kernel(
     V_PADDED: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """dq of the heads of one group at one token."""
     i_token = tl.program_id(0)
@@ -157,18 +159,18 @@ def selected_backward_dq_kernel(
         key_row = (start + first).to(tl.int64) * G + i_group
         p_k = k + key_row * K
         b_k = load_rows(p_k, o_tile * (G * K), m_key, 0, K_MAIN, K, True)
-        b_logits = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         if K_TAIL > 0:
             b_k_tail = load_rows(p_k, o_tile * (G * K), m_key, K_MAIN, K_TAIL, K, True)
-            b_logits = tl.dot(b_q_tail, tl.trans(b_k_tail), b_logits, input_precision="ieee")
+            b_logits = tl.dot(b_q_tail, tl.trans(b_k_tail), b_logits, input_precision=PRECISION)
         b_logits = tl.where(m_key[None, :], b_logits, float("-inf"))
         b_p = tl.exp2(b_logits * scale_log2 - b_lse[:, None])
         b_v = load_rows(v + key_row * V, o_tile * (G * V), m_key, 0, V_PADDED, V, True)
-        b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision="ieee")
+        b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
         b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k.dtype)
-        b_dq = tl.dot(b_ds, b_k, b_dq, input_precision="ieee")
+        b_dq = tl.dot(b_ds, b_k, b_dq, input_precision=PRECISION)
         if K_TAIL > 0:
-            b_dq_tail = tl.dot(b_ds, b_k_tail, b_dq_tail, input_precision="ieee")
+            b_dq_tail = tl.dot(b_ds, b_k_tail, b_dq_tail, input_precision=PRECISION)
 
     store_rows(dq + row * K, b_dq * scale, o_row * K, m_row, 0, K_MAIN, K)
     if K_TAIL > 0:

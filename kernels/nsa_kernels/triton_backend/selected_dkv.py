@@ -8,6 +8,8 @@ that a second kernel adds in the order of the list.
 # Jitted functions and their launches have no types that a checker knows.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +21,7 @@ from nsa_kernels.triton_backend.selected_inverse import InverseChoice, invert_ch
 from nsa_kernels.triton_backend.tiles import (
     Tiles,
     find_tile,
+    fp32_tiles,
     key_widths,
     load_rows,
     log2_scale,
@@ -73,6 +76,7 @@ def selected_dkv(
         log2_scale(scale), scale,
         R=heads_per_group,
         **sizes,
+        PRECISION=tiles.precision,
         TILE_ROWS=tiles.rows,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
@@ -97,7 +101,8 @@ def selected_dkv_tiles(
     keys = block_tile_keys(block)
     least_rows = triton.next_power_of_2(heads_per_group)
     if dtype == torch.float32:
-        return Tiles(max(32, least_rows), min(keys, 32), 4, 1)
+        tiles = fp32_tiles(key_width, value_width, max(32, heads_per_group))
+        return replace(tiles, keys=min(keys, tiles.keys))
     if width <= 128:
         return Tiles(64, keys, 4, 2)
     if width <= 192:
@@ -152,6 +157,7 @@ def selected_backward_dkv_kernel(
     V_PADDED: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """dk and dv of one key tile from one chunk of the tokens that chose its block."""
     TOKENS: tl.constexpr = TILE_ROWS // R
@@ -191,22 +197,22 @@ def selected_backward_dkv_kernel(
         b_token = tl.load(tokens + begin + o_entry, mask=m_row, other=0)
         o_head = b_token.to(tl.int64) * H + (i_group * R + o_row % R)
         b_q = load_rows(q, o_head * K, m_row, 0, K_MAIN, K, True)
-        b_logits = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
+        b_logits = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
         if K_TAIL > 0:
             b_q_tail = load_rows(q, o_head * K, m_row, K_MAIN, K_TAIL, K, True)
-            b_logits = tl.dot(b_k_tail, tl.trans(b_q_tail), b_logits, input_precision="ieee")
+            b_logits = tl.dot(b_k_tail, tl.trans(b_q_tail), b_logits, input_precision=PRECISION)
         m_seen = (b_token - start)[None, :] >= o_key[:, None]
         b_logits = tl.where(m_seen, b_logits, float("-inf"))
         b_lse = log2_sum(lse, o_head, m_row)
         b_delta = tl.load(delta + o_head, mask=m_row, other=0.0)
         b_p = tl.exp2(b_logits * scale_log2 - b_lse[None, :])
         b_dout = load_rows(dout, o_head * V, m_row, 0, V_PADDED, V, True)
-        b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision="ieee")
-        b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
+        b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
+        b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION)
         b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
-        b_dk = tl.dot(b_ds, b_q, b_dk, input_precision="ieee")
+        b_dk = tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION)
         if K_TAIL > 0:
-            b_dk_tail = tl.dot(b_ds, b_q_tail, b_dk_tail, input_precision="ieee")
+            b_dk_tail = tl.dot(b_ds, b_q_tail, b_dk_tail, input_precision=PRECISION)
 
     slot = tl.load(slots + i_list)
     if slot < 0:

@@ -8,6 +8,8 @@ work at the same time are neighbours of one group and find each other's blocks i
 # Jitted functions and their launches have no types that a checker knows.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,7 @@ from nsa_kernels.triton_backend.tiles import (
     LN_2,
     Tiles,
     find_token_sequence,
+    fp32_tiles,
     key_widths,
     load_rows,
     log2_scale,
@@ -63,6 +66,7 @@ def selected_forward(
         SELECTION_BLOCK=block,
         **key_widths(key_width),
         **value_widths(value_width),
+        PRECISION=tiles.precision,
         TILE_ROWS=tiles.rows,
         TILE_KEYS=tiles.keys,
         num_warps=tiles.num_warps,
@@ -88,7 +92,8 @@ def selected_tiles(
     rows = max(16, triton.next_power_of_2(heads_per_group))
     keys = block_tile_keys(block)
     if dtype == torch.float32:
-        return Tiles(rows, min(keys, 32), 4, 1)
+        tiles = fp32_tiles(key_width, value_width, rows)
+        return replace(tiles, keys=min(keys, tiles.keys))
     num_warps = rows // 16 * (1 if max(key_width, value_width) <= 128 else 2)
     return Tiles(rows, keys, num_warps, 2)
 
@@ -137,6 +142,7 @@ def selected_forward_kernel(
     V_PADDED: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """out and lse of the heads of one group at one token."""
     i_token = tl.program_id(0)
@@ -164,10 +170,10 @@ def selected_forward_kernel(
         key_row = (start + first).to(tl.int64) * G + i_group
         p_k = k + key_row * K
         b_k = load_rows(p_k, o_tile * (G * K), m_key, 0, K_MAIN, K, True)
-        b_logits = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         if K_TAIL > 0:
             b_k_tail = load_rows(p_k, o_tile * (G * K), m_key, K_MAIN, K_TAIL, K, True)
-            b_logits = tl.dot(b_q_tail, tl.trans(b_k_tail), b_logits, input_precision="ieee")
+            b_logits = tl.dot(b_q_tail, tl.trans(b_k_tail), b_logits, input_precision=PRECISION)
         b_logits = tl.where(m_key[None, :], b_logits, float("-inf"))
         b_new_max = tl.maximum(b_max, tl.max(b_logits, 1) * scale_log2)
         # As long as no key was seen, -inf - -inf would come up.
@@ -177,7 +183,7 @@ def selected_forward_kernel(
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
         b_v = load_rows(v + key_row * V, o_tile * (G * V), m_key, 0, V_PADDED, V, True)
         b_out = b_out * b_decay[:, None]
-        b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision="ieee")
+        b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
         b_max = b_new_max
 
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)

@@ -19,6 +19,7 @@ from nsa_kernels.triton_backend.span_forward import Span
 from nsa_kernels.triton_backend.tiles import (
     Tiles,
     find_tile,
+    fp32_tiles,
     key_widths,
     load_rows,
     log2_scale,
@@ -69,6 +70,7 @@ def span_dkv(
         **key_widths(key_width),
         **value_widths(value_width),
         **span.constants,
+        PRECISION=tiles.precision,
         TILE_ROWS=tiles.rows,
         TILE_KEYS=tiles.keys,
         num_warps=tiles.num_warps,
@@ -84,7 +86,7 @@ def dkv_tiles(dtype: torch.dtype, key_width: int, value_width: int, heads_per_gr
     width = max(key_width, value_width)
     least_rows = triton.next_power_of_2(heads_per_group)
     if dtype == torch.float32:
-        return Tiles(max(32, least_rows), 32, 4, 1)
+        return fp32_tiles(key_width, value_width, max(32, heads_per_group))
     if width <= 64:
         return Tiles(64, 128, 8, 3)
     if width <= 128:
@@ -123,6 +125,7 @@ def _walk_queries(
     V_PADDED: tl.constexpr,
     WINDOW: tl.constexpr,
     TILE_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Add the query tiles of [first, end) dealt to i_part, last first, to dk / scale and dv.
@@ -143,10 +146,10 @@ def _walk_queries(
         m_row = (o_token < length) & (o_row < TOKENS * R)
         row = i_tile * q_stride
         b_q = load_rows(p_q + row * K, o_head * K, m_row, 0, K_MAIN, K, IS_RAGGED)
-        b_logits = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
+        b_logits = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
         if K_TAIL > 0:
             b_q_tail = load_rows(p_q + row * K, o_head * K, m_row, K_MAIN, K_TAIL, K, IS_RAGGED)
-            b_logits = tl.dot(b_k_tail, tl.trans(b_q_tail), b_logits, input_precision="ieee")
+            b_logits = tl.dot(b_k_tail, tl.trans(b_q_tail), b_logits, input_precision=PRECISION)
         if MASKED:
             m_seen = o_token[None, :] >= o_begin[:, None]
             if WINDOW > 0:
@@ -156,12 +159,12 @@ def _walk_queries(
         b_delta = tl.load(p_delta + row + o_head, mask=m_row, other=0.0)
         b_p = tl.exp2(b_logits * scale_log2 - b_lse[None, :])
         b_dout = load_rows(p_dout + row * V, o_head * V, m_row, 0, V_PADDED, V, IS_RAGGED)
-        b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision="ieee")
-        b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision="ieee")
+        b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
+        b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION)
         b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
-        b_dk = tl.dot(b_ds, b_q, b_dk, input_precision="ieee")
+        b_dk = tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION)
         if K_TAIL > 0:
-            b_dk_tail = tl.dot(b_ds, b_q_tail, b_dk_tail, input_precision="ieee")
+            b_dk_tail = tl.dot(b_ds, b_q_tail, b_dk_tail, input_precision=PRECISION)
     return b_dk, b_dk_tail, b_dv
 
 
@@ -194,6 +197,7 @@ def span_backward_dkv_kernel(
     WINDOW: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """dk and dv [PARTS, S, G, K/V] of one key tile of one group, from every PARTS-th query tile."""
     TOKENS: tl.constexpr = TILE_ROWS // R
@@ -239,17 +243,17 @@ def span_backward_dkv_kernel(
     b_dk, b_dk_tail, b_dv = _walk_queries(
         b_dk, b_dk_tail, b_dv, b_k, b_k_tail, b_v, q + row * K, dout + row * V, lse + row,
         delta + row, open_high, high, i_part, length, o_begin, o_key, scale_log2,
-        G, R, PARTS, K, K_MAIN, K_TAIL, V, V_PADDED, WINDOW, TILE_ROWS, True,
+        G, R, PARTS, K, K_MAIN, K_TAIL, V, V_PADDED, WINDOW, TILE_ROWS, PRECISION, True,
     )  # fmt: skip
     b_dk, b_dk_tail, b_dv = _walk_queries(
         b_dk, b_dk_tail, b_dv, b_k, b_k_tail, b_v, q + row * K, dout + row * V, lse + row,
         delta + row, open_low, open_high, i_part, length, o_begin, o_key, scale_log2,
-        G, R, PARTS, K, K_MAIN, K_TAIL, V, V_PADDED, WINDOW, TILE_ROWS, False,
+        G, R, PARTS, K, K_MAIN, K_TAIL, V, V_PADDED, WINDOW, TILE_ROWS, PRECISION, False,
     )  # fmt: skip
     b_dk, b_dk_tail, b_dv = _walk_queries(
         b_dk, b_dk_tail, b_dv, b_k, b_k_tail, b_v, q + row * K, dout + row * V, lse + row,
         delta + row, low, open_low, i_part, length, o_begin, o_key, scale_log2,
-        G, R, PARTS, K, K_MAIN, K_TAIL, V, V_PADDED, WINDOW, TILE_ROWS, True,
+        G, R, PARTS, K, K_MAIN, K_TAIL, V, V_PADDED, WINDOW, TILE_ROWS, PRECISION, True,
     )  # fmt: skip
 
     part_row = (i_part.to(tl.int64) * num_keys) * G + key_row

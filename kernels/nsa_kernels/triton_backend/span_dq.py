@@ -13,6 +13,7 @@ from nsa_kernels.triton_backend.span_forward import Span
 from nsa_kernels.triton_backend.tiles import (
     Tiles,
     find_tile,
+    fp32_tiles,
     key_widths,
     load_rows,
     log2_scale,
@@ -51,6 +52,7 @@ def span_dq(
         **key_widths(key_width),
         **value_widths(value_width),
         **span.constants,
+        PRECISION=tiles.precision,
         TILE_ROWS=tiles.rows,
         TILE_KEYS=tiles.keys,
         num_warps=tiles.num_warps,
@@ -63,7 +65,7 @@ def dq_tiles(dtype: torch.dtype, key_width: int, value_width: int, heads_per_gro
     """Tile sizes of the dq pass: q, dout and dq stay, keys and values stream."""
     width = max(key_width, value_width)
     if dtype == torch.float32:
-        return Tiles(max(32, triton.next_power_of_2(heads_per_group)), 32, 4, 1)
+        return fp32_tiles(key_width, value_width, max(32, heads_per_group))
     if width <= 64:
         return Tiles(128, 64, 8, 3)
     if width <= 192:
@@ -95,6 +97,7 @@ def _walk_keys(
     V: tl.constexpr,
     V_PADDED: tl.constexpr,
     TILE_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Add the key tiles of [first, end) to dq / scale."""
@@ -105,22 +108,22 @@ def _walk_keys(
         o_key = i_key + o_tile
         m_key = o_key < key_end
         b_k = load_rows(p_k + i_key * k_stride, o_tile * (G * K), m_key, 0, K_MAIN, K, MASKED)
-        b_logits = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         if K_TAIL > 0:
             b_k_tail = load_rows(
                 p_k + i_key * k_stride, o_tile * (G * K), m_key, K_MAIN, K_TAIL, K, MASKED
             )
-            b_logits = tl.dot(b_q_tail, tl.trans(b_k_tail), b_logits, input_precision="ieee")
+            b_logits = tl.dot(b_q_tail, tl.trans(b_k_tail), b_logits, input_precision=PRECISION)
         if MASKED:
             m_seen = (o_key[None, :] >= o_low[:, None]) & (o_key[None, :] < o_high[:, None])
             b_logits = tl.where(m_seen, b_logits, float("-inf"))
         b_p = tl.exp2(b_logits * scale_log2 - b_lse[:, None])
         b_v = load_rows(p_v + i_key * v_stride, o_tile * (G * V), m_key, 0, V_PADDED, V, MASKED)
-        b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision="ieee")
+        b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
         b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k.dtype)
-        b_dq = tl.dot(b_ds, b_k, b_dq, input_precision="ieee")
+        b_dq = tl.dot(b_ds, b_k, b_dq, input_precision=PRECISION)
         if K_TAIL > 0:
-            b_dq_tail = tl.dot(b_ds, b_k_tail, b_dq_tail, input_precision="ieee")
+            b_dq_tail = tl.dot(b_ds, b_k_tail, b_dq_tail, input_precision=PRECISION)
     return b_dq, b_dq_tail
 
 
@@ -150,6 +153,7 @@ def span_backward_dq_kernel(
     WINDOW: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """dq of one tile of queries of one group: the forward's walk with the saved lse."""
     TOKENS: tl.constexpr = TILE_ROWS // R
@@ -191,19 +195,19 @@ def span_backward_dq_kernel(
         b_dq, b_dq_tail = _walk_keys(
             b_dq, b_dq_tail, b_q, b_q_tail, b_dout, b_lse, b_delta, p_k, p_v,
             low, tl.minimum(open_low, high), high, o_low, o_high, scale_log2,
-            G, K, K_MAIN, K_TAIL, V, V_PADDED, TILE_KEYS, True,
+            G, K, K_MAIN, K_TAIL, V, V_PADDED, TILE_KEYS, PRECISION, True,
         )  # fmt: skip
     open_keys = tl.maximum(visible_high(t_first, BLOCK, STRIDE) - open_low, 0)
     open_high = open_low + open_keys // TILE_KEYS * TILE_KEYS
     b_dq, b_dq_tail = _walk_keys(
         b_dq, b_dq_tail, b_q, b_q_tail, b_dout, b_lse, b_delta, p_k, p_v,
         open_low, open_high, high, o_low, o_high, scale_log2,
-        G, K, K_MAIN, K_TAIL, V, V_PADDED, TILE_KEYS, False,
+        G, K, K_MAIN, K_TAIL, V, V_PADDED, TILE_KEYS, PRECISION, False,
     )  # fmt: skip
     b_dq, b_dq_tail = _walk_keys(
         b_dq, b_dq_tail, b_q, b_q_tail, b_dout, b_lse, b_delta, p_k, p_v,
         open_high, high, high, o_low, o_high, scale_log2,
-        G, K, K_MAIN, K_TAIL, V, V_PADDED, TILE_KEYS, True,
+        G, K, K_MAIN, K_TAIL, V, V_PADDED, TILE_KEYS, PRECISION, True,
     )  # fmt: skip
     store_rows(dq + row * K, b_dq * scale, o_head * K, m_row, 0, K_MAIN, K)
     if K_TAIL > 0:

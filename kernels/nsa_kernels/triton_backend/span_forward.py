@@ -22,6 +22,7 @@ from nsa_kernels.triton_backend.tiles import (
     LN_2,
     Tiles,
     find_tile,
+    fp32_tiles,
     key_widths,
     load_rows,
     log2_scale,
@@ -126,6 +127,7 @@ def span_forward(
         **key_widths(key_width),
         **value_widths(value_width),
         **span.constants,
+        PRECISION=tiles.precision,
         TILE_ROWS=tiles.rows,
         TILE_KEYS=tiles.keys,
         num_warps=tiles.num_warps,
@@ -139,13 +141,12 @@ def span_forward_tiles(
 ) -> Tiles:
     """Tile sizes by width. rows is at least R: a tile holds whole tokens.
 
-    fp32 dots run on the ordinary cores, where small tiles keep the unrolled code short. Elsewhere
     128 rows halve the traffic of keys against 64, and eight warps keep them in registers (four
     spill at width 128). A causal walk over all tokens is long enough for wider key tiles.
     """
     width = max(key_width, value_width)
     if dtype == torch.float32:
-        return Tiles(max(32, triton.next_power_of_2(heads_per_group)), 32, 4, 1)
+        return fp32_tiles(key_width, value_width, max(32, heads_per_group))
     if width <= 64:
         return Tiles(128, 64, 4, 3)
     if width <= 128 and span.stride == 1 and not span.window:
@@ -177,6 +178,7 @@ def _attend_keys(
     V: tl.constexpr,
     V_PADDED: tl.constexpr,
     TILE_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Fold the key tiles of [first, end) into the running output, maximum and sum of each row."""
@@ -187,12 +189,12 @@ def _attend_keys(
         o_key = i_key + o_tile
         m_key = o_key < key_end
         b_k = load_rows(p_k + i_key * k_stride, o_tile * (G * K), m_key, 0, K_MAIN, K, MASKED)
-        b_logits = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+        b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         if K_TAIL > 0:
             b_k_tail = load_rows(
                 p_k + i_key * k_stride, o_tile * (G * K), m_key, K_MAIN, K_TAIL, K, MASKED
             )
-            b_logits = tl.dot(b_q_tail, tl.trans(b_k_tail), b_logits, input_precision="ieee")
+            b_logits = tl.dot(b_q_tail, tl.trans(b_k_tail), b_logits, input_precision=PRECISION)
         if MASKED:
             m_seen = (o_key[None, :] >= o_low[:, None]) & (o_key[None, :] < o_high[:, None])
             b_logits = tl.where(m_seen, b_logits, float("-inf"))
@@ -206,7 +208,7 @@ def _attend_keys(
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
         b_v = load_rows(p_v + i_key * v_stride, o_tile * (G * V), m_key, 0, V_PADDED, V, MASKED)
         b_out = b_out * b_decay[:, None]
-        b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision="ieee")
+        b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
         b_max = b_new_max
     return b_out, b_max, b_sum
 
@@ -234,6 +236,7 @@ def span_forward_kernel(
     WINDOW: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """out and lse of one tile of queries of one group. Late tiles, which see most, start first."""
     TOKENS: tl.constexpr = TILE_ROWS // R
@@ -272,18 +275,21 @@ def span_forward_kernel(
         open_low = low + (edge + TILE_KEYS - 1) // TILE_KEYS * TILE_KEYS
         b_out, b_max, b_sum = _attend_keys(
             b_out, b_max, b_sum, b_q, b_q_tail, p_k, p_v, low, tl.minimum(open_low, high), high,
-            o_low, o_high, scale_log2, G, K, K_MAIN, K_TAIL, V, V_PADDED, TILE_KEYS, True,
+            o_low, o_high, scale_log2,
+            G, K, K_MAIN, K_TAIL, V, V_PADDED, TILE_KEYS, PRECISION, True,
         )  # fmt: skip
     # Keys that the first token sees already.
     open_keys = tl.maximum(visible_high(t_first, BLOCK, STRIDE) - open_low, 0)
     open_high = open_low + open_keys // TILE_KEYS * TILE_KEYS
     b_out, b_max, b_sum = _attend_keys(
         b_out, b_max, b_sum, b_q, b_q_tail, p_k, p_v, open_low, open_high, high,
-        o_low, o_high, scale_log2, G, K, K_MAIN, K_TAIL, V, V_PADDED, TILE_KEYS, False,
+        o_low, o_high, scale_log2,
+            G, K, K_MAIN, K_TAIL, V, V_PADDED, TILE_KEYS, PRECISION, False,
     )  # fmt: skip
     b_out, b_max, b_sum = _attend_keys(
         b_out, b_max, b_sum, b_q, b_q_tail, p_k, p_v, open_high, high, high,
-        o_low, o_high, scale_log2, G, K, K_MAIN, K_TAIL, V, V_PADDED, TILE_KEYS, True,
+        o_low, o_high, scale_log2,
+            G, K, K_MAIN, K_TAIL, V, V_PADDED, TILE_KEYS, PRECISION, True,
     )  # fmt: skip
 
     # A row without any key has sum 0 and keeps output 0 and lse -inf.

@@ -34,6 +34,8 @@ class Tiles:
     keys: int
     num_warps: int
     num_stages: int
+    precision: str = "ieee"
+    """How tl.dot multiplies fp32; 16-bit products are exact before they are added."""
 
 
 def split_width(width: int) -> tuple[int, int]:
@@ -66,6 +68,22 @@ def log2_scale(scale: float) -> float:
     if not scale > 0:
         raise ValueError(f"scale={scale} must be positive")
     return scale * LOG2_E.value
+
+
+def fp32_tiles(key_width: int, value_width: int, least_rows: int) -> Tiles:
+    """Tile sizes of every kernel for fp32, which is for tests and small models.
+
+    On NVIDIA a product is three tf32 products of high and low parts: 22 bits of mantissa at tensor
+    core speed, where plain tf32 would keep 11. "ieee" unrolls products into scalar instructions
+    (minutes to compile with large tiles), but holds no second copy of its operands in shared
+    memory, which at 64 rows of more than 128 would not fit.
+    """
+    rows = int(triton.next_power_of_2(least_rows))
+    is_wide = max(key_width, value_width) > 128
+    num_warps = 8 if is_wide or rows > 32 else 4
+    is_scalar = torch.version.hip is not None or (is_wide and rows > 32)
+    precision = "ieee" if is_scalar else "tf32x3"
+    return Tiles(rows, 16 if is_wide else 32, num_warps, 1, precision)
 
 
 def row_delta(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor) -> Tensor:
