@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from types import FrameType
 from typing import Any, NoReturn
@@ -23,6 +23,7 @@ from jobs.training_inputs import (
     Origin,
     cache_folder,
     inspect,
+    keep_start,
     private_folder,
     read_finished,
     run_folder,
@@ -51,6 +52,7 @@ def run_training(job: str, run: PretrainRun | SftRun, origin: Origin) -> None:
     try:
         inputs = inspect(run, origin)
         finished = read_finished(run, inputs)
+        origin = keep_start(run, origin)
         storage.write_text(storage.join(run_folder(run), "run.yaml"), run.to_yaml())
     except (ValueError, OSError, RuntimeError) as error:
         fail(str(error))
@@ -67,6 +69,8 @@ def run_training(job: str, run: PretrainRun | SftRun, origin: Origin) -> None:
         result = _conclude(run, outcome, handle)
         write_finished(run, result)
         status = "FINISHED"
+        with suppress(OSError):  # Ray's own notes of the attempts; nothing reads them again
+            storage.delete_tree(storage.join(run_folder(run), "ray"))
     except KeyboardInterrupt:
         status = "KILLED"
         console.print("stopped; the same command goes on from the newest checkpoint")

@@ -6,7 +6,7 @@ Everything that can be wrong is found here, on the driver, before Ray starts wor
 import hashlib
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from nsa_platform.config.runs import PretrainRun, SftRun
 from nsa_platform.data.manifest import Manifest, ShardError, TokenizerMismatch
 from nsa_platform.data.shards import open_split
 from nsa_platform.data.tokenizer import Tokenizer
-from nsa_platform.model.weights import load_config
+from nsa_platform.model.weights import CONFIG_FILE, load_config
 from nsa_platform.tracking import fetch_model, is_model_reference
+from nsa_platform.train.export import upload_config_last
 from nsa_platform.train.resume import ResumeError, check_resumable, describe_run
 from nsa_platform.train.snapshots import newest_facts
 
@@ -76,22 +77,17 @@ def pretrain_origin(run: PretrainRun) -> Origin:
 def sft_origin(run: SftRun) -> Origin:
     """The exported model that `checkpoint` names.
 
-    A registered model is put beside the run, where all workers can read it and where it stays the
-    same if its alias moves on.
-
     Raises:
         ValueError: it is not an exported model, or its context is too short for the data.
-        OSError: it cannot be read.
-        TrackingError: the registry does not know it.
+        OSError: it cannot be read, or the registry does not know it.
     """
     place, cache = run.checkpoint, cache_folder(run)
+    if is_model_reference(place) and storage.exists(storage.join(_start(run), CONFIG_FILE)):
+        place = _start(run)
     if is_model_reference(place):
-        start = storage.join(run_folder(run), "start")
-        if not storage.exists(storage.join(start, "config.json")):
-            fetched = fetch_model(place, run.tracking.uri, cache)
-            storage.upload_tree(fetched, start)
-        place = start
-    local = storage.fetch(place, cache)
+        local = fetch_model(place, run.tracking.uri, cache)
+    else:
+        local = storage.fetch(place, cache)
     model = load_config(local)
     if run.data.context_length > model.max_context:
         raise ValueError(
@@ -99,6 +95,19 @@ def sft_origin(run: SftRun) -> Origin:
             f"the max_context of {run.checkpoint}"
         )
     return Origin(model=model, start_from=place, local=local)
+
+
+def keep_start(run: PretrainRun | SftRun, origin: Origin) -> Origin:
+    """Put a registered model beside the run: there all workers can read it, and it stays the same
+    if its alias moves on while the run is restarted."""
+    if origin.local is None or not is_model_reference(origin.start_from or ""):
+        return origin
+    upload_config_last(origin.local, _start(run))
+    return replace(origin, start_from=_start(run))
+
+
+def _start(run: PretrainRun | SftRun) -> str:
+    return storage.join(run_folder(run), "start")
 
 
 def inspect(run: PretrainRun | SftRun, origin: Origin) -> Inputs:
@@ -162,7 +171,7 @@ def _check_tokenizer(run: PretrainRun | SftRun, origin: Origin, tokenizer: Token
             raise TokenizerMismatch(
                 f"{run.data.path}: was made with tokenizer {tokenizer.fingerprint[:12]}, but the "
                 f"model {origin.start_from} was trained with {trained_with[:12]}; prepare the data "
-                f"again with tokenizer.path={origin.start_from}"
+                f"again with tokenizer.path={origin.local}"
             )
     if tokenizer.vocab_size > origin.model.vocab_size:
         raise ValueError(

@@ -21,6 +21,14 @@ def gather_weights(model: Transformer) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
+def upload_config_last(folder: Path, target: str) -> None:
+    """Copy an exported model; the copy is complete when its config.json is there."""
+    storage.delete_tree(storage.join(target, CONFIG_FILE))
+    names = [entry.name for entry in storage.walk(str(folder))]
+    for name in sorted(names, key=lambda name: name == CONFIG_FILE):
+        storage.upload_file(folder / name, storage.join(target, name))
+
+
 def export(
     model: Transformer, target: str, *, tokenizer: Path, world: World, say: Callable[[str], None]
 ) -> None:
@@ -43,12 +51,5 @@ def export(
             Path(temporary) / "model", model.config, weights, tokenizer_dir=tokenizer
         )
         retried(
-            lambda: _upload_config_last(folder, target), f"upload of the model to {target}", say=say
+            lambda: upload_config_last(folder, target), f"upload of the model to {target}", say=say
         )
-
-
-def _upload_config_last(folder: Path, target: str) -> None:
-    storage.delete_tree(storage.join(target, CONFIG_FILE))
-    names = [entry.name for entry in storage.walk(str(folder))]
-    for name in sorted(names, key=lambda name: name == CONFIG_FILE):
-        storage.upload_file(folder / name, storage.join(target, name))

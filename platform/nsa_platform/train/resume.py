@@ -6,10 +6,11 @@ from typing import Any
 # Sections of a run that a checkpoint remembers.
 SECTIONS = ("model", "data", "train", "cluster")
 
-# Weights have the model's shape, and the loader's row number means a row of exactly this data.
-FIXED = ("model", "data_digest", "data.context_length", "data.packing", "data.seed")
+# Weights have the model's shape, and the loader's row number means a row of exactly this data in
+# exactly this order.
+FIXED = ("model", "data", "data_digest")
 
-# Changes that have no say in what is computed.
+# Changes that have no say in what is computed; they come before FIXED.
 SILENT = ("model.name", "data.path", "data.cache_dir", "data.cache_gib")
 
 

@@ -116,6 +116,8 @@ def train_worker(config: dict[str, Any]) -> Outcome:
     )
     if world.device.type == "cpu":
         torch.set_num_threads(task.cpus)
+    else:
+        torch.cuda.set_device(world.device)
     voice = Voice(world, task.events, steps=task.train.steps)
     with ExitStack() as stack:
         stack.enter_context(_warnings_told(voice))

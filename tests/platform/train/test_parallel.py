@@ -22,7 +22,8 @@ def _worker(
     rank: int, size: int, folder: str, data: LoaderConfig, jobs: list[tuple[str, TrainConfig, bool]]
 ) -> None:
     """Run the jobs one after the other in a group of `size` processes."""
-    meeting = (Path(folder) / f"group-{size}").as_uri()
+    # A file of its own for each group: an old one would name ports of processes that are gone.
+    meeting = (Path(folder) / f"group-{size}-{jobs[0][0]}").as_uri()
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
     for name, config, has_experts in jobs:
         place = Path(folder) / name
@@ -35,10 +36,13 @@ def _worker(
     dist.destroy_process_group()
 
 
-def _spawn(
+def _run_all(
     size: int, folder: Path, data: LoaderConfig, jobs: list[tuple[str, TrainConfig, bool]]
 ) -> dict[str, dict[int, dict[str, float]]]:
-    spawn(_worker, args=(size, str(folder), data, jobs), nprocs=size)
+    if size == 1:
+        _worker(0, 1, str(folder), data, jobs)
+    else:
+        spawn(_worker, args=(size, str(folder), data, jobs), nprocs=size)
     found = {}
     for name, _, _ in jobs:
         tree = json.loads((folder / f"{name}-{size}.json").read_text())
@@ -59,7 +63,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, dict[s
     shard, replicate = settings(parallel="shard"), settings(parallel="replicate")
     half = {"steps": 3, "optimizer": {"learning_rate": 1e-2, "warmup_steps": 6}}
     whole = half | {"steps": 6}
-    two = _spawn(
+    two = _run_all(
         2,
         folder,
         data,
@@ -73,7 +77,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, dict[s
             ("two-to-one", settings(parallel="shard", **half), False),
         ],
     )
-    one = _spawn(
+    one = _run_all(
         1,
         folder,
         data,
@@ -85,7 +89,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, dict[s
             ("one-to-two", settings(parallel="replicate", **half), False),
         ],
     )
-    again = _spawn(2, folder, data, [("one-to-two", settings(parallel="shard", **whole), False)])
+    again = _run_all(2, folder, data, [("one-to-two", settings(parallel="shard", **whole), False)])
     return {
         **two,
         **one,

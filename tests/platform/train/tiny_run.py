@@ -16,6 +16,7 @@ from nsa_platform.data.manifest import SourceRecord, TokenizerRecord
 from nsa_platform.data.shards import ShardWriter, open_split
 from nsa_platform.train.build import build_model
 from nsa_platform.train.checkpoint import CheckpointStore
+from nsa_platform.train.export import gather_weights
 from nsa_platform.train.history import History
 from nsa_platform.train.loop import Progress, train
 from nsa_platform.train.metrics import Throughput
@@ -166,6 +167,10 @@ def run(
     )
     checkpoints.close()
     recorded.weights = {name: full(p) for name, p in model.named_parameters()}
+    exported = gather_weights(model)
+    if world.is_first:
+        assert exported.keys() == recorded.weights.keys()
+        assert all(exported[name].equal(recorded.weights[name]) for name in exported)
     return recorded
 
 
