@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nsa_kernels import checks
 from nsa_kernels.compressed import compressed_attention
-from nsa_kernels.dispatch import Backend, resolve_backend
+from nsa_kernels.dispatch import Backend, backend_module, resolve_backend
 from nsa_kernels.selected import selected_attention
 from nsa_kernels.selection import select_blocks
 from nsa_kernels.shapes import NsaConfig
@@ -15,36 +15,25 @@ from nsa_kernels.sliding import sliding_attention
 
 
 @torch.library.custom_op("nsa_kernels::mix_branches", mutates_args=())
-def _mix(out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor) -> Tensor:
-    wide = checks.accumulation_dtype(out_cmp.dtype)
-    gate_cmp, gate_slc, gate_win = gates.to(wide).unsqueeze(-1).unbind(2)
-    mixed = out_cmp.to(wide).mul(gate_cmp)
-    mixed.addcmul_(out_slc.to(wide), gate_slc)
-    mixed.addcmul_(out_win.to(wide), gate_win)
-    return mixed.to(out_cmp.dtype)
+def _mix(out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor, backend: str) -> Tensor:
+    return backend_module(backend).mix_forward(out_cmp, out_slc, out_win, gates)
 
 
 @_mix.register_fake
-def _(out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor) -> Tensor:
+def _(out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor, backend: str) -> Tensor:
     return torch.empty_like(out_cmp)
 
 
 @torch.library.custom_op("nsa_kernels::mix_branches_backward", mutates_args=())
 def _mix_backward(
-    dout: Tensor, out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor
+    dout: Tensor, out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = checks.accumulation_dtype(out_cmp.dtype)
-    upstream = dout.to(wide)
-    scaled = [
-        upstream.mul(gate).to(out_cmp.dtype) for gate in gates.to(wide).unsqueeze(-1).unbind(2)
-    ]
-    dgates = [upstream.mul(out.to(wide)).sum(-1) for out in (out_cmp, out_slc, out_win)]
-    return scaled[0], scaled[1], scaled[2], torch.stack(dgates, -1).to(gates.dtype)
+    return backend_module(backend).mix_backward(dout, out_cmp, out_slc, out_win, gates)
 
 
 @_mix_backward.register_fake
 def _(
-    dout: Tensor, out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor
+    dout: Tensor, out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     like = torch.empty_like
     return like(out_cmp), like(out_slc), like(out_win), like(gates)
@@ -52,11 +41,12 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     # The branches save their outputs for their own backward: nothing is kept twice.
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(*inputs[:4])
+    ctx.backend = inputs[4]
 
 
-def _gradients(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:
-    return tuple(_mix_backward(dout.contiguous(), *ctx.saved_tensors))
+def _gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_mix_backward(dout.contiguous(), *ctx.saved_tensors, ctx.backend), None)
 
 
 _mix.register_autograd(_gradients, setup_context=_setup_context)
@@ -141,4 +131,4 @@ def nsa_attention(
     out_win, _ = sliding_attention(
         q, k_win, v_win, config=config, cu_seqlens=offsets, scale=scale, backend=chosen
     )
-    return _mix(out_cmp, out_slc, out_win, gates.contiguous())
+    return _mix(out_cmp, out_slc, out_win, gates.contiguous(), chosen)

@@ -62,9 +62,9 @@ def test_mixing_ops() -> None:
     outs = [torch.randn(9, 4, 16, requires_grad=True) for _ in range(3)]
     gates = torch.rand(9, 4, 3, requires_grad=True)
     ops = torch.ops.nsa_kernels
-    torch.library.opcheck(ops.mix_branches.default, (*outs, gates), test_utils=CHECKS)
+    torch.library.opcheck(ops.mix_branches.default, (*outs, gates, "torch"), test_utils=CHECKS)
     detached = [tensor.detach() for tensor in (*outs, gates)]
-    args = (torch.randn(9, 4, 16), *detached)
+    args = (torch.randn(9, 4, 16), *detached, "torch")
     torch.library.opcheck(ops.mix_branches_backward.default, args, test_utils=CHECKS)
 
 

@@ -1,5 +1,6 @@
 """Every op in vectorised torch: any device, any width, any dtype, explicit backward."""
 
+from nsa_kernels.torch_backend.mixing import mix_backward, mix_forward
 from nsa_kernels.torch_backend.paged import full_paged_attention, paged_attention
 from nsa_kernels.torch_backend.selected import selected_backward, selected_forward
 from nsa_kernels.torch_backend.selection import select_blocks
@@ -18,6 +19,8 @@ __all__ = [
     "full_backward",
     "full_forward",
     "full_paged_attention",
+    "mix_backward",
+    "mix_forward",
     "paged_attention",
     "select_blocks",
     "selected_backward",
