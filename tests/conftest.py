@@ -25,6 +25,13 @@ START_TIMEOUT_S = 60
 import_kernels()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file on one worker: they share clusters, servers and data."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+
+
 @dataclass(frozen=True)
 class S3Server:
     """A running S3 server with one keyed identity."""
