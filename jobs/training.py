@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from types import FrameType
 from typing import Any, NoReturn
@@ -58,6 +58,7 @@ def run_training(job: str, run: PretrainRun | SftRun, origin: Origin) -> None:
         fail(str(error))
     if finished is not None:
         console.print(f"[bold]{run.name}[/] is finished already", markup=True)
+        _deliver_left(run, finished)
         show_result(finished, console)
         return
     for line in inputs.changes:
@@ -67,10 +68,7 @@ def run_training(job: str, run: PretrainRun | SftRun, origin: Origin) -> None:
     try:
         outcome = _train(run, origin, inputs, handle)
         result = _conclude(run, outcome, handle)
-        write_finished(run, result)
         status = "FINISHED"
-        with suppress(OSError):  # Ray's own notes of the attempts; nothing reads them again
-            storage.delete_tree(storage.join(run_folder(run), "ray"))
     except KeyboardInterrupt:
         status = "KILLED"
         console.print("stopped; the same command goes on from the newest checkpoint")
@@ -80,7 +78,10 @@ def run_training(job: str, run: PretrainRun | SftRun, origin: Origin) -> None:
     except TrainingFailedError as error:
         fail(f"{run.name} failed, the same command goes on from the newest checkpoint: {error}")
     finally:
-        Tracker(handle).finish(status)
+        tracker = Tracker(handle)
+        tracker.finish(status)
+    result["run_id"] = tracker.run_id
+    _close_folder(run, result)
     show_result(result, console)
 
 
@@ -119,7 +120,8 @@ def show_result(result: dict[str, Any], console: Console) -> None:
     console.print(f"model    {result['model']}", markup=False)
     if result["registered"]:
         console.print(f"registry {result['registered']}", markup=False)
-    console.print(f"MLflow   run {result['run_id']} in {result['tracking_uri']}", markup=False)
+    where = result["run_id"] or "that waits to be delivered"
+    console.print(f"MLflow   run {where} in {result['handle']['uri']}", markup=False)
 
 
 def _open_tracking(
@@ -275,9 +277,27 @@ def _conclude(run: PretrainRun | SftRun, outcome: Outcome, handle: RunHandle) ->
         **asdict(outcome),
         "model": model,
         "registered": registered,
-        "run_id": handle.run_id,
-        "tracking_uri": run.tracking.uri,
+        "handle": handle.to_dict(),
     }
+
+
+def _close_folder(run: PretrainRun | SftRun, result: dict[str, Any]) -> None:
+    """Leave the result for whoever starts the run again, and tidy up."""
+    try:
+        write_finished(run, result)
+        # Ray's own notes of the attempts; nothing reads them again.
+        storage.delete_tree(storage.join(run_folder(run), "ray"))
+    except OSError as error:
+        fail(f"{run.name} is trained and its model is in {result['model']}, but: {error}")
+
+
+def _deliver_left(run: PretrainRun | SftRun, finished: dict[str, Any]) -> None:
+    """Points that the tracking store has not taken when the run ended may arrive now."""
+    if any((private_folder(run) / "tracking-queue").glob("*.jsonl")):
+        tracker = Tracker(RunHandle.from_dict(finished["handle"]))
+        tracker.finish("FINISHED")
+        finished["run_id"] = tracker.run_id
+        _close_folder(run, finished)
 
 
 def _si(number: float) -> str:

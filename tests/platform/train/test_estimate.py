@@ -1,0 +1,40 @@
+"""What a run takes, against the model that it builds."""
+
+import pytest
+import torch
+
+from nsa_platform.config.data import LoaderConfig
+from nsa_platform.config.train import ClusterConfig
+from nsa_platform.model.transformer import Transformer
+from nsa_platform.train.estimate import STATE_BYTES, estimate
+from tests.platform.train.tiny_run import CONTEXT, MODEL, MOE, settings
+
+DATA = LoaderConfig(path="unused", context_length=CONTEXT)
+
+
+@pytest.mark.parametrize("model", [MODEL, MOE])
+def test_state_is_that_of_the_built_model(model) -> None:
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Transformer(model).parameters())
+    plan = estimate(model, DATA, settings(), ClusterConfig(num_workers=2))
+    assert plan.parallel == "replicate"
+    assert plan.parameters.total == parameters
+    assert plan.state_bytes == STATE_BYTES * parameters
+
+
+def test_shards_share_the_state() -> None:
+    alone = estimate(MODEL, DATA, settings(), ClusterConfig())
+    shared = estimate(MODEL, DATA, settings(), ClusterConfig(num_workers=2, use_gpu=True))
+    assert shared.parallel == "shard"
+    assert shared.state_bytes == alone.state_bytes // 2
+    assert (alone.microbatches, shared.microbatches) == (4, 2)
+
+
+def test_totals_and_what_makes_activations_small() -> None:
+    plan = estimate(MODEL, DATA, settings(steps=10), ClusterConfig())
+    assert plan.tokens == 10 * 8 * CONTEXT
+    assert plan.flops_per_step > 6 * plan.parameters.total * 0.5 * 8 * CONTEXT
+    recomputed = settings(activation_checkpointing="full")
+    assert estimate(MODEL, DATA, recomputed, ClusterConfig()).activation_bytes < (
+        plan.activation_bytes
+    )
