@@ -18,10 +18,12 @@ from nsa_platform.config.data import LoaderConfig
 from nsa_platform.config.model import ModelConfig
 from nsa_platform.config.train import TrainConfig
 from nsa_platform.data.loader import Loader, LoaderState
+from nsa_platform.data.manifest import ShardError
 from nsa_platform.data.shards import ShardSet, open_split
 from nsa_platform.data.tokenizer import Tokenizer, TokenizerError
 from nsa_platform.model.cost import flops_per_token
 from nsa_platform.model.transformer import Transformer
+from nsa_platform.model.weights import ExportError
 from nsa_platform.tracking import RunHandle, SystemMonitor, Tracker
 from nsa_platform.train.build import build_model
 from nsa_platform.train.checkpoint import CheckpointStore
@@ -36,6 +38,9 @@ from nsa_platform.train.validation import Validation
 
 # The driver is told at most this often; its line of progress needs no more.
 REPORT_EVERY_S = 0.2
+
+# Broken files: perhaps seen by one worker alone, and again by whoever takes its place.
+HOPELESS = (ShardError, TokenizerError, ExportError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +135,7 @@ def train_worker(config: dict[str, Any]) -> Outcome:
             return _train(
                 task, world=world, voice=voice, tracker=tracker if world.is_first else None
             )
-        except ValueError as error:
-            # Broken shards, a foreign model: perhaps seen by this worker alone, and by every
-            # worker that would take its place.
+        except HOPELESS as error:
             voice.give_up(f"worker {world.rank}: {error}")
             raise
 
