@@ -18,6 +18,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +39,10 @@ JOBS: dict[str, type[Strict]] = {
     "sft": SftRun,
     "evaluate": EvaluateRun,
 }
+START_PATIENCE_S = 60
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-NOT_SHIPPED = [".git", ".venv", "data", "runs", "results", "**/__pycache__"]
+# In gitignore's words, and for the packages too; what .gitignore names stays here as well.
+NOT_SHIPPED = [".[a-z]*", "__pycache__"]
 # Settings of the submitting shell that the job needs to reach storage and tracking. Values travel
 # with the job; secrets on a shared cluster belong into the cluster's own environment instead.
 FORWARDED = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "MLFLOW_TRACKING_URI", "RAY_AUTH_MODE")
@@ -138,9 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         client = JobSubmissionClient(options.address)
-        job_id = client.submit_job(
-            entrypoint=submission.entrypoint, runtime_env=submission.runtime_env
-        )
+        job_id = _send(client, submission)
     except (ConnectionError, RuntimeError) as error:
         fail(f"{options.address} did not take the job: {_reason(error)}")
     print(f"Job        {job_id}\nDashboard  {options.address}/#/jobs/{job_id}")
@@ -149,6 +150,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"Follow it  ray job logs --address {options.address} --follow {job_id}")
         return 0
     return _follow(client, job_id, options.address)
+
+
+def _send(client: JobSubmissionClient, submission: Submission) -> str:
+    """Submit; a cluster that has only just started is given time for its first agent."""
+    deadline = time.monotonic() + START_PATIENCE_S
+    while True:
+        try:
+            return client.submit_job(
+                entrypoint=submission.entrypoint, runtime_env=submission.runtime_env
+            )
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(1)
 
 
 def _follow(client: JobSubmissionClient, job_id: str, address: str) -> int:

@@ -17,6 +17,9 @@ from nsa_platform.config.base import ConfigError
 CONFIG = "jobs/configs/pretrain/smoke.yaml"
 LOCAL = "http://127.0.0.1:8265"
 
+# Ray's client asks aiohttp for its log stream in a way that aiohttp has come to deprecate.
+pytestmark = pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning")
+
 
 @pytest.fixture(autouse=True)
 def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +52,7 @@ def test_a_remote_cluster_cannot_see_relative_places() -> None:
     assert "--set storage=s3://b/runs" in submission.entrypoint
 
 
-def test_a_configuration_outside_the_repository_is_refused(tmp_path: Path) -> None:
+def test_a_configuration_that_does_not_travel_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text((ROOT / CONFIG).read_text())
     with pytest.raises(ConfigError, match="must lie inside the repository"):
@@ -90,7 +93,9 @@ def cluster() -> Iterator[str]:
     os.environ["RAY_AUTH_MODE"] = "disabled"
     head = subprocess.Popen(
         ["ray", "start", "--head", "--block", "--num-cpus=3", f"--port={_free_port()}",
-         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"],
+         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+         # Fixed otherwise, and taken if another cluster runs on this machine.
+         f"--dashboard-agent-listen-port={_free_port()}"],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
