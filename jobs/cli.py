@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -16,6 +17,7 @@ from nsa_platform.config.locations import resolve_locations
 Run = TypeVar("Run", bound=Strict)
 
 EXIT_BAD_CONFIG = 2
+EXIT_INTERRUPTED = 130
 
 
 def parser(root: type[Strict], doc: str) -> argparse.ArgumentParser:
@@ -58,6 +60,15 @@ def read_run(root: type[Run], doc: str, argv: Sequence[str] | None = None) -> tu
 def describe_run(run: Strict) -> None:
     """Print the resolved configuration."""
     Console().print(Syntax(run.to_yaml(), "yaml", background_color="default", word_wrap=True))
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """End the process with status 130 and one line if it is interrupted inside the block."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        fail("interrupted; the same command starts again", status=EXIT_INTERRUPTED)
 
 
 def fail(message: str, *, status: int = 1) -> NoReturn:

@@ -1,10 +1,16 @@
-"""Questions and answers from the documentation strings of Python sources: a small real SFT set."""
+"""Questions and answers from the documentation strings of Python sources: a small real SFT set.
 
+python -m jobs.docstring_chats SOURCES OUTPUT.jsonl
+"""
+
+import argparse
 import ast
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from jobs.cli import fail
 
 MAX_ANSWER_CHARACTERS = 400
 
@@ -37,6 +43,19 @@ def write_chats(sources: Path, output: Path) -> int:
     return count
 
 
+def main() -> None:
+    """Write the chats of a folder of Python sources."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sources", type=Path, help="a folder of .py files")
+    parser.add_argument("output", type=Path, help="the JSON lines file to write")
+    options = parser.parse_args()
+    try:
+        count = write_chats(options.sources, options.output)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    print(f"{options.output}: {count:,} chats")
+
+
 def _is_tests(path: Path) -> bool:
     return any(part in ("test", "tests", "idlelib", "site-packages") for part in path.parts)
 
@@ -67,3 +86,7 @@ def _about(
 
 def _chat(question: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from jobs.cli import fail, read_run
+from jobs.cli import fail, interruptible, read_run
 from jobs.evaluation import evaluate
 from nsa_platform.config.runs import EvaluateRun
 
@@ -22,10 +22,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     run, dry_run = read_run(EvaluateRun, __doc__ or "", argv)
     if dry_run:
         return
-    try:
-        print_results(evaluate(run))
-    except (ValueError, OSError) as error:
-        fail(str(error))
+    with interruptible():
+        try:
+            print_results(evaluate(run))
+        except (ValueError, OSError) as error:
+            fail(str(error))
 
 
 def print_results(results: dict[str, Any]) -> None:

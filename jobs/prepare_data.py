@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from jobs.cli import EXIT_BAD_CONFIG, fail, read_run
+from jobs.cli import EXIT_BAD_CONFIG, EXIT_INTERRUPTED, fail, read_run
 from jobs.preparation import print_report, run_plan
 from nsa_platform.config.runs import PrepareDataRun
 from nsa_platform.data.corpus import CorpusError
@@ -23,8 +23,6 @@ from nsa_platform.data.plan import Plan
 from nsa_platform.data.preparation import default_cache_dir
 from nsa_platform.data.tokenizer import TokenizerError
 from nsa_platform.storage import StorageError
-
-INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -43,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (CorpusError, TokenizerError, StorageError) as error:
         fail(str(error))
     except KeyboardInterrupt:
-        fail("interrupted; the same command goes on from here", status=INTERRUPTED)
+        fail("interrupted; the same command goes on from here", status=EXIT_INTERRUPTED)
     print_report(done, run.output, Console())
 
 

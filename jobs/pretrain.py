@@ -10,7 +10,7 @@ Exit status: 0 trained; 2 the config is wrong (nothing was started); 130 stopped
 
 from collections.abc import Sequence
 
-from jobs.cli import read_run
+from jobs.cli import interruptible, read_run
 from jobs.training import run_training, show_plan
 from jobs.training_inputs import pretrain_origin
 from nsa_platform.config.runs import PretrainRun
@@ -18,10 +18,11 @@ from nsa_platform.config.runs import PretrainRun
 
 def main(argv: Sequence[str] | None = None) -> None:
     run, dry_run = read_run(PretrainRun, __doc__ or "", argv)
-    origin = pretrain_origin(run)
-    show_plan(run, origin)
-    if not dry_run:
-        run_training("pretrain", run, origin)
+    with interruptible():
+        origin = pretrain_origin(run)
+        show_plan(run, origin)
+        if not dry_run:
+            run_training("pretrain", run, origin)
 
 
 if __name__ == "__main__":

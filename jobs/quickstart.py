@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from jobs.answer import stream_answer
-from jobs.cli import fail
+from jobs.cli import EXIT_INTERRUPTED, fail
 from jobs.cluster import connect
 from jobs.docstring_chats import write_chats
 from jobs.evaluate import print_results
@@ -36,7 +36,6 @@ from nsa_platform.tracking import fetch_model
 CONFIGS = Path(__file__).resolve().parent / "configs"
 QUESTION = "What does textwrap.dedent do?"
 ANSWER_TOKENS = 96
-INTERRUPTED = 130
 WORKERS = 2
 NEXT = """\
   make mlflow            curves, figures, dataset and model version of experiment 'quickstart'
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         travel(folder, console)
     except KeyboardInterrupt:
-        fail("interrupted; the same command goes on from here", status=INTERRUPTED)
+        fail("interrupted; the same command goes on from here", status=EXIT_INTERRUPTED)
     except (ValueError, OSError) as error:
         fail(str(error))
     minutes, seconds = divmod(round(time.monotonic() - started), 60)

@@ -40,7 +40,7 @@ def record(folder: Path, *, name: str, device: str, uri: str | None = None) -> d
     """
     finished = json.loads((folder / "finished.json").read_text(encoding="utf-8"))
     config = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
-    run = read_run(uri or finished["tracking_uri"], finished["run_id"])
+    run = read_run(uri or finished["handle"]["uri"], finished["run_id"])
     tokens = config["train"]["tokens_per_step"]
     return {
         "name": name,

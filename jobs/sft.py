@@ -10,7 +10,7 @@ Exit status: 0 trained; 2 the config is wrong (nothing was started); 130 stopped
 
 from collections.abc import Sequence
 
-from jobs.cli import fail, read_run
+from jobs.cli import fail, interruptible, read_run
 from jobs.training import run_training, show_plan
 from jobs.training_inputs import sft_origin
 from nsa_platform.config.runs import SftRun
@@ -18,13 +18,14 @@ from nsa_platform.config.runs import SftRun
 
 def main(argv: Sequence[str] | None = None) -> None:
     run, dry_run = read_run(SftRun, __doc__ or "", argv)
-    try:
-        origin = sft_origin(run)
-    except (ValueError, OSError, RuntimeError) as error:
-        fail(str(error))
-    show_plan(run, origin)
-    if not dry_run:
-        run_training("sft", run, origin)
+    with interruptible():
+        try:
+            origin = sft_origin(run)
+        except (ValueError, OSError, RuntimeError) as error:
+            fail(str(error))
+        show_plan(run, origin)
+        if not dry_run:
+            run_training("sft", run, origin)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 from rich.console import Console
 
-from jobs.cli import fail
+from jobs.cli import EXIT_INTERRUPTED, fail
 from jobs.cluster import connect
 from jobs.progress import TrainingProgress
 from jobs.training_inputs import (
@@ -35,7 +35,6 @@ from nsa_platform.tracking import RunHandle, Tracker, TrackingError, open_run, r
 from nsa_platform.train.estimate import estimate
 from nsa_platform.train.worker import Outcome, Task, train_worker
 
-EXIT_INTERRUPTED = 130
 POLL_S = 0.3
 
 

@@ -150,8 +150,15 @@ def read_finished(run: PretrainRun | SftRun, inputs: Inputs) -> dict[str, Any] |
     place = storage.join(run_folder(run), FINISHED)
     if inputs.facts is None or inputs.changes or not storage.exists(place):
         return None
-    finished = json.loads(storage.read_text(place))
-    return finished if finished.get("step") == run.train.steps else None
+    try:
+        finished = json.loads(storage.read_text(place))
+    except ValueError as error:
+        raise ValueError(f"{place}: is not whole ({error}); delete it and start again") from None
+    wanted = run.tracking.registered_model
+    is_registered = wanted is None or f"models:/{wanted}@" in (finished.get("registered") or "")
+    is_there = storage.exists(storage.join(run_folder(run), "model", "config.json"))
+    same = finished.get("step") == run.train.steps
+    return finished if same and is_registered and is_there else None
 
 
 def write_finished(run: PretrainRun | SftRun, result: dict[str, Any]) -> None:

@@ -18,9 +18,9 @@ class Heads(Strict):
     kv_heads: PositiveInt
     """G. Key/value heads (groups) of a layer; divides query_heads."""
     key_width: PositiveInt = 128
-    """K. Width of a query and of a key. Triton kernels take 64, 128, 192 and 256."""
+    """K. Width of a query and of a key. Triton kernels take multiples of 16 up to 256."""
     value_width: PositiveInt = 128
-    """V. Width of a value. Triton kernels take 64, 128, 192 and 256."""
+    """V. Width of a value. Triton kernels take multiples of 16 up to 256."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:

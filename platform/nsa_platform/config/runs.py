@@ -11,11 +11,14 @@ from nsa_platform.config.locations import Location
 from nsa_platform.config.model import ModelConfig
 from nsa_platform.config.train import ClusterConfig, TrackingConfig, TrainConfig
 
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+"""Letters, digits, dots, dashes and underscores: a run's name is also the name of its folder."""
+
 
 class PrepareDataRun(Strict):
     """Raw text or chats to Arrow shards with a manifest."""
 
-    name: str
+    name: RunName
     corpus: CorpusConfig
     tokenizer: TokenizerConfig
     output: Location
@@ -29,7 +32,7 @@ class PrepareDataRun(Strict):
 
 
 class _TrainingRun(Strict):
-    name: str
+    name: RunName
     """Name of the run: the same name under the same storage resumes."""
     data: LoaderConfig
     train: TrainConfig
@@ -77,7 +80,7 @@ class SftRun(_TrainingRun):
 class EvaluateRun(Strict):
     """Measure an exported model."""
 
-    name: str
+    name: RunName
     checkpoint: Location
     """Exported model folder, local or s3://, or models:/name@alias."""
     data: Location

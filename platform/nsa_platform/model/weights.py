@@ -65,6 +65,8 @@ def export_model(
             shutil.copytree(source, draft, dirs_exist_ok=True)
         tensors = {name: t.detach().cpu().contiguous() for name, t in state_dict.items()}
         save_file(tensors, draft / WEIGHTS_FILE, metadata={"format": "pt"})
+        # Written for its owner alone otherwise, unlike the files beside it.
+        (draft / WEIGHTS_FILE).chmod((draft / WEIGHTS_FILE).stat().st_mode | 0o044)
         dtype = next(iter(tensors.values())).dtype
         _write_json(draft / CONFIG_FILE, hf_config(config, dtype))
         _write_json(draft / "generation_config.json", {"max_length": config.max_context})
