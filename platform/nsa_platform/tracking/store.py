@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from nsa_platform.tracking.library import (
 
 KEY_TAG = "nsa.run_key"
 TABLES_TAG = "mlflow.loggedArtifacts"
+RACE_SETTLES_S = 0.5
 METRICS_PER_CALL = 1000
 PARAMS_PER_CALL = 100
 DIGEST_LENGTH = 36
@@ -93,10 +95,12 @@ def create_run(client: MlflowClient, handle: RunHandle) -> Run:
         log.warning("%s does not know run %s; it goes on as a new run", handle.uri, handle.run_id)
     run = client.create_run(
         _experiment_id(client, handle),
-        start_time=int(handle.started_s * 1000),
+        start_time=int(time.time() * 1000),
         tags={KEY_TAG: handle.key},
         run_name=handle.name,
     )
+    # Whoever asked for the time before this process may still be writing its run.
+    time.sleep(RACE_SETTLES_S)
     winner = find_run(client, handle)
     if winner is None or winner.info.run_id == run.info.run_id:
         return client.get_run(run.info.run_id)
