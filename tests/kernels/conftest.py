@@ -51,6 +51,14 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def shared_gpu() -> Iterator[None]:
+    """Give GPU memory back after each test: several workers test on one GPU."""
+    yield
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture(
     params=["torch", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu)],
 )
