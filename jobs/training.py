@@ -33,7 +33,7 @@ from nsa_platform import storage
 from nsa_platform.config.runs import PretrainRun, SftRun
 from nsa_platform.tracking import RunHandle, Tracker, TrackingError, open_run, register_model
 from nsa_platform.train.estimate import estimate
-from nsa_platform.train.worker import Outcome, Task, train_worker
+from nsa_platform.train.worker import FailureTeller, Outcome, Task, train_worker
 
 POLL_S = 0.3
 
@@ -167,6 +167,7 @@ def _train(run: PretrainRun | SftRun, origin: Origin, inputs: Inputs, handle: Ru
                 name=f"attempt-{time.time_ns()}",
                 storage_path=storage.join(run_folder(run), "ray"),
                 failure_config=FailureConfig(max_failures=cluster.max_failures),
+                callbacks=[FailureTeller(events)],
             ),
             torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
         )

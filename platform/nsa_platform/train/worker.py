@@ -11,6 +11,7 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch
+from ray.train import UserCallback
 from ray.util.queue import Queue
 
 from nsa_platform import storage
@@ -38,6 +39,9 @@ from nsa_platform.train.validation import Validation
 
 # The driver is told at most this often; its line of progress needs no more.
 REPORT_EVERY_S = 0.2
+
+# Of the workers that failed together, this many are named.
+NAMED_FAILURES = 4
 
 # Broken files: perhaps seen by one worker alone, and again by whoever takes its place.
 HOPELESS = (ShardError, TokenizerError, ExportError)
@@ -108,6 +112,25 @@ class Voice:
             self._events.put_nowait({"step": step, "metrics": dict(metrics)})
         if "valid/loss" in metrics:
             ray.train.report({"step": step, **metrics})
+
+
+class FailureTeller(UserCallback):
+    """Tells the driver, from Ray Train's controller, which workers failed and why."""
+
+    def __init__(self, events: Queue) -> None:
+        self._events = events
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Called by Ray Train before it decides whether to start the workers again."""
+        for rank, error in sorted(worker_exceptions.items())[:NAMED_FAILURES]:
+            self._events.put_nowait({"line": f"worker {rank} failed: {_failure(error)}"})
+
+
+def _failure(error: Exception) -> str:
+    """What happened, in a line: Ray Train hands on a traceback's text, or a health check's."""
+    text = str(getattr(error, "health_check_failure", error)).strip()
+    lines = text.splitlines() or [type(error).__name__]
+    return lines[-1] if text.startswith("Traceback") else lines[0]
 
 
 def train_worker(config: dict[str, Any]) -> Outcome:
