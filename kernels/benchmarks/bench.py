@@ -221,6 +221,14 @@ def measure(workloads: list[Workload], device: str, *, rep_ms: int) -> Iterator[
             torch.cuda.empty_cache()
 
 
+def save(records: list[dict[str, Any]], path: Path) -> None:
+    """Write the records as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    temporary.rename(path)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help=f"only {', '.join(QUICK)}; no decode")
@@ -235,17 +243,17 @@ def main() -> int:
     about = stamp(device, arguments.commit, command)
     workloads = [w for w in WORKLOADS if not arguments.quick or w.name in QUICK]
     records = []
-    for record in measure(workloads, device, rep_ms=50 if arguments.quick else 200):
-        print(f"{record['name']:32s} {record['value']:10.3f} {record['unit']}", flush=True)
-        records.append({**record, **about})
-    if not arguments.quick:
-        for record in measure_decode():
-            print(f"{record['name']:44s} {record['value']:10.1f} {record['unit']}", flush=True)
+    try:
+        for record in measure(workloads, device, rep_ms=50 if arguments.quick else 200):
+            print(f"{record['name']:32s} {record['value']:10.3f} {record['unit']}", flush=True)
             records.append({**record, **about})
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    temporary = arguments.json.with_suffix(".tmp")
-    temporary.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-    temporary.rename(arguments.json)
+        if not arguments.quick:
+            for record in measure_decode():
+                print(f"{record['name']:44s} {record['value']:10.1f} {record['unit']}", flush=True)
+                records.append({**record, **about})
+    finally:
+        # What was measured before something broke is still true.
+        save(records, arguments.json)
     if not arguments.quick:
         report.write(records)
     print(report.render(records))

@@ -150,6 +150,8 @@ OPS: dict[str, Callable[[DecodeShape], Step]] = {
 def replay_us(steps: list[Step]) -> float:
     """Median microseconds of one step over replays of a graph that runs all of them in turn."""
     side = torch.cuda.Stream()
+    # The steps' tables and caches are still being filled by the stream that made them.
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for step in steps:
             step()
