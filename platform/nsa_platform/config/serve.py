@@ -1,0 +1,41 @@
+"""What a serving engine holds and how much it does in one step."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from nsa_platform.config.base import Strict
+
+
+class EngineConfig(Strict):
+    """Sizes of one engine: one model on one device. Names are those of vLLM's engine flags."""
+
+    max_model_len: PositiveInt | None = None
+    """Tokens of one request, prompt and output together; null: the model's max_context."""
+    max_num_seqs: PositiveInt = 16
+    """Requests that run at once."""
+    max_num_batched_tokens: PositiveInt = 2048
+    """Tokens of one step: one for each request that decodes, the rest for chunks of prompts."""
+    block_size: PositiveInt | None = None
+    """Tokens of a page, a multiple of the model's selection block (full attention: of 64); null:
+    one block."""
+    num_kv_tokens: PositiveInt | None = None
+    """Tokens that the cache holds; null: for max_num_seqs requests of max_model_len, as far as
+    memory goes."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of the free GPU memory that the cache may take when num_kv_tokens is null."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of weights and cache; auto: bfloat16 on a GPU, float32 on a CPU."""
+    max_num_queued: PositiveInt = 256
+    """Requests that may wait; more are refused at once."""
+    seed: int = 0
+    """Together with its id it seeds a request that brings no seed of its own."""
+
+    @model_validator(mode="after")
+    def _a_step_holds_every_decode(self) -> Self:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
+                f"max_num_seqs={self.max_num_seqs}: every running request decodes in every step"
+            )
+        return self

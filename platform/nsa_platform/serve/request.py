@@ -1,0 +1,198 @@
+"""A request from admission to its end: what was asked for, what has been generated. No tensors."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal
+
+from nsa_platform.serve.pages import SequencePages
+
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 100.0
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request is to be continued, and when it ends.
+
+    Raises:
+        ValueError: a value is out of range; the message names the field, the value and the rule.
+    """
+
+    max_tokens: int
+    """Tokens to generate at most."""
+    min_tokens: int = 0
+    """No stop id is chosen and no stop string ends the text before this many tokens."""
+    temperature: float = 1.0
+    """0: the likeliest token, always. Above: scores are divided by it."""
+    top_p: float = 1.0
+    """Only the likeliest tokens whose probabilities add up to this are eligible."""
+    top_k: int = 0
+    """Only this many of the likeliest tokens are eligible; 0: all."""
+    min_p: float = 0.0
+    """Only tokens at least this share as likely as the likeliest one are eligible."""
+    repetition_penalty: float = 1.0
+    """Scores of tokens of the prompt and of the output are divided (if positive) or multiplied (if
+    negative) by it."""
+    presence_penalty: float = 0.0
+    """Taken once from the score of each token of the output."""
+    frequency_penalty: float = 0.0
+    """Taken from the score of a token as often as it stands in the output."""
+    seed: int | None = None
+    """The same seed gives the same text, whatever else the engine does. None: one is derived from
+    the engine's seed and the request's id."""
+    stop: tuple[str, ...] = ()
+    """The text ends before the first of these strings."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Ids that end the request beside the tokenizer's own."""
+    include_stop_str_in_output: bool = False
+    """Keep the stop string, or the text of the stop id, in the text."""
+    ignore_eos: bool = False
+    """The tokenizer's own stop ids are ordinary tokens."""
+    logprobs: int | None = None
+    """Alternatives that are reported for each token, 0 to 20; None: no log probabilities."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the scores of these ids, -100 to 100."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "must be at least 1")
+        _require(
+            0 <= self.min_tokens <= self.max_tokens,
+            "min_tokens",
+            self.min_tokens,
+            f"must lie between 0 and max_tokens={self.max_tokens}",
+        )
+        _require(
+            0.0 <= self.temperature < math.inf,
+            "temperature",
+            self.temperature,
+            "must be a finite number >= 0",
+        )
+        _require(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "must lie in (0, 1]")
+        _require(self.top_k >= 0, "top_k", self.top_k, "must not be negative (0: all tokens)")
+        _require(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "must lie in [0, 1]")
+        _require(
+            0.0 < self.repetition_penalty < math.inf,
+            "repetition_penalty",
+            self.repetition_penalty,
+            "must be a finite number > 0",
+        )
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _require(-2.0 <= value <= 2.0, name, value, "must lie in [-2, 2]")
+        self._check_ends_and_reports()
+
+    def _check_ends_and_reports(self) -> None:
+        _require("" not in self.stop, "stop", self.stop, "must hold no empty string")
+        _require(
+            all(token >= 0 for token in self.stop_token_ids),
+            "stop_token_ids",
+            self.stop_token_ids,
+            "must hold no negative id",
+        )
+        _require(
+            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
+            "logprobs",
+            self.logprobs,
+            f"must lie between 0 and {MAX_LOGPROBS}",
+        )
+        for token, bias in self.logit_bias.items():
+            _require(
+                token >= 0 and -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS,
+                f"logit_bias[{token}]",
+                bias,
+                f"must be of an id >= 0 and lie in [-{MAX_LOGIT_BIAS:g}, {MAX_LOGIT_BIAS:g}]",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log probabilities at one generated token: of the model itself, before any of the request's
+    settings (temperature, penalties, bias, cuts) changes them."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 for the likeliest token of the vocabulary."""
+    top: tuple[tuple[int, float], ...]
+    """The likeliest ids with their log probabilities, likeliest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One increment of one request."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    """New ids; an id that ended the request is among them."""
+    text: str
+    """New text. It may lag behind token_ids: half a character, or what may become a stop string,
+    waits for the tokens that follow."""
+    logprobs: tuple[TokenLogprob, ...] | None
+    """One for each of token_ids, if asked for."""
+    finish_reason: FinishReason | None
+    """None: more will come."""
+    stop_reason: str | int | None
+    """The stop string or the id of stop_token_ids that ended the request."""
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    """Tokens of the prompt that did not have to be computed."""
+    num_output_tokens: int
+    """Tokens generated so far, these included."""
+
+
+class RequestState(Enum):
+    """Where a request is: in exactly one of these places."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request inside the engine. Its tokens are the prompt and what was generated since."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    arrival: int
+    """Number of the request in the order of arrival: the smaller, the older."""
+    seed: int
+    """What its randomness hangs on."""
+    output_ids: list[int] = field(default_factory=list)
+    pages: SequencePages = field(default_factory=SequencePages)
+    """Places of the tokens that the model has seen, and of those of the step at hand."""
+    state: RequestState = RequestState.WAITING
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are known: prompt and output."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_pending(self) -> int:
+        """Known tokens that have no place in the cache yet. After a preemption: all."""
+        return self.num_tokens - self.pages.num_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether the next token is all that is missing: its one pending token was generated."""
+        return self.num_pending == 1 and bool(self.output_ids)
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Known tokens at positions [start, end)."""
+        num_prompt = len(self.prompt_ids)
+        if start >= num_prompt:
+            return self.output_ids[start - num_prompt : end - num_prompt]
+        return [*self.prompt_ids[start:end], *self.output_ids[: max(0, end - num_prompt)]]
+
+
+def _require(holds: bool, name: str, value: object, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}={value} {rule}")
