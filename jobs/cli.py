@@ -1,10 +1,13 @@
 """The command line that every job shares: --config, --set, --dry-run."""
 
 import argparse
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn, TypeVar
 
 from rich.console import Console
@@ -64,11 +67,31 @@ def describe_run(run: Strict) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """End the process with status 130 and one line if it is interrupted inside the block."""
+    """End the process with status 130 and one line if it is interrupted inside the block.
+
+    SIGTERM counts as an interruption: whoever stops a job lets it end its run and its processes.
+    """
+    try:
+        with _terminated_as_interrupted():
+            yield
+    except KeyboardInterrupt:
+        fail("interrupted; the same command goes on from here", status=EXIT_INTERRUPTED)
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(_: int, __: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
-    except KeyboardInterrupt:
-        fail("interrupted; the same command starts again", status=EXIT_INTERRUPTED)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def fail(message: str, *, status: int = 1) -> NoReturn:

@@ -44,7 +44,8 @@ def print_results(results: dict[str, Any]) -> None:
         table.add_row("tokens of the number, earlier ones given", f"{needle['tokens']:.0%}")
         table.add_row("worth of the needle for log p(number)", f"{needle['lift']:+.2f} nats")
         console.print(table)
-    console.print(f"MLflow run {results['run_id']} in {results['tracking_uri']}", soft_wrap=True)
+    run = f"run {results['run_id']}" if results["run_id"] else "a run that waits to be delivered"
+    console.print(f"MLflow {run} in {results['tracking_uri']}", soft_wrap=True)
 
 
 def _number(value: float | None) -> str:

@@ -1,6 +1,5 @@
 """What jobs.evaluate does: open model, data and run, measure, record."""
 
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jobs.cluster import connect
+from jobs.training_inputs import private_folder
 from nsa_platform import storage
 from nsa_platform.config.data import LoaderConfig
 from nsa_platform.config.evaluate import BitsPerByteConfig, NeedleConfig
@@ -23,7 +23,7 @@ from nsa_platform.evaluate.ngram import Ngrams
 from nsa_platform.evaluate.report import MODEL, record_bits_per_byte, record_needles, summary
 from nsa_platform.evaluate.scores import ModelScorer
 from nsa_platform.model.transformer import Transformer
-from nsa_platform.model.weights import load_model
+from nsa_platform.model.weights import load_config, load_model
 from nsa_platform.serve.generator import Generator
 from nsa_platform.tracking import (
     RunHandle,
@@ -51,19 +51,33 @@ def evaluate(run: EvaluateRun, *, run_id: str | None = None, step: int = 0) -> d
         OSError: a checkpoint, shard or model version cannot be reached.
     """
     folder = _checkpoint(run)
+    _look(run, folder)
+    if not run.use_gpu:
+        return _recorded(run, folder, run_id, step, measure)
+    with connect():
+        if not ray.cluster_resources().get("GPU"):
+            raise ValueError("use_gpu=true, but the Ray cluster has no GPU")
+        remote = ray.remote(num_cpus=1, num_gpus=1)(measure)
+        return _recorded(
+            run, folder, run_id, step, lambda *arguments: ray.get(remote.remote(*arguments))
+        )
+
+
+def _recorded(
+    run: EvaluateRun,
+    folder: str,
+    run_id: str | None,
+    step: int,
+    work: Callable[[EvaluateRun, str, RunHandle, int], dict[str, Any]],
+) -> dict[str, Any]:
+    """Do the work between the begin and the end of an MLflow run."""
     handle = _open(run, run_id)
     own = run_id is None
     try:
-        if not run.use_gpu:
-            results = measure(run, folder, handle, step)
-        else:
-            with connect():
-                if not ray.cluster_resources().get("GPU"):
-                    raise ValueError("use_gpu=true, but the Ray cluster has no GPU")
-                remote = ray.remote(num_cpus=1, num_gpus=1)(measure)
-                results = ray.get(remote.remote(run, folder, handle, step))
-    except BaseException:
-        Tracker(handle).finish("FAILED" if own else None)
+        results = work(run, folder, handle, step)
+    except BaseException as error:
+        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        Tracker(handle).finish(status if own else None)
         raise
     Tracker(handle).finish("FINISHED" if own else None)
     return results
@@ -72,9 +86,8 @@ def evaluate(run: EvaluateRun, *, run_id: str | None = None, step: int = 0) -> d
 def measure(run: EvaluateRun, folder: str, handle: RunHandle, step: int) -> dict[str, Any]:
     """Measure the exported model in `folder` on this machine and record it."""
     device, dtype = ("cuda", torch.bfloat16) if run.use_gpu else ("cpu", torch.float32)
-    place = storage.fetch(folder, _cache("checkpoints"))
+    place = storage.fetch(folder, storage.default_cache("files"))
     model, tokenizer = load_model(place, device=device, dtype=dtype), Tokenizer(place)
-    _check_lengths(run, model.config.max_context)
     tracker = Tracker(handle)
     try:
         with _progress() as progress:
@@ -95,12 +108,21 @@ def measure(run: EvaluateRun, folder: str, handle: RunHandle, step: int) -> dict
 def _checkpoint(run: EvaluateRun) -> str:
     """Folder of the exported model; one from the registry is downloaded."""
     if is_model_reference(run.checkpoint):
-        return str(fetch_model(run.checkpoint, run.tracking.uri, _cache("models")))
+        return str(fetch_model(run.checkpoint, run.tracking.uri, storage.default_cache("models")))
     return run.checkpoint
 
 
+def _look(run: EvaluateRun, folder: str) -> None:
+    """Find what does not fit before a run is opened: model, tokenizer, data, lengths."""
+    place = storage.fetch(folder, storage.default_cache("files"))
+    config, tokenizer = load_config(place), Tokenizer(place)
+    _check_lengths(run, config.max_context)
+    for split in ("validation", "train"):
+        ShardSet(storage.join(run.data, split), tokenizer_fingerprint=tokenizer.fingerprint)
+
+
 def _open(run: EvaluateRun, run_id: str | None) -> RunHandle:
-    queue_dir = Path("runs") / "evaluate" / run.name / "tracking-queue"
+    queue_dir = private_folder(run) / "tracking-queue"
     if run_id is not None:
         return attach_run(run.tracking, name=run.name, run_id=run_id, queue_dir=queue_dir)
     tags = {"nsa.checkpoint": run.checkpoint}
@@ -206,10 +228,6 @@ def _counted(batches: Iterator[Batch], advance: Callable[[int], None]) -> Iterat
 def _loader(data: str, split: str, tokenizer: Tokenizer, context_length: int) -> Loader:
     shards = ShardSet(storage.join(data, split), tokenizer_fingerprint=tokenizer.fingerprint)
     return Loader(shards, LoaderConfig(path=data, context_length=context_length))
-
-
-def _cache(name: str) -> Path:
-    return Path(tempfile.gettempdir()) / "nsa-platform" / name
 
 
 def _progress() -> Progress:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from jobs.cli import EXIT_BAD_CONFIG, EXIT_INTERRUPTED, fail, read_run
+from jobs.cli import EXIT_BAD_CONFIG, fail, interruptible, read_run
 from jobs.preparation import print_report, run_plan
 from nsa_platform.config.runs import PrepareDataRun
 from nsa_platform.data.corpus import CorpusError
@@ -30,19 +30,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     run, dry_run = read_run(PrepareDataRun, __doc__ or "", argv)
     if dry_run:
         return
-    try:
-        plan = Plan(run, default_cache_dir())
-    except (CorpusError, TokenizerError) as error:
-        fail(str(error), status=EXIT_BAD_CONFIG)
-    except StorageError as error:
-        fail(str(error))
-    try:
-        done = run_plan(plan)
-    except (CorpusError, TokenizerError, StorageError) as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        fail("interrupted; the same command goes on from here", status=EXIT_INTERRUPTED)
-    print_report(done, run.output, Console())
+    with interruptible():
+        try:
+            plan = Plan(run, default_cache_dir())
+        except (CorpusError, TokenizerError) as error:
+            fail(str(error), status=EXIT_BAD_CONFIG)
+        except StorageError as error:
+            fail(str(error))
+        try:
+            done = run_plan(plan)
+        except (CorpusError, TokenizerError, StorageError) as error:
+            fail(str(error))
+        print_report(done, run.output, Console())
 
 
 if __name__ == "__main__":

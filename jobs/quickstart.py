@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from jobs.answer import stream_answer
-from jobs.cli import EXIT_INTERRUPTED, fail
+from jobs.cli import fail, interruptible
 from jobs.cluster import connect
 from jobs.docstring_chats import write_chats
 from jobs.evaluate import print_results
@@ -55,12 +55,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Path(parser.parse_args(argv).folder).resolve()
     console = Console(highlight=False, soft_wrap=True)
     started = time.monotonic()
-    try:
-        travel(folder, console)
-    except KeyboardInterrupt:
-        fail("interrupted; the same command goes on from here", status=EXIT_INTERRUPTED)
-    except (ValueError, OSError) as error:
-        fail(str(error))
+    with interruptible():
+        try:
+            travel(folder, console)
+        except (ValueError, OSError) as error:
+            fail(str(error))
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     console.print(f"[bold]Done[/] in {minutes} min {seconds} s. Next:\n{NEXT}")
 

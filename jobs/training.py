@@ -1,13 +1,9 @@
 """The driver of pretraining and fine-tuning: check, run on Ray, register, say what came out."""
 
-import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -51,14 +47,17 @@ def run_training(job: str, run: PretrainRun | SftRun, origin: Origin) -> None:
     try:
         inputs = inspect(run, origin)
         finished = read_finished(run, inputs)
-        origin = keep_start(run, origin)
-        storage.write_text(storage.join(run_folder(run), "run.yaml"), run.to_yaml())
+        if finished is None:
+            origin = keep_start(run, origin)
+            storage.write_text(storage.join(run_folder(run), "run.yaml"), run.to_yaml())
     except (ValueError, OSError, RuntimeError) as error:
         fail(str(error))
     if finished is not None:
         console.print(f"[bold]{run.name}[/] is finished already", markup=True)
         _deliver_left(run, finished)
         show_result(finished, console)
+        if finished["handle"]["uri"] != run.tracking.uri:
+            console.print(f"nothing new is recorded in {run.tracking.uri}", markup=False)
         return
     for line in inputs.changes:
         console.print(f"changed since the checkpoint: {line}", markup=False)
@@ -85,7 +84,7 @@ def run_training(job: str, run: PretrainRun | SftRun, origin: Origin) -> None:
 
 
 def show_plan(run: PretrainRun | SftRun, origin: Origin) -> None:
-    """What the run will take; nothing is read and nothing is started."""
+    """Print what the run will take; nothing is started."""
     plan = estimate(origin.model, run.data, run.train, run.cluster)
     workers = run.cluster.num_workers
     device = "GPU" if run.cluster.use_gpu else f"{run.cluster.cpus_per_worker} CPU"
@@ -119,8 +118,8 @@ def show_result(result: dict[str, Any], console: Console) -> None:
     console.print(f"model    {result['model']}", markup=False)
     if result["registered"]:
         console.print(f"registry {result['registered']}", markup=False)
-    where = result["run_id"] or "that waits to be delivered"
-    console.print(f"MLflow   run {where} in {result['handle']['uri']}", markup=False)
+    where = f"run {result['run_id']}" if result["run_id"] else "a run that waits to be delivered"
+    console.print(f"MLflow   {where} in {result['handle']['uri']}", markup=False)
 
 
 def _open_tracking(
@@ -219,10 +218,9 @@ def _fit(trainer: TorchTrainer, events: Queue, progress: TrainingProgress) -> Ou
 
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     thread.start()
-    with _terminated_as_interrupted():
-        while thread.is_alive():
-            thread.join(POLL_S)
-            _show(events, progress)
+    while thread.is_alive():
+        thread.join(POLL_S)
+        _show(events, progress)
     if "error" in answer:
         raise answer["error"]
     return answer["result"].return_value
@@ -236,23 +234,6 @@ def _show(events: Queue, progress: TrainingProgress) -> None:
             progress.line(event["line"])
         else:
             progress.step(event["step"], event["metrics"])
-
-
-@contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """A job that is told to stop ends like one that is interrupted at the keyboard."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(_: int, __: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _conclude(run: PretrainRun | SftRun, outcome: Outcome, handle: RunHandle) -> dict[str, Any]:

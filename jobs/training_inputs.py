@@ -5,18 +5,17 @@ Everything that can be wrong is found here, on the driver, before Ray starts wor
 
 import hashlib
 import json
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nsa_platform import storage
 from nsa_platform.config.model import ModelConfig
-from nsa_platform.config.runs import PretrainRun, SftRun
+from nsa_platform.config.runs import EvaluateRun, PretrainRun, SftRun
 from nsa_platform.data.manifest import Manifest, ShardError, TokenizerMismatch
 from nsa_platform.data.shards import open_split
 from nsa_platform.data.tokenizer import Tokenizer
-from nsa_platform.model.weights import CONFIG_FILE, load_config
+from nsa_platform.model.weights import CONFIG_FILE, load_config, weights_digest
 from nsa_platform.tracking import fetch_model, is_model_reference
 from nsa_platform.train.export import upload_config_last
 from nsa_platform.train.resume import ResumeError, check_resumable, describe_run
@@ -50,17 +49,17 @@ class Inputs:
     """What differs from that checkpoint's configuration and may."""
 
 
-def run_folder(run: PretrainRun | SftRun) -> str:
+def run_folder(run: PretrainRun | SftRun | EvaluateRun) -> str:
     """Folder of the run: checkpoints, model and what is local to it."""
     return storage.join(run.storage, run.name)
 
 
 def cache_folder(run: PretrainRun | SftRun) -> Path:
     """Local folder for copies of remote files."""
-    return Path(run.data.cache_dir or Path(tempfile.gettempdir()) / "nsa-cache")
+    return Path(run.data.cache_dir or storage.default_cache("files"))
 
 
-def private_folder(run: PretrainRun | SftRun) -> Path:
+def private_folder(run: PretrainRun | SftRun | EvaluateRun) -> Path:
     """Local folder of what must not be remote: the run's own, or one in the user's cache."""
     folder = run_folder(run)
     if not storage.is_remote(folder):
@@ -100,14 +99,18 @@ def sft_origin(run: SftRun) -> Origin:
 def keep_start(run: PretrainRun | SftRun, origin: Origin) -> Origin:
     """Put a registered model beside the run: there all workers can read it, and it stays the same
     if its alias moves on while the run is restarted."""
-    if origin.local is None or not is_model_reference(origin.start_from or ""):
+    if not isinstance(run, SftRun) or origin.local is None:
+        return origin
+    if not is_model_reference(origin.start_from or ""):
         return origin
     upload_config_last(origin.local, _start(run))
     return replace(origin, start_from=_start(run))
 
 
-def _start(run: PretrainRun | SftRun) -> str:
-    return storage.join(run_folder(run), "start")
+def _start(run: SftRun) -> str:
+    """Where the run keeps what its reference stood for when it began."""
+    key = hashlib.sha256(run.checkpoint.encode()).hexdigest()[:12]
+    return storage.join(run_folder(run), f"start-{key}")
 
 
 def inspect(run: PretrainRun | SftRun, origin: Origin) -> Inputs:
@@ -129,7 +132,11 @@ def inspect(run: PretrainRun | SftRun, origin: Origin) -> Inputs:
     _check_tokenizer(run, origin, tokenizer)
     if not train.tokens:
         raise ShardError(f"{run.data.path}/train: holds no tokens; there is nothing to train on")
-    described = describe_run(run.model_dump(mode="json") | _model(origin), data_digest=train.digest)
+    described = describe_run(
+        run.model_dump(mode="json") | _model(origin),
+        data_digest=train.digest,
+        start=None if origin.local is None else weights_digest(origin.local),
+    )
     facts = newest_facts(storage.join(run_folder(run), "checkpoints"))
     changes: list[str] = []
     if facts is not None:

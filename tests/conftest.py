@@ -25,8 +25,14 @@ START_TIMEOUT_S = 60
 import_kernels()
 
 
+@pytest.hookimpl(tryfirst=True)  # Before xdist reads the groups.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file on one worker: they share clusters, servers and data."""
+    """Keep the tests of a file on one worker: they share clusters, servers and data.
+
+    Files that start a cluster are slow; they come first, so that no worker ends with one alone.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("cluster")}
+    items.sort(key=lambda item: item.path not in slow)
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(str(item.path)))

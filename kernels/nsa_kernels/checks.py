@@ -30,12 +30,22 @@ def check_shape(name: str, tensor: Tensor, letters: str, sizes: tuple[int | None
     Args:
         letters: the shape in the legend's letters, for the message, e.g. "[T, H, K]".
     """
+    _expect(
+        isinstance(tensor, Tensor), f"{name} must be a torch.Tensor, got {type(tensor).__name__}"
+    )
     fits = tensor.dim() == len(sizes) and all(
         want is None or got == want for got, want in zip(tensor.shape, sizes, strict=True)
     )
     if not fits:
         wanted = ", ".join("any" if size is None else str(size) for size in sizes)
         raise ValueError(f"{name} must have shape {letters} = [{wanted}], got {list(tensor.shape)}")
+
+
+def check_config(config: NsaConfig) -> None:
+    """The sizes are an NsaConfig, which has checked them."""
+    _expect(
+        isinstance(config, NsaConfig), f"config must be an NsaConfig, got {type(config).__name__}"
+    )
 
 
 def check_query(q: Tensor) -> None:
@@ -137,6 +147,27 @@ def check_offsets(cu_seqlens: Tensor, num_tokens: int) -> None:
         values[0] == 0 and values[-1] == num_tokens and rising,
         f"cu_seqlens must start with 0, never decrease and end with T={num_tokens}, got {values}",
     )
+
+
+def check_block_values(block_indices: Tensor, cu_seqlens: Tensor, config: NsaConfig) -> None:
+    """Check the values of block_indices where reading them costs no device sync (on the CPU).
+
+    Raises:
+        ValueError: one is neither -1 nor a block of its query's sequence.
+    """
+    if block_indices.device.type != "cpu" or not block_indices.numel():
+        return
+    lengths = cu_seqlens.diff().long()
+    blocks = (lengths + config.selection_block_size - 1) // config.selection_block_size
+    bound = torch.repeat_interleave(blocks, lengths)[:, None, None]
+    wrong = (block_indices < -1) | (block_indices >= bound)
+    if wrong.any():
+        token, group, _ = wrong.nonzero()[0].tolist()
+        got = block_indices[token, group].tolist()
+        raise ValueError(
+            f"block_indices[{token}, {group}] = {got}: allowed are -1 and the blocks "
+            f"0 to {int(bound[token]) - 1} of the query's sequence"
+        )
 
 
 def check_compressed_rows(k_cmp: Tensor, last_offset: Tensor) -> None:

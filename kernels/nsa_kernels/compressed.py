@@ -130,6 +130,7 @@ def compressed_attention(
         arXiv 2502.11089, Eq. 7; block indices count from 0 here.
     """
     checks.check_query(q)
+    checks.check_config(config)
     checks.check_keys(q, k_cmp, v_cmp, names=("k_cmp", "v_cmp"))
     offsets = checks.packed_offsets(cu_seqlens, q)
     chosen = resolve_backend(q, backend)

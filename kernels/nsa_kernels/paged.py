@@ -110,6 +110,7 @@ def _check(
 ) -> None:
     """Refuse new tokens and caches that do not fit together."""
     checks.check_query(q)
+    checks.check_config(config)
     checks.check_page_size(k_slc, config)
     page, strides = k_slc.shape[1], k_slc.shape[1] // config.compression_stride
     checks.check_pages(q, k_slc, v_slc, names=("k_slc", "v_slc"), rows=page)

@@ -22,6 +22,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     checks.check_offsets(cu_seqlens, q.shape[0])
+    checks.check_block_values(block_indices, cu_seqlens, NsaConfig(*sizes))
     run = backend_module(backend).selected_forward
     return run(q, k, v, block_indices, cu_seqlens, NsaConfig(*sizes), scale)
 
@@ -116,7 +117,9 @@ def selected_attention(
         k: [T, G, K].
         v: [T, G, V].
         block_indices: int32 [T, G, n], block numbers within the query's sequence in any order, -1
-            for none. A block must not be named twice for one query; that is not checked.
+            for none. A block that the sequence does not have is refused on the CPU and undefined on
+            a GPU, where reading the values would stop it. None must be named twice for one query;
+            that is not checked.
         cu_seqlens: int32 [B+1], where each sequence starts, then T; None for one sequence.
         scale: factor on q.k, 1/sqrt(K) unless given.
         backend: "triton" or "torch"; None leaves it to the device (see dispatch.py).
@@ -133,6 +136,7 @@ def selected_attention(
         arXiv 2502.11089, Eq. 11-12; blocks count from 0 here.
     """
     checks.check_query(q)
+    checks.check_config(config)
     checks.check_keys(q, k, v, rows=q.shape[0])
     checks.check_block_indices(block_indices, q, k.shape[1], config)
     offsets = checks.packed_offsets(cu_seqlens, q)

@@ -82,6 +82,7 @@ def select_blocks(
         (l'/d) j + m - n; reference.py states it as overlap instead and needs no index.
     """
     checks.check_query(q)
+    checks.check_config(config)
     checks.check_shape("k_cmp", k_cmp, "[C, G, K]", (None, None, q.shape[2]))
     checks.check_like_query("k_cmp", k_cmp, q)
     checks.check_groups("k_cmp", k_cmp.shape[1], q)

@@ -126,6 +126,7 @@ def sliding_attention(
         w tokens.
     """
     checks.check_query(q)
+    checks.check_config(config)
     checks.check_keys(q, k, v, rows=q.shape[0])
     offsets = checks.packed_offsets(cu_seqlens, q)
     chosen = resolve_backend(q, backend)

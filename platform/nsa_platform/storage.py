@@ -69,6 +69,11 @@ def join(folder: str, *names: str) -> str:
     return "/".join([folder.rstrip("/"), *names]) if names else folder
 
 
+def default_cache(name: str) -> Path:
+    """The user's own folder below the system's temporary one for copies of remote files."""
+    return Path(tempfile.gettempdir()) / f"nsa-platform-{os.getuid()}" / name
+
+
 def exists(uri: str) -> bool:
     """Whether a file or a folder stands at `uri`. A prefix of object names counts as a folder."""
     if not is_remote(uri):

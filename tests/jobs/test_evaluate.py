@@ -61,6 +61,11 @@ def client(place: Path) -> MlflowClient:
     return connect(tracking(place).uri)
 
 
+def number_of_runs(place: Path) -> int:
+    experiment = client(place).get_experiment_by_name("test")
+    return len(client(place).search_runs([experiment.experiment_id])) if experiment else 0
+
+
 def parent_run(place: Path) -> tuple[str, Path]:
     handle = open_run(
         tracking(place),
@@ -158,10 +163,12 @@ def test_what_does_not_fit_ends_with_its_name_and_status_1(
 ) -> None:
     if changes.get("data") == "other" and not (place / "other").exists():
         make_other(place / "other")
+    before = number_of_runs(place)
     with pytest.raises(SystemExit) as end:
         job.main(["--config", config_file(place, **changes)])
     assert end.value.code == 1
     assert message in capsys.readouterr().err
+    assert number_of_runs(place) == before
 
 
 def make_other(path: Path) -> Corpus:

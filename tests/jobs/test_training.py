@@ -1,6 +1,7 @@
 """Pretraining and fine-tuning on real Ray, with workers and drivers killed on the way."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -207,7 +208,9 @@ def test_a_killed_worker_on_object_storage(
     pretrain.main(["--config", str(config), "--set", f"storage={bucket}"])
     killer.join()
     assert len(killed) == 1
-    assert "goes on from the checkpoint of step" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert re.search(r"worker \d failed: .*died", output)
+    assert "goes on from the checkpoint of step" in output
     assert place.losses("killed") == straight
     assert place.client().get_run(place.run_id("killed")).info.status == "FINISHED"
     assert "config.json" in storage.list_names(f"{bucket}/killed/model")
@@ -235,7 +238,7 @@ def test_a_killed_driver(place: Place, straight, tiny_shards, capsys) -> None:
 
 
 def test_fine_tuning_starts_from_the_registered_model(
-    place: Place, straight, tiny_chat_shards, tiny_shards
+    place: Place, straight, tiny_chat_shards, tiny_shards, capsys
 ) -> None:
     config = place.config(
         "tuned",
@@ -253,6 +256,14 @@ def test_fine_tuning_starts_from_the_registered_model(
     start = load_model(place.folder / "runs" / "straight" / "model").state_dict()
     tuned = load_model(model).state_dict()
     assert any(not tuned[name].equal(start[name]) for name in start)
+
+    sft.main(["--config", str(config)])
+    assert "tuned is finished already" in capsys.readouterr().out
+    before = (place.folder / "runs" / "tuned" / "run.yaml").read_text()
+    with pytest.raises(SystemExit):
+        sft.main(["--config", str(config), "--set", f"checkpoint={model}"])
+    assert "belong to another run: start was" in capsys.readouterr().err
+    assert (place.folder / "runs" / "tuned" / "run.yaml").read_text() == before
 
 
 def test_a_broken_shard_ends_the_run_with_its_name(

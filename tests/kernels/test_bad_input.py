@@ -52,6 +52,26 @@ def test_good_arguments_are_taken(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", CALLS)
+def test_what_is_no_tensor(op: str) -> None:
+    given = arguments(op)
+    refused(op, given | {"q": given["q"].numpy()}, "q must be a torch.Tensor, got ndarray")
+    refused(op, given | {"cu_seqlens": [0, 40]}, "cu_seqlens must be a torch.Tensor, got list")
+
+
+@pytest.mark.parametrize("op", [op for op in CALLS if op != "full"])
+def test_sizes_that_are_no_config(op: str) -> None:
+    given = arguments(op) | {"config": {"window_size": 8}}
+    refused(op, given, "config must be an NsaConfig, got dict")
+
+
+@pytest.mark.parametrize("block", [-2, 4, 2**31 - 1])
+def test_a_block_that_the_sequence_does_not_have(block: int) -> None:
+    given = arguments("selected")
+    given["block_indices"][3, 0, -1] = block
+    refused("selected", given, "block_indices[3, 0]", str(block), "-1 and the blocks 0 to")
+
+
+@pytest.mark.parametrize("op", CALLS)
 def test_q_of_four_axes(op: str) -> None:
     given = arguments(op)
     given["q"] = given["q"][None]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 
 class ConfigError(ValueError):
@@ -19,8 +19,23 @@ class Strict(BaseModel):
     """Base of everything that comes from a YAML file."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _true_is_no_number(cls, tree: Any) -> Any:
+        # YAML reads a bare `yes` or `on` as true, which would pass for 1.
+        for name, value in tree.items() if isinstance(tree, dict) else ():
+            field = cls.model_fields.get(name)
+            allowed = (field.annotation, *get_args(field.annotation)) if field else (bool,)
+            if isinstance(value, bool) and bool not in allowed:
+                raise ValueError(f"{name} must not be true or false, got {value}")
+        return tree
 
     @classmethod
     def parse(cls, tree: dict[str, Any], *, source: str = "config") -> Self:
@@ -51,10 +66,25 @@ class Strict(BaseModel):
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error; the last one would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping. Raises ConfigError if there is none to read."""
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -67,7 +97,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def _patch(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         key, equals, text = override.partition("=")
-        if not equals or not key:
+        if not equals or not all(key.split(".")):
             raise ConfigError(f"--set {override}: must look like a.b=value")
         try:
             value = yaml.safe_load(text)
@@ -85,13 +115,15 @@ def _patch(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
 
 def _explain(root: type[BaseModel], problem: Any) -> str:
     location = [part for part in problem["loc"] if not _is_union_tag(part, problem)]
-    key = ".".join(str(part) for part in location) or "(the whole)"
+    key = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
         valid = sorted(_valid_names(root, problem["loc"][:-1]))
         near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return f"{key}: unknown key{hint} (valid: {', '.join(valid)})"
     message = problem["msg"].removeprefix("Value error, ")
+    if not location:
+        return message
     if problem["type"] == "missing":
         return f"{key}: is required"
     got = problem.get("input")

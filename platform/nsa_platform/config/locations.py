@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel
 
 SQLITE = "sqlite:///"
+MODEL = "models:/"
 
 
 @dataclass(frozen=True)
@@ -14,8 +15,29 @@ class _Place:
     """Marks a field whose value is a path or an address."""
 
 
-Location = Annotated[str, _Place()]
-"""A local path, s3://bucket/key, models:/name@alias, sqlite:///path or a server's address."""
+def _file_or_object(location: str) -> str:
+    scheme, separator, rest = location.partition("://")
+    if not location.strip() or (separator and (scheme != "s3" or not rest.strip("/"))):
+        raise ValueError("must be a local path or s3://bucket/key")
+    return location
+
+
+def _file_object_or_model(location: str) -> str:
+    if not location.startswith(MODEL):
+        return _file_or_object(location)
+    if not location.removeprefix(MODEL).strip("/@"):
+        raise ValueError("must look like models:/name@alias or models:/name/version")
+    return location
+
+
+Location = Annotated[str, _Place(), AfterValidator(_file_or_object)]
+"""A local path or s3://bucket/key."""
+
+ModelLocation = Annotated[str, _Place(), AfterValidator(_file_object_or_model)]
+"""A local path, s3://bucket/key or models:/name@alias."""
+
+ServiceLocation = Annotated[str, _Place()]
+"""sqlite:///path or a server's address; the field that has it says which."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -24,14 +46,14 @@ def absolute(location: str, root: Path) -> str:
     """A relative local path (also behind sqlite:///) seen from `root`; any address unchanged."""
     if location.startswith(SQLITE):
         return SQLITE + str(root / location.removeprefix(SQLITE))
-    if "://" in location or location.startswith("models:/"):
+    if "://" in location or location.startswith(MODEL):
         return location
     return str(root / Path(location).expanduser())
 
 
 def is_local(location: str) -> bool:
     """Whether the place is on a file system of the machine that looks, not behind an address."""
-    return location.startswith(SQLITE) or not ("://" in location or location.startswith("models:/"))
+    return location.startswith(SQLITE) or not ("://" in location or location.startswith(MODEL))
 
 
 def resolve_locations(config: Model, root: Path) -> Model:

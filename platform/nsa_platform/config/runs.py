@@ -7,7 +7,7 @@ from pydantic import Field, PositiveInt, model_validator
 from nsa_platform.config.base import Strict
 from nsa_platform.config.data import CorpusConfig, LoaderConfig, TokenizerConfig
 from nsa_platform.config.evaluate import BitsPerByteConfig, NeedleConfig
-from nsa_platform.config.locations import Location
+from nsa_platform.config.locations import Location, ModelLocation
 from nsa_platform.config.model import ModelConfig
 from nsa_platform.config.train import ClusterConfig, TrackingConfig, TrainConfig
 
@@ -42,17 +42,24 @@ class _TrainingRun(Strict):
     """Folder of checkpoints and the final model, local or s3://; the run's own is storage/name."""
 
     @model_validator(mode="after")
-    def _batch_divides(self) -> Self:
+    def _sections_fit(self) -> Self:
+        problems = self._problems()
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _problems(self) -> list[str]:
+        """What is wrong between the sections."""
         rows = self.train.sequences_per_microbatch * self.cluster.num_workers
         unit = self.data.context_length * rows
         if self.train.tokens_per_step % unit:
-            raise ValueError(
+            return [
                 f"train.tokens_per_step={self.train.tokens_per_step} must be a multiple of "
                 f"data.context_length={self.data.context_length} x "
                 f"train.sequences_per_microbatch={self.train.sequences_per_microbatch} x "
                 f"cluster.num_workers={self.cluster.num_workers} = {unit}"
-            )
-        return self
+            ]
+        return []
 
 
 class PretrainRun(_TrainingRun):
@@ -60,20 +67,20 @@ class PretrainRun(_TrainingRun):
 
     model: ModelConfig
 
-    @model_validator(mode="after")
-    def _context_fits(self) -> Self:
+    def _problems(self) -> list[str]:
+        problems = super()._problems()
         if self.data.context_length > self.model.max_context:
-            raise ValueError(
+            problems.append(
                 f"data.context_length={self.data.context_length} must not exceed "
                 f"model.max_context={self.model.max_context}"
             )
-        return self
+        return problems
 
 
 class SftRun(_TrainingRun):
     """Fine-tune an exported model on chat shards: the same loop with a loss mask."""
 
-    checkpoint: Location
+    checkpoint: ModelLocation
     """Exported model folder, local or s3://, or models:/name@alias."""
 
 
@@ -81,11 +88,14 @@ class EvaluateRun(Strict):
     """Measure an exported model."""
 
     name: RunName
-    checkpoint: Location
+    checkpoint: ModelLocation
     """Exported model folder, local or s3://, or models:/name@alias."""
     data: Location
-    """Folder made by prepare_data whose validation/ split is read, local or s3://."""
+    """Folder made by prepare_data, local or s3://: validation/ is measured, the baselines count
+    tokens of train/."""
     bits_per_byte: BitsPerByteConfig | None = BitsPerByteConfig()
     needle: NeedleConfig | None = NeedleConfig()
     use_gpu: bool = False
     tracking: TrackingConfig = TrackingConfig()
+    storage: Location = "runs"
+    """Folder of what a tracking store out of reach has not taken yet, below storage/name."""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from nsa_platform.config.base import Strict
-from nsa_platform.config.locations import Location
+from nsa_platform.config.locations import ServiceLocation
 
 
 class OptimizerConfig(Strict):
@@ -88,10 +88,10 @@ class ClusterConfig(Strict):
 class TrackingConfig(Strict):
     """Where runs are recorded."""
 
-    uri: Location = "sqlite:///runs/mlflow.db"
+    uri: ServiceLocation = "sqlite:///runs/mlflow.db"
     """MLflow tracking store: sqlite:///file, or http(s):// of a server."""
     experiment: str = "nsa"
-    artifacts: Location | None = None
+    artifacts: ServiceLocation | None = None
     """Root of artifacts for a new experiment in a SQLite store; default: beside the database."""
     registered_model: str | None = None
     """Register the final model under this name."""

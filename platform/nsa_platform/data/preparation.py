@@ -13,7 +13,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Protocol, TypeVar
 
 from nsa_platform import storage
@@ -104,7 +103,7 @@ def prepare_here(run: PrepareDataRun) -> Prepared:
 
 def default_cache_dir() -> str:
     """Where tasks keep copies of remote tokenizers."""
-    return str(Path(tempfile.gettempdir()) / "nsa-prepare")
+    return str(storage.default_cache("tokenizers"))
 
 
 def _tokenise(

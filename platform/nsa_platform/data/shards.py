@@ -12,7 +12,6 @@ addressed by their sha256, so a stale copy cannot be used.
 """
 
 import os
-import tempfile
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -135,7 +134,7 @@ class ShardSet:
 
     Args:
         folder: local or s3://, with a manifest.json.
-        cache_dir: where remote shards are kept; default: nsa-shards under the temporary folder.
+        cache_dir: where remote shards are kept; default: storage.default_cache.
         cache_bytes: least recently used remote shards are deleted beyond this.
         tokenizer_fingerprint: what the shards must have been made with, if given.
 
@@ -161,7 +160,7 @@ class ShardSet:
                 f"{folder}: was made with tokenizer {made_with[:12]}, "
                 f"but tokenizer {str(tokenizer_fingerprint)[:12]} is given"
             )
-        self._cache = Path(cache_dir or Path(tempfile.gettempdir()) / "nsa-shards")
+        self._cache = Path(cache_dir or storage.default_cache("shards"))
         self._cache_bytes = cache_bytes
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._verified: set[int] = set()

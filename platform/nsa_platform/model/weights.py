@@ -9,6 +9,7 @@
 The folder appears as a whole: it is written beside its place and then renamed.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -29,6 +30,9 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 MODEL_TYPE = "nsa"
 CONFIG_KEY = "nsa_platform"
+
+DIGEST_CHUNK = 1 << 16
+DIGEST_CHUNKS = 256
 
 
 class ExportError(ValueError):
@@ -100,6 +104,27 @@ def load_config(folder: str | Path) -> ModelConfig:
         return ModelConfig.parse(tree[CONFIG_KEY], source=f"{path}: {CONFIG_KEY}")
     except ConfigError as error:
         raise ExportError(str(error)) from None
+
+
+def weights_digest(folder: str | Path) -> str:
+    """Twelve hex digits that tell exported models apart, without reading all of a large one.
+
+    Raises:
+        ExportError: config.json or the weights cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        digest.update((Path(folder) / CONFIG_FILE).read_bytes())
+        with (Path(folder) / WEIGHTS_FILE).open("rb") as file:
+            size = file.seek(0, 2)
+            digest.update(str(size).encode())
+            step = max(DIGEST_CHUNK, size // DIGEST_CHUNKS)
+            for start in range(0, size, step):
+                file.seek(start)
+                digest.update(file.read(DIGEST_CHUNK))
+    except OSError as error:
+        raise ExportError(f"{error.filename}: cannot be read ({error.strerror})") from None
+    return digest.hexdigest()[:12]
 
 
 def load_model(

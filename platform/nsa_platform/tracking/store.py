@@ -261,7 +261,12 @@ _DELIVERIES = {
 }
 
 
-def explain(error: Exception) -> str:
-    """The first line of an error: why the store could not be reached."""
+def explain(error: BaseException) -> str:
+    """Why the store could not be reached: the system's own reason, else the error's first line."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, OSError) and inner.strerror:
+            return inner.strerror
+        inner = inner.__cause__ or inner.__context__
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:300]

@@ -6,9 +6,9 @@ from typing import Any
 # Sections of a run that a checkpoint remembers.
 SECTIONS = ("model", "data", "train", "cluster")
 
-# Weights have the model's shape, and the loader's row number means a row of exactly this data in
-# exactly this order.
-FIXED = ("model", "data", "data_digest")
+# Weights have the model's shape and come from one start, and the loader's row number means a row of
+# exactly this data in exactly this order.
+FIXED = ("model", "data", "data_digest", "start")
 
 # Changes that have no say in what is computed; they come before FIXED.
 SILENT = ("model.name", "data.path", "data.cache_dir", "data.cache_gib")
@@ -18,16 +18,21 @@ class ResumeError(ValueError):
     """The checkpoints belong to another run; the message names the differences."""
 
 
-def describe_run(run: Mapping[str, Any], *, data_digest: str) -> dict[str, Any]:
-    """What a checkpoint keeps of a run's configuration, to be compared when it is resumed."""
-    return {**{name: run[name] for name in SECTIONS}, "data_digest": data_digest}
+def describe_run(
+    run: Mapping[str, Any], *, data_digest: str, start: str | None = None
+) -> dict[str, Any]:
+    """What a checkpoint keeps of a run's configuration, to be compared when it is resumed.
+
+    start: digest of the weights that a new run begins with; None: from scratch.
+    """
+    return {**{name: run[name] for name in SECTIONS}, "data_digest": data_digest, "start": start}
 
 
 def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Compare two results of describe_run; returns one line for each change that is allowed.
 
     Raises:
-        ResumeError: the model or the data is another one.
+        ResumeError: the model, the data or the weights of the start are others.
     """
     old, new = _flat(saved), _flat(current)
     changes = {

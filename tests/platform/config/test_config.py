@@ -9,7 +9,7 @@ import yaml
 from jobs.cli import read_run
 from nsa_platform.config.base import ConfigError
 from nsa_platform.config.locations import absolute, locations, resolve_locations
-from nsa_platform.config.runs import PrepareDataRun, PretrainRun
+from nsa_platform.config.runs import PrepareDataRun, PretrainRun, SftRun
 
 
 def tree() -> dict[str, Any]:
@@ -62,6 +62,10 @@ def changed(key: str, value: object) -> dict[str, Any]:
         ("train.tokens_per_step", 300, "must be a multiple of data.context_length=256"),
         ("data.context_length", 512, "must not exceed model.max_context=256"),
         ("tracking.uri", "ftp://x", "tracking: uri='ftp://x' must start with"),
+        ("data.path", "gs://x/y", "data.path: must be a local path or s3://bucket/key, got 'gs:"),
+        ("storage", "s3://", "storage: must be a local path or s3://bucket/key"),
+        ("train.steps", True, "train: steps must not be true or false, got True"),
+        ("train.optimizer.learning_rate", float("inf"), "learning_rate: Input should be a finite"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(key: str, value: object, said: str) -> None:
@@ -69,6 +73,24 @@ def test_a_wrong_key_or_value_is_named(key: str, value: object, said: str) -> No
         PretrainRun.parse(changed(key, value), source="x.yaml")
     assert said in str(caught.value)
     assert str(caught.value).startswith("x.yaml: ")
+
+
+def test_problems_between_sections_are_all_named() -> None:
+    broken = changed("data.context_length", 320)
+    broken["train"]["tokens_per_step"] = 512
+    with pytest.raises(ConfigError) as caught:
+        PretrainRun.parse(broken, source="x.yaml")
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith("x.yaml: train.tokens_per_step=512 must be a multiple of")
+    assert "data.context_length=320 must not exceed model.max_context=256" in line
+
+
+def test_a_model_may_come_from_the_registry() -> None:
+    base = {name: value for name, value in tree().items() if name != "model"}
+    assert SftRun.parse(base | {"checkpoint": "models:/a@b"}).checkpoint == "models:/a@b"
+    for wrong in ("models:/", "hf://a", ""):
+        with pytest.raises(ConfigError, match="checkpoint: must"):
+            SftRun.parse(base | {"checkpoint": wrong})
 
 
 def test_a_missing_key_is_named() -> None:
@@ -88,6 +110,8 @@ def test_overrides_patch_before_validation(tmp_path: Path) -> None:
         PretrainRun.load(path, ["train.step=7"])
     with pytest.raises(ConfigError, match=r"must look like a\.b=value"):
         PretrainRun.load(path, ["train.steps"])
+    with pytest.raises(ConfigError, match=r"must look like a\.b=value"):
+        PretrainRun.load(path, [".steps=7"])
     with pytest.raises(ConfigError, match="name is a value"):
         PretrainRun.load(path, ["name.x=1"])
 
@@ -98,6 +122,14 @@ def test_what_is_not_a_mapping_is_refused(tmp_path: Path, content: str) -> None:
     path.write_text(content)
     with pytest.raises(ConfigError, match=str(path)):
         PretrainRun.load(path)
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("name: a\ntrain:\n  steps: 1\n  steps: 2\n")
+    with pytest.raises(ConfigError, match="key 'steps' stands twice") as caught:
+        PretrainRun.load(path)
+    assert "line 4" in str(caught.value)
 
 
 def test_a_run_survives_yaml_and_is_fingerprinted() -> None:
