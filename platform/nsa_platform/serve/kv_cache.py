@@ -34,6 +34,7 @@ class KvCache:
         num_tokens: int,
         max_new_tokens: int,
         max_sequences: int = 1,
+        max_step_tokens: int | None = None,
         blocks_per_page: int = 1,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -41,6 +42,8 @@ class KvCache:
         """Reserve memory for max_sequences sequences that hold num_tokens tokens together.
 
         max_new_tokens bounds the tokens that one sequence gets in one step (a prefill chunk).
+        max_step_tokens bounds those of all sequences in one step: then the window pool can be
+        smaller, and suffices as long as sequences are trimmed after each step.
         """
         self.config = config
         self.device = torch.device(device)
@@ -50,8 +53,14 @@ class KvCache:
         tail_tokens, num_window_pages = 0, None
         if isinstance(config.attention, NsaAttentionConfig):
             tail_tokens = window_tokens(config.attention)
-            reach = -(-(tail_tokens + max_new_tokens) // page_size) + 1
-            num_window_pages = min(num_pages, 1 + max_sequences * reach)
+            num_window_pages = min(
+                num_pages,
+                1 + max_sequences * (-(-(tail_tokens + max_new_tokens) // page_size) + 1),
+            )
+            if max_step_tokens is not None:
+                # Tail and new tokens of a sequence start and end anywhere in a page.
+                tails = max_sequences * (-(-tail_tokens // page_size) + 2)
+                num_window_pages = min(num_window_pages, 1 + tails + max_step_tokens // page_size)
         self.book = PageBook(
             page_size=page_size,
             num_pages=num_pages,
@@ -82,11 +91,14 @@ class KvCache:
         sequences' new tokens in the same order.
 
         Raises:
-            OutOfPages: a pool is exhausted; earlier sequences of the call were extended.
+            OutOfPages: a pool is exhausted; the sequences are as they were.
         """
-        starts = [sequence.num_tokens for sequence in sequences]
-        for sequence, count in zip(sequences, num_new, strict=True):
-            self.book.extend(sequence, count)
+        self.book.extend_all(sequences, num_new)
+        return self.inputs(sequences, num_new)
+
+    def inputs(self, sequences: Sequence[SequencePages], num_new: Sequence[int]) -> PagedInputs:
+        """Inputs of a step whose new tokens, the last num_new of each sequence, have places."""
+        starts = [s.num_tokens - count for s, count in zip(sequences, num_new, strict=True)]
         positions = [
             position
             for start, count in zip(starts, num_new, strict=True)

@@ -163,6 +163,8 @@ class Request:
     """Number of the request in the order of arrival: the smaller, the older."""
     seed: int
     """What its randomness hangs on."""
+    stop_ids: frozenset[int] = frozenset()
+    """Ids that end it: the tokenizer's own unless they are ignored, and params.stop_token_ids."""
     output_ids: list[int] = field(default_factory=list)
     pages: SequencePages = field(default_factory=SequencePages)
     """Places of the tokens that the model has seen, and of those of the step at hand."""

@@ -1,11 +1,15 @@
 """Sampling: from the scores of the next token to one id.
 
-Randomness is one uniform number for each token, drawn on the host from the request's own seed. The
-same scores and seed give the same ids on any device, however requests are batched.
+Randomness is one uniform number for each token, a function of the request's seed and the token's
+number in the output. So the same scores and seed give the same ids on any device, however requests
+are batched, and after any interruption.
 """
 
+import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +29,8 @@ class Sampling:
     """Only the likeliest tokens whose probabilities add up to this are eligible."""
     top_k: int = 0
     """Only this many of the likeliest tokens are eligible; 0: all."""
+    min_p: float = 0.0
+    """Only tokens at least this share as likely as the likeliest one are eligible."""
     seed: int | None = None
     """None: a fresh seed from the system."""
 
@@ -35,6 +41,21 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must not be negative (0: all tokens)")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise ValueError(f"min_p={self.min_p} must lie in [0, 1]")
+
+
+class Choice(Protocol):
+    """The settings that choose_tokens reads."""
+
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def min_p(self) -> float: ...
 
 
 class Sampler:
@@ -42,19 +63,52 @@ class Sampler:
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
-        self._random = random.Random(sampling.seed)
+        self._seed = random.getrandbits(64) if sampling.seed is None else sampling.seed
+        self._num_picked = 0
 
     def pick(self, logits: Tensor) -> int:
         """The next id for scores [vocab]. Equal scores: the lower id. Waits for the device."""
-        if self.sampling.temperature == 0.0:
-            return int(logits.argmax())
-        ordered, ids = logits.double().sort(descending=True, stable=True)
-        if self.sampling.top_k:
-            ordered = ordered[: self.sampling.top_k]
-        reached = (ordered / self.sampling.temperature).softmax(-1).cumsum(-1)
-        # A token is eligible when those before it have not yet reached top_p: always the first.
-        eligible = int((reached < self.sampling.top_p).sum()) + 1
-        reached = reached[:eligible]
-        point = self._random.random() * float(reached[-1])
-        chosen = int(torch.searchsorted(reached, point, right=True))
-        return int(ids[min(chosen, len(reached) - 1)])
+        point = uniform(self._seed, self._num_picked)
+        self._num_picked += 1
+        return int(choose_tokens(logits[None], [self.sampling], [point]))
+
+
+def uniform(seed: int, index: int) -> float:
+    """The number of a seed's random sequence at an index: in [0, 1), 53 bits."""
+    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
+
+
+def choose_tokens(scores: Tensor, choices: Sequence[Choice], points: Sequence[float]) -> Tensor:
+    """One id for each row of scores [B, vocab], int64 [B]: each row by its own settings alone.
+
+    points: where in [0, 1) each row's draw falls; a greedy row needs none.
+    """
+    ids = scores.argmax(-1)
+    rows = [row for row, choice in enumerate(choices) if choice.temperature > 0.0]
+    if rows:
+        drawn = _draw(scores[rows], [choices[row] for row in rows], [points[row] for row in rows])
+        ids[rows] = drawn
+    return ids
+
+
+def _draw(scores: Tensor, choices: Sequence[Choice], points: Sequence[float]) -> Tensor:
+    vocab = scores.shape[-1]
+    settings = torch.tensor(
+        [
+            (choice.temperature, choice.top_p, choice.top_k or vocab, choice.min_p, point)
+            for choice, point in zip(choices, points, strict=True)
+        ],
+        dtype=torch.float64,
+    )
+    temperature, top_p, top_k, min_p, point = settings.to(scores.device).split(1, dim=1)  # [B, 1]
+    ordered, ids = scores.double().sort(descending=True, stable=True)
+    ordered = (ordered - ordered[:, :1]) / temperature
+    is_cut = torch.arange(vocab, device=scores.device) >= top_k
+    ordered = ordered.masked_fill(is_cut | (ordered < min_p.log()), -torch.inf)
+    reached = ordered.softmax(-1).cumsum(-1)
+    # A token is eligible when those before it have not yet reached top_p: always the first.
+    last = (reached < top_p).sum(-1, keepdim=True)
+    last = torch.minimum(last, (ordered > -torch.inf).sum(-1, keepdim=True) - 1)
+    chosen = torch.searchsorted(reached, point * reached.gather(1, last), right=True)
+    return ids.gather(1, torch.minimum(chosen, last)).squeeze(1)

@@ -1,0 +1,140 @@
+"""Sampling for the requests of a step: their bias and penalties, one choice each, logprobs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nsa_platform.serve.request import Request, SamplingParams, TokenLogprob
+from nsa_platform.serve.sampler import choose_tokens, uniform
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The next token of one request."""
+
+    token_id: int
+    logprob: TokenLogprob | None
+    """If asked for."""
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What penalties need to know of a request's tokens, on the device."""
+
+    is_known: Tensor
+    """bool [vocab]: in the prompt or in the output."""
+    counts: Tensor
+    """float [vocab]: how often in the output."""
+    num_counted: int = 0
+    """Tokens of the output that are in counts."""
+
+
+class BatchSampler:
+    """Chooses the next tokens of any requests. A row is treated by its own request alone."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, _Seen] = {}
+
+    def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[Sampled]:
+        """The next token of each request for scores [B, vocab]. Waits for the device."""
+        logits = logits.float()
+        ids = choose_tokens(
+            self._edited(logits, requests),
+            [request.params for request in requests],
+            [uniform(request.seed, len(request.output_ids)) for request in requests],
+        )
+        tokens = ids.tolist()
+        logprobs = _logprobs(logits, ids, requests)
+        return [Sampled(token, logprobs.get(row)) for row, token in enumerate(tokens)]
+
+    def forget(self, request: Request) -> None:
+        """Drop what is kept for a request that has ended."""
+        self._seen.pop(request.request_id, None)
+
+    def _edited(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
+        """Scores after penalties, bias and the ban on stopping early; the input stays as it is."""
+        penalised = [row for row, request in enumerate(requests) if _has_penalty(request.params)]
+        changes: list[tuple[int, int, float]] = []
+        for row, request in enumerate(requests):
+            changes += [(row, token, bias) for token, bias in request.params.logit_bias.items()]
+            if len(request.output_ids) < request.params.min_tokens:
+                changes += [(row, token, -torch.inf) for token in request.stop_ids]
+        if not penalised and not changes:
+            return logits
+        scores = logits.clone()
+        if penalised:
+            scores[penalised] = self._penalise(scores[penalised], [requests[r] for r in penalised])
+        if changes:
+            rows, tokens, values = (
+                torch.tensor(column, device=logits.device) for column in zip(*changes, strict=True)
+            )
+            scores.index_put_((rows, tokens), values.float(), accumulate=True)
+        return scores
+
+    def _penalise(self, scores: Tensor, requests: Sequence[Request]) -> Tensor:
+        seen = [self._update(request, scores) for request in requests]
+        is_known = torch.stack([one.is_known for one in seen])
+        counts = torch.stack([one.counts for one in seen])
+        settings = [
+            (p.repetition_penalty, p.frequency_penalty, p.presence_penalty)
+            for p in (request.params for request in requests)
+        ]
+        repetition, frequency, presence = scores.new_tensor(settings).split(1, dim=1)  # [B, 1]
+        repeated = torch.where(scores > 0, scores / repetition, scores * repetition)
+        scores = torch.where(is_known, repeated, scores)
+        return scores - frequency * counts - presence * (counts > 0)
+
+    def _update(self, request: Request, scores: Tensor) -> _Seen:
+        vocab, device = scores.shape[-1], scores.device
+        seen = self._seen.get(request.request_id)
+        if seen is None:
+            is_known = torch.zeros(vocab, dtype=torch.bool, device=device)
+            is_known[torch.tensor(request.prompt_ids, device=device)] = True
+            seen = _Seen(is_known, torch.zeros(vocab, device=device))
+            self._seen[request.request_id] = seen
+        new = request.output_ids[seen.num_counted :]
+        if new:
+            ids = torch.tensor(new, device=device)
+            seen.is_known[ids] = True
+            seen.counts.index_add_(0, ids, torch.ones(len(new), device=device))
+            seen.num_counted += len(new)
+        return seen
+
+
+def _has_penalty(params: SamplingParams) -> bool:
+    return (
+        params.repetition_penalty != 1.0
+        or params.presence_penalty != 0.0
+        or params.frequency_penalty != 0.0
+    )
+
+
+def _logprobs(logits: Tensor, ids: Tensor, requests: Sequence[Request]) -> dict[int, TokenLogprob]:
+    """By row, for those that asked; of the scores as the model gave them."""
+    wanted = {
+        row: request.params.logprobs
+        for row, request in enumerate(requests)
+        if request.params.logprobs is not None
+    }
+    if not wanted:
+        return {}
+    rows = list(wanted)
+    scores = logits[rows].log_softmax(-1)
+    chosen = scores.gather(1, ids[rows, None])
+    ranks = (scores > chosen).sum(-1) + 1
+    values, tokens = scores.topk(min(max(wanted.values()), scores.shape[-1]), dim=-1)
+    columns = zip(
+        rows,
+        ids[rows].tolist(),
+        chosen[:, 0].tolist(),
+        ranks.tolist(),
+        tokens.tolist(),
+        values.tolist(),
+        strict=True,
+    )
+    return {
+        row: TokenLogprob(token, logprob, rank, tuple(zip(best, top, strict=True))[: wanted[row]])
+        for row, token, logprob, rank, best, top in columns
+    }

@@ -1,0 +1,271 @@
+"""The engine: requests in, increments of text out, one step at a time.
+
+    add(request) ... while has_work: step()
+
+A step schedules, runs the model once, samples, and turns tokens into outputs. An engine belongs to
+one thread.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nsa_platform.config.serve import EngineConfig
+from nsa_platform.data.tokenizer import Tokenizer
+from nsa_platform.model.transformer import Transformer
+from nsa_platform.serve.batch_sampler import BatchSampler, Sampled
+from nsa_platform.serve.capacity import make_cache, model_len_of
+from nsa_platform.serve.detokenizer import Detokenizer, StopStrings
+from nsa_platform.serve.request import FinishReason, Output, Request, SamplingParams
+from nsa_platform.serve.runner import ModelRunner
+from nsa_platform.serve.scheduler import Scheduler, Step
+
+
+class QueueFull(RuntimeError):
+    """The engine holds as many requests as it may; the same request may be accepted later."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What an engine holds now and has done so far."""
+
+    num_running: int
+    num_waiting: int
+    pages_used: int
+    pages_total: int
+    window_pages_used: int
+    """0 for full attention, as window_pages_total."""
+    window_pages_total: int
+    prompt_tokens_total: int
+    """Tokens of the prompts of all requests that have generated a token."""
+    generation_tokens_total: int
+    computed_tokens_total: int
+    """Tokens that went through the model; again after a preemption."""
+    preemptions_total: int
+    steps_total: int
+
+
+@dataclass(slots=True)
+class _Live:
+    """A request and its text."""
+
+    request: Request
+    characters: Detokenizer
+    stops: StopStrings
+
+
+class Engine:
+    """Continuous batching for one model on one device."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, config: EngineConfig) -> None:
+        """Reserve the cache on the model's device, in its dtype.
+
+        Raises:
+            ValueError: a size of the configuration does not fit the model or the memory, or the
+                tokenizer has ids that the model does not know.
+        """
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"{tokenizer.folder}: the tokenizer has {tokenizer.vocab_size} ids and the model "
+                f"knows {model.config.vocab_size}: they do not belong together"
+            )
+        self.config = config
+        self.tokenizer = tokenizer
+        self.vocab_size = model.config.vocab_size
+        self.max_model_len = model_len_of(model.config, config)
+        weight = model.embedding.weight
+        self.cache = make_cache(model.config, config, device=weight.device, dtype=weight.dtype)
+        self.scheduler = Scheduler(
+            self.cache.book,
+            max_num_seqs=config.max_num_seqs,
+            max_step_tokens=config.max_num_batched_tokens,
+        )
+        self.runner = ModelRunner(model, self.cache)
+        self.sampler = BatchSampler()
+        self._live: dict[str, _Live] = {}
+        self._num_added = 0
+        self._prompt_tokens = self._generation_tokens = self._computed_tokens = 0
+        self._preemptions = self._steps = 0
+
+    @property
+    def max_num_requests(self) -> int:
+        """Requests that run or wait at once."""
+        return self.config.max_num_seqs + self.config.max_num_queued
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def check_request(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        """Tell whether a request could ever be served; nothing is changed. Any thread may ask.
+
+        Raises:
+            ValueError: the prompt is empty, an id is outside the vocabulary, or prompt and output
+                do not fit into max_model_len or into the whole cache.
+        """
+        if not prompt_ids:
+            raise ValueError("the prompt is empty: at least one token is needed")
+        for name, ids in (
+            ("prompt_ids", prompt_ids),
+            ("stop_token_ids", params.stop_token_ids),
+            ("logit_bias", params.logit_bias),
+        ):
+            if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
+                raise ValueError(
+                    f"{name}: ids must lie in [0, {self.vocab_size}), got {min(ids)} to {max(ids)}"
+                )
+        total = len(prompt_ids) + params.max_tokens
+        if total > self.max_model_len:
+            raise ValueError(
+                f"{len(prompt_ids)} prompt tokens + max_tokens={params.max_tokens} = {total} "
+                f"exceed max_model_len={self.max_model_len}"
+            )
+        self.scheduler.check_size(len(prompt_ids), params.max_tokens)
+
+    def add(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        """Accept a request; its outputs come from step().
+
+        Raises:
+            ValueError: as check_request, or a request of this id is there already.
+            QueueFull: max_num_queued requests wait already.
+        """
+        self.check_request(prompt_ids, params)
+        if request_id in self._live:
+            raise ValueError(f"request_id={request_id!r} is in use")
+        if len(self._live) >= self.max_num_requests:
+            raise QueueFull(
+                f"{len(self._live)} requests run or wait, and no more than max_num_seqs="
+                f"{self.config.max_num_seqs} + max_num_queued={self.config.max_num_queued} may"
+            )
+        own_stops = () if params.ignore_eos else self.tokenizer.stop_ids()
+        request = Request(
+            request_id,
+            tuple(prompt_ids),
+            params,
+            arrival=self._num_added,
+            seed=_seed_of(self.config.seed, request_id) if params.seed is None else params.seed,
+            stop_ids=frozenset((*own_stops, *params.stop_token_ids)),
+        )
+        self._num_added += 1
+        self.scheduler.add(request)
+        self._live[request_id] = _Live(
+            request,
+            Detokenizer(self.tokenizer.decode),
+            StopStrings(params.stop, is_included=params.include_stop_str_in_output),
+        )
+
+    def abort(self, request_id: str) -> Output | None:
+        """End a request now; its pages are free when this returns.
+
+        Returns its last output, or None if there is no such request any more.
+        """
+        live = self._live.get(request_id)
+        if live is None:
+            return None
+        self._finish(live.request, "abort", None)
+        return _output(live.request, None, text="")
+
+    def step(self) -> list[Output]:
+        """Compute one step: at most one token for each running request.
+
+        Raises:
+            RuntimeError: there is work, and nothing of it can go on: a bug.
+        """
+        step = self.scheduler.schedule()
+        if not step.chunks:
+            if self.has_work:
+                raise RuntimeError(f"no request can go on: {self.stats()}")
+            return []
+        logits = self.runner.run(step)
+        requests = [chunk.request for chunk in step.chunks if chunk.is_last]
+        sampled = [] if logits is None else self.sampler.sample(logits, requests)
+        self._count(step, requests)
+        self.scheduler.settle(step)
+        return [
+            self._advance(self._live[request.request_id], token)
+            for request, token in zip(requests, sampled, strict=True)
+        ]
+
+    def check(self) -> None:
+        """Prove that no page and no request is lost. Raises PageLeak or AssertionError."""
+        self.scheduler.check()
+        lines = {request.request_id for request in self.scheduler.running}
+        lines |= {request.request_id for request in self.scheduler.waiting}
+        assert lines == set(self._live), "a request is in no line, or in a line after its end"
+
+    def stats(self) -> EngineStats:
+        """What the engine holds now and has done so far."""
+        book = self.cache.book
+        window = book.window_allocator
+        return EngineStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            pages_used=book.num_pages - book.num_free_pages,
+            pages_total=book.num_pages,
+            window_pages_used=0 if window is None else window.num_used,
+            window_pages_total=0 if window is None else window.num_pages - 1,
+            prompt_tokens_total=self._prompt_tokens,
+            generation_tokens_total=self._generation_tokens,
+            computed_tokens_total=self._computed_tokens,
+            preemptions_total=self._preemptions,
+            steps_total=self._steps,
+        )
+
+    def _advance(self, live: _Live, sampled: Sampled) -> Output:
+        """Take a request's next token, and say what came of it."""
+        request, params, token = live.request, live.request.params, sampled.token_id
+        request.output_ids.append(token)
+        by_id = token in request.stop_ids
+        by_length = len(request.output_ids) == params.max_tokens
+        is_asked_for = token in params.stop_token_ids
+        is_shown = not by_id or (is_asked_for and params.include_stop_str_in_output)
+        text, stop = live.characters.push(token) if is_shown else "", None
+        if by_id or by_length:
+            text += live.characters.flush()
+        if len(request.output_ids) > params.min_tokens:
+            text, stop = live.stops.push(text)
+        if stop is not None:
+            self._finish(request, "stop", stop)
+        elif by_id or by_length:
+            text += live.stops.flush()
+            stop_id = token if by_id and is_asked_for else None
+            self._finish(request, "stop" if by_id else "length", stop_id)
+        return _output(request, sampled, text)
+
+    def _finish(
+        self, request: Request, reason: FinishReason, stop_reason: str | int | None
+    ) -> None:
+        """The one place where a request ends, for whatever reason."""
+        request.finish_reason, request.stop_reason = reason, stop_reason
+        self.scheduler.finish(request)
+        self.sampler.forget(request)
+        del self._live[request.request_id]
+
+    def _count(self, step: Step, sampled: Sequence[Request]) -> None:
+        self._steps += 1
+        self._preemptions += step.num_preempted
+        self._computed_tokens += step.num_tokens
+        self._generation_tokens += len(sampled)
+        self._prompt_tokens += sum(len(r.prompt_ids) for r in sampled if not r.output_ids)
+
+
+def _output(request: Request, sampled: Sampled | None, text: str) -> Output:
+    logprob = None if sampled is None else sampled.logprob
+    wants_logprobs = request.params.logprobs is not None
+    return Output(
+        request_id=request.request_id,
+        token_ids=() if sampled is None else (sampled.token_id,),
+        text=text,
+        logprobs=(() if logprob is None else (logprob,)) if wants_logprobs else None,
+        finish_reason=request.finish_reason,
+        stop_reason=request.stop_reason,
+        num_prompt_tokens=len(request.prompt_ids),
+        num_cached_tokens=0,
+        num_output_tokens=len(request.output_ids),
+    )
+
+
+def _seed_of(engine_seed: int, request_id: str) -> int:
+    """A seed for a request that brings none: the same in every engine of the same seed."""
+    digest = hashlib.sha256(f"{engine_seed}/{request_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")

@@ -1,0 +1,64 @@
+"""An engine from the folder of an exported model."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from nsa_platform.config.serve import EngineConfig
+from nsa_platform.data.tokenizer import Tokenizer
+from nsa_platform.model.weights import CONFIG_FILE, ExportError, load_config, load_model
+from nsa_platform.serve.capacity import blocks_per_page_of, model_len_of
+from nsa_platform.serve.engine import Engine
+
+FINGERPRINT_KEY = "tokenizer_fingerprint"
+"""In config.json, if the export recorded it: of the tokenizer that the model was trained with."""
+
+
+def load_engine(
+    source_folder: str | Path, config: EngineConfig, device: torch.device | str
+) -> Engine:
+    """The engine of a local folder with config.json, model.safetensors and the tokenizer.
+
+    Raises:
+        ExportError: the folder, its config or its weights are missing, broken or foreign, or the
+            tokenizer is not the one that belongs to the weights.
+        TokenizerError: the folder has no usable tokenizer.
+        ValueError: a size of `config` does not fit the model or the memory.
+    """
+    folder = Path(source_folder)
+    if not folder.is_dir():
+        raise ExportError(f"{folder}: is no folder of an exported model")
+    # What is cheap to find out comes before the weights.
+    model_config = load_config(folder)
+    tokenizer = Tokenizer(folder)
+    _check_tokenizer(folder, tokenizer, model_config.vocab_size)
+    model_len_of(model_config, config)
+    blocks_per_page_of(model_config, config)
+    place = torch.device(device)
+    model = load_model(folder, device=place, dtype=_dtype_of(config, place))
+    return Engine(model.requires_grad_(False), tokenizer, config)
+
+
+def _check_tokenizer(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> None:
+    if tokenizer.vocab_size > vocab_size:
+        raise ExportError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids and the model knows "
+            f"{vocab_size}: they do not belong together"
+        )
+    recorded = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get(FINGERPRINT_KEY)
+    if recorded not in (None, tokenizer.fingerprint):
+        raise ExportError(
+            f"{folder}: the model was trained with the tokenizer {recorded} "
+            f"({FINGERPRINT_KEY} in {CONFIG_FILE}), and the folder holds {tokenizer.fingerprint}"
+        )
+
+
+def _dtype_of(config: EngineConfig, device: torch.device) -> torch.dtype:
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }[config.dtype]
