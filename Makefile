@@ -51,8 +51,7 @@ bench: ## measure the kernels on this machine's GPU and rewrite kernels/benchmar
 	@PYTHONPATH=platform:kernels:.:$$PYTHONPATH $(PYTHON) kernels/benchmarks/bench.py --json results/kernels.json
 
 mlflow: $(READY) ## browse the experiments in the local store
-	@mkdir -p runs
-	$(BIN)/mlflow server --backend-store-uri sqlite:///runs/mlflow.db --artifacts-destination runs/mlartifacts --host 127.0.0.1 --port $${PORT:-5000} --workers 1
+	@$(BIN)/python -m jobs.experiments --port $${PORT:-5000}
 
 tree: $(READY) ## rewrite README's file tree from the files' captions
 	@$(BIN)/python tests/house_tree.py

@@ -118,19 +118,6 @@ def selected_distance(
     return figure
 
 
-def expert_load(
-    shares: Mapping[int, Sequence[float]], *, title: str = "Load of the routed experts"
-) -> Figure:
-    """Tokens that each routed expert of each layer gets, relative to an even share (1)."""
-    layers = sorted(shares)
-    values = [[share * len(shares[layer]) for share in shares[layer]] for layer in layers]
-    figure, axes = _canvas(title, x="expert", y="layer")
-    _heat(figure, axes, values, label="load (1: an even share)", low=0, high=2, map_="RdBu_r")
-    _name_rows(axes, layers)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure
-
-
 def needle_map(
     lengths: Sequence[int],
     depths: Sequence[float],

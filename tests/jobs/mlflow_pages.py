@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -17,10 +18,9 @@ from tempfile import TemporaryDirectory
 import pytest
 from playwright.sync_api import Page, sync_playwright
 
-from nsa_platform.config.train import TrackingConfig
-from nsa_platform.tracking import ui_command, ui_environment
 from nsa_platform.tracking.store import connect
 
+ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 FLAGS = (
     "--no-sandbox",
@@ -54,11 +54,9 @@ def pages_of(store_uri: str) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    command = ui_command(TrackingConfig(uri=store_uri), port=port)
+    command = [sys.executable, "-m", "jobs.experiments", "--uri", store_uri, "--port", str(port)]
     with TemporaryDirectory() as folder, Path(folder, "log").open("w+") as log:
-        server = subprocess.Popen(
-            command, env=ui_environment(), stdout=log, stderr=log, start_new_session=True
-        )
+        server = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
         try:
             _wait_for(address, server, Path(folder, "log"))
             yield address

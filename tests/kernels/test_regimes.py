@@ -12,6 +12,21 @@ from tests.kernels.cases import SMALL, Inputs, Target, assert_close, make_inputs
 from tests.kernels.judge import OPS, call, op_inputs, reference_blocks
 
 
+def on_targets(values: list[Any], interpreted: list[Any]) -> list[Any]:
+    """(target, value) for every value, and for these alone where the kernels are interpreted."""
+    return [
+        *(pytest.param("torch", value, id=f"torch-{value}") for value in values),
+        *(pytest.param("interpreter", value, id=f"interpreter-{value}") for value in interpreted),
+        *(
+            pytest.param("cuda", value, id=f"cuda-{value}", marks=pytest.mark.gpu)
+            for value in values
+        ),
+    ]
+
+
+POSITIONS = on_targets([0, 6, 7, 30, 47, 63, 64, 90], [47])
+
+
 def run_selected(inputs: Inputs, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
     """Selected attention over the blocks that the target itself selects."""
     options: dict[str, Any] = {
@@ -29,12 +44,14 @@ def wide(target: Target) -> dict[str, Any]:
     return {"key_width": 64, "value_width": 64} if target.device == "cuda" else {}
 
 
-@pytest.mark.parametrize("lengths", [[16], [9], [16, 1, 5], [64], [40, 64]], ids=str)
+@pytest.mark.parametrize(
+    ("target", "lengths"),
+    on_targets([[16], [9], [16, 1, 5], [64], [40, 64]], [[16], [9], [16, 1, 5]]),
+    indirect=["target"],
+)
 def test_few_blocks_select_everything(lengths: list[int], target: Target) -> None:
     """T <= l', and T <= n*l': every block is selected, so selected is full attention."""
     assert max(lengths) <= SMALL.num_selected_blocks * SMALL.selection_block_size
-    if target.is_interpreted and sum(lengths) > 32:
-        pytest.skip("too slow for the interpreter")
     inputs = make_inputs(lengths, device=target.device, **wide(target))
     out, _ = run_selected(inputs, target)
     (full,) = call(nsa_kernels, "full", inputs, backend=target.backend)
@@ -89,12 +106,10 @@ def changed_after(inputs: Inputs, token: int, config: NsaConfig) -> Inputs:
     return Inputs(**mixed)
 
 
-@pytest.mark.parametrize("token", [0, 6, 7, 30, 47, 63, 64, 90])
+@pytest.mark.parametrize(("target", "token"), POSITIONS, indirect=["target"])
 @pytest.mark.parametrize("op", OPS)
 def test_the_future_does_not_leak(op: str, token: int, target: Target) -> None:
     """Everything after `token` changes; the outputs up to it stay bit for bit the same."""
-    if target.is_interpreted and token != 47:
-        pytest.skip("one position is enough for the slow interpreter")
     length = 53 if target.is_interpreted else 101
     inputs = make_inputs([length], device=target.device, **wide(target))
     changed = changed_after(inputs, token, SMALL)
@@ -105,12 +120,10 @@ def test_the_future_does_not_leak(op: str, token: int, target: Target) -> None:
         assert not torch.equal(old, new)
 
 
-@pytest.mark.parametrize("token", [0, 6, 7, 30, 47, 63, 64, 90])
+@pytest.mark.parametrize(("target", "token"), POSITIONS, indirect=["target"])
 @pytest.mark.parametrize("op", OPS)
 def test_no_gradient_reaches_the_future(op: str, token: int, target: Target) -> None:
     """The loss is made of outputs up to `token`: gradients of all later inputs are exactly zero."""
-    if target.is_interpreted and token != 47:
-        pytest.skip("one position is enough for the slow interpreter")
     length = 53 if target.is_interpreted else 101
     inputs = make_inputs([length], device=target.device, **wide(target)).require_grad()
     outputs = call(nsa_kernels, op, inputs, reference_blocks(inputs), backend=target.backend)

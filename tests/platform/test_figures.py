@@ -91,13 +91,6 @@ def test_distances_are_named_in_blocks_and_empty_buckets_left_out() -> None:
     assert "512-1,023" not in texts(crowded)
 
 
-def test_expert_load_is_relative_to_an_even_share() -> None:
-    words = texts(figures.expert_load({1: [0.5, 0.25, 0.125, 0.125], 2: [0.25] * 4}))
-    assert "2.00" in words
-    assert "0.50" in words
-    texts(figures.expert_load({layer: [1 / 72] * 72 for layer in range(1, 30)}))
-
-
 def test_needle_maps_have_depths_down_and_lengths_across() -> None:
     figure = figures.needle_map(
         [256, 1024], [0.0, 0.5, 1.0], [[1, 0], [0.5, 0.5], [0, 1]], label="found", title="Needles"
