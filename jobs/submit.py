@@ -1,14 +1,19 @@
-"""Submit a job to a Ray cluster, with the library shipped by the job itself.
+"""Submit a job to a Ray cluster or to Kubernetes, from the YAML file of a local run.
 
     python -m jobs.submit pretrain --config jobs/configs/pretrain/smoke.yaml
     python -m jobs.submit sft --config ... --set train.steps=100 --no-wait
+    python -m jobs.submit pretrain --config ... --set storage=s3://... --k8s --dry-run
 
 The configuration is validated here, before the cluster hears of it. The repository travels as the
 job's working directory and its two packages as py_modules, so that the cluster needs nothing but
 the dependencies. Prints the `ray job submit` line that does the same, and streams the logs.
 
+With --k8s the run becomes a RayJob, a cluster of its own from an image that holds the code, and
+travels inside it; --dry-run prints it, otherwise kubectl creates it and its logs are streamed.
+
 Exit status: 0 the job succeeded (or was accepted, with --no-wait); 1 it failed or the cluster
-could not be reached; 2 the configuration is wrong (nothing was submitted).
+could not be reached; 2 the configuration is wrong, or kubectl or its cluster is missing (nothing
+was submitted).
 """
 
 import argparse
@@ -27,18 +32,13 @@ from urllib.parse import urlparse
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from jobs import submit_kubernetes
 from jobs.cli import EXIT_BAD_CONFIG, describe_run, fail
+from jobs.kubernetes import JOBS, refuse_relative, relative_places
 from nsa_platform.config.base import ConfigError, Strict
-from nsa_platform.config.locations import SQLITE, absolute, is_local, locations
-from nsa_platform.config.runs import EvaluateRun, PrepareDataRun, PretrainRun, SftRun
+from nsa_platform.config.locations import absolute
 
 ROOT = Path(__file__).resolve().parents[1]
-JOBS: dict[str, type[Strict]] = {
-    "prepare_data": PrepareDataRun,
-    "pretrain": PretrainRun,
-    "sft": SftRun,
-    "evaluate": EvaluateRun,
-}
 START_PATIENCE_S = 60
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 # In gitignore's words, and for the packages too; what .gitignore names stays here as well.
@@ -80,11 +80,22 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print what would be sent and stop")
     parser.add_argument(
         "--address",
-        default=os.environ.get("RAY_API_SERVER_ADDRESS", DEFAULT_ADDRESS),
         help=f"dashboard of the cluster (default: RAY_API_SERVER_ADDRESS or {DEFAULT_ADDRESS})",
     )
     parser.add_argument("--no-wait", action="store_true", help="do not stream logs")
-    return parser.parse_args(argv)
+    parser.add_argument("--k8s", action="store_true", help="make it a RayJob on Kubernetes")
+    parser.add_argument(
+        "--namespace", help=f"with --k8s (default: {submit_kubernetes.DEFAULT_NAMESPACE})"
+    )
+    parser.add_argument("--image", help="with --k8s (default: that of k8s/rayjob.yaml)")
+    options = parser.parse_args(argv)
+    if options.k8s and options.address:
+        parser.error("--address is of a Ray cluster; --k8s makes one for the job")
+    if not options.k8s and (options.namespace or options.image):
+        parser.error("--namespace and --image go with --k8s")
+    options.address = options.address or os.environ.get("RAY_API_SERVER_ADDRESS", DEFAULT_ADDRESS)
+    options.namespace = options.namespace or submit_kubernetes.DEFAULT_NAMESPACE
+    return options
 
 
 def build(
@@ -103,17 +114,10 @@ def build(
     path = Path(config).resolve()
     if not path.is_relative_to(ROOT):
         raise ConfigError(f"{config}: must lie inside the repository, which travels with the job")
-    relative = {
-        key: places for key, places in locations(run).items() if any(map(_is_relative, places))
-    }
-    if relative and not _is_loopback(address):
-        listed = ", ".join(f"{key}={' '.join(places)}" for key, places in relative.items())
-        raise ConfigError(
-            f"{config}: {address} cannot see places relative to this folder: {listed}; "
-            "give s3:// addresses or absolute paths of a file system that all nodes share"
-        )
+    if not _is_loopback(address):
+        refuse_relative(run, source=config, cluster=address)
     words = ["python", "-m", f"jobs.{job}", "--config", str(path.relative_to(ROOT))]
-    for override in [*overrides, *(_absolute_override(run, key) for key in relative)]:
+    for override in [*overrides, *(_absolute_override(run, key) for key in relative_places(run))]:
         words += ["--set", override]
     environment = {name: os.environ[name] for name in FORWARDED if name in os.environ}
     runtime_env = {
@@ -131,6 +135,16 @@ def build(
 def main(argv: Sequence[str] | None = None) -> int:
     """Submit, stream the logs, return the job's exit status."""
     options = arguments(argv)
+    if options.k8s:
+        return submit_kubernetes.submit(
+            options.job,
+            options.config,
+            options.overrides,
+            namespace=options.namespace,
+            image=options.image,
+            dry_run=options.dry_run,
+            wait=not options.no_wait,
+        )
     try:
         submission, run = build(options.job, options.config, options.overrides, options.address)
     except ConfigError as error:
@@ -192,10 +206,6 @@ def _absolute_override(run: Strict, key: str) -> str:
     if isinstance(value, tuple):
         return f"{key}={json.dumps([absolute(each, here) for each in value])}"
     return f"{key}={absolute(value, here)}"
-
-
-def _is_relative(place: str) -> bool:
-    return is_local(place) and not Path(place.removeprefix(SQLITE)).is_absolute()
 
 
 def _is_loopback(address: str) -> bool:
