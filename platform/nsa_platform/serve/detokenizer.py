@@ -13,7 +13,7 @@ class Detokenizer:
     """Decodes the tokens of one output one by one.
 
     All pieces joined are what decoding all tokens at once gives. A piece ends with a whole
-    character: bytes that may still become one are held back, at most three.
+    character: bytes that may still become one are held back, those of at most three tokens.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
@@ -30,7 +30,7 @@ class Detokenizer:
         """The text that the next token adds."""
         self._open.append(token_id)
         text = self._decode(self._open)
-        whole = len(text) - _num_partial(text)
+        whole = self._num_whole(text)
         piece = text[self._num_shown : whole]
         self._num_shown = max(self._num_shown, whole)
         if piece and whole == len(text):
@@ -46,6 +46,14 @@ class Detokenizer:
         piece = self._decode(self._open)[self._num_shown :]
         self._num_shown += len(piece)
         return piece
+
+    def _num_whole(self, text: str) -> int:
+        """Characters of _open's text that no later token can change."""
+        num_broken = len(text) - len(text.rstrip(REPLACEMENT))
+        if num_broken and len(self._open) - self._num_settled <= MAX_PARTIAL_BYTES:
+            # Decoders differ in what they make of the characters before half a one.
+            return self._num_shown
+        return len(text) - min(num_broken, MAX_PARTIAL_BYTES)
 
     def _cut(self, count: int) -> None:
         """Forget the first tokens of _open, whose text was given out."""
@@ -98,12 +106,6 @@ class StopStrings:
         """What was held back; no stop string came of it."""
         held, self._held = self._held, ""
         return held
-
-
-def _num_partial(text: str) -> int:
-    """Trailing U+FFFD that may stand for the first bytes of a character."""
-    num = len(text) - len(text.rstrip(REPLACEMENT))
-    return min(num, MAX_PARTIAL_BYTES)
 
 
 def _num_begun(text: str, stop: str) -> int:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nsa_platform.config.model import ModelConfig
+from nsa_platform.data.tokenizer import Tokenizer, train_tokenizer
 from nsa_platform.model.transformer import Transformer, init_weights
 
 HEADS = {"query_heads": 4, "kv_heads": 2, "key_width": 16, "value_width": 8}
@@ -51,3 +52,21 @@ def toy_model(
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., Transformer]:
     return toy_model
+
+
+@pytest.fixture(scope="session")
+def toy_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Bytes, four control tokens and some words; characters of other scripts take several ids."""
+    texts = ["the cat sat on the mat and the dog sat on the log", "naïve café, 北京 and Ελλάδα 🙂"]
+    return train_tokenizer(texts * 3, 300, tmp_path_factory.mktemp("toy-tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def make_speaker(toy_tokenizer: Tokenizer) -> Callable[..., Transformer]:
+    """toy_model with the vocabulary of toy_tokenizer; untied, for tied ones repeat themselves."""
+
+    def make(attention: dict[str, Any] | None = None, **fields: Any) -> Transformer:
+        fields = {"vocab_size": toy_tokenizer.vocab_size, "tie_embeddings": False, **fields}
+        return toy_model(attention, **fields).requires_grad_(False)
+
+    return make
