@@ -1,0 +1,111 @@
+"""The HTTP deployment, and Ray Serve's handles as its backend."""
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from ray.exceptions import RayActorError, RayError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+)
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+
+from deployments.backend import Method, Piece
+from deployments.config import LLMConfig
+from deployments.errors import broken_off, overloaded, unavailable
+from deployments.ingress import build_app
+
+ATTEMPTS = 3
+LOOK_TIMEOUT_S = 5.0
+
+
+class ServeBackend:
+    """The models' deployments of this application."""
+
+    def __init__(
+        self, configs: Sequence[LLMConfig], handles: Mapping[str, DeploymentHandle]
+    ) -> None:
+        self.models = {
+            config.model_id: config.model_loading_config.model_source for config in configs
+        }
+        self._backpressure = {
+            config.model_id: config.deployment_config.backpressure_config for config in configs
+        }
+        self._handles = handles
+        self._max_model_len: dict[str, int] = {}
+
+    async def answer(
+        self, model: str, method: Method, request: BaseModel
+    ) -> AsyncGenerator[Piece, None]:
+        handle = self._handles[model].options(stream=True, method_name=method)
+        for attempt in range(ATTEMPTS):
+            has_begun = False
+            pieces = handle.remote(request)
+            assert isinstance(pieces, DeploymentResponseGenerator)
+            try:
+                async for piece in pieces:
+                    has_begun = True
+                    yield piece
+                return
+            except BackPressureError as error:
+                answer = self._backpressure[model]
+                yield overloaded(
+                    str(error), status=answer.status_code, retry_after_s=answer.retry_after_s
+                )
+                return
+            except DeploymentUnavailableError as error:
+                yield unavailable(error.message)
+                return
+            except (RayActorError, ReplicaUnavailableError):
+                # Nothing of it has reached the client yet: another replica can do it all.
+                if not has_begun and attempt + 1 < ATTEMPTS:
+                    continue
+                text = "the replica that was answering has gone; ask again"
+                yield broken_off(text) if has_begun else unavailable(text)
+                return
+            except RayError as error:
+                text = f"the answer broke off: {str(error).strip().splitlines()[-1]}"
+                yield broken_off(text) if has_begun else unavailable(text)
+                return
+            finally:
+                # Of an answer that has ended this does nothing.
+                pieces.cancel()
+
+    async def max_model_len(self, model: str) -> int | None:
+        if model not in self._max_model_len:
+            try:
+                lengths = await self._ask_all(model, "max_model_len")
+            except (RayError, DeploymentUnavailableError, TimeoutError):
+                return None
+            if not lengths:
+                return None
+            self._max_model_len[model] = int(lengths[0])
+        return self._max_model_len[model]
+
+    async def metrics(self) -> Sequence[str]:
+        texts: list[str] = []
+        for model in self.models:
+            try:
+                texts += await self._ask_all(model, "metrics")
+            except (RayError, DeploymentUnavailableError, TimeoutError):
+                continue
+        return texts
+
+    async def _ask_all(self, model: str, method: str) -> list[Any]:
+        response = self._handles[model].broadcast(method)
+        results = await response.results_async(timeout_s=LOOK_TIMEOUT_S, return_exceptions=True)
+        return [result for result in results if not isinstance(result, BaseException)]
+
+
+class OpenAiIngress:
+    """HTTP in front of the models' deployments."""
+
+    def __init__(self, configs: tuple[LLMConfig, ...], *handles: DeploymentHandle) -> None:
+        names = [config.model_id for config in configs]
+        self._backend = ServeBackend(configs, dict(zip(names, handles, strict=True)))
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_app(self._backend)

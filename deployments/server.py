@@ -1,0 +1,89 @@
+"""The model's deployment: one replica holds one engine."""
+
+import logging
+from collections.abc import AsyncGenerator
+
+from ray import serve
+
+from deployments.backend import Piece
+from deployments.config import LLMConfig
+from deployments.loading import start_engine
+from deployments.metrics import Meter
+from deployments.prompts import limits_of
+from deployments.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from deployments.service import OpenAiService
+from nsa_platform.model.weights import weights_digest
+from nsa_platform.serve.async_engine import AsyncEngine
+
+log = logging.getLogger("ray.serve")
+
+
+class LLMServer:
+    """One engine and the requests it is working on.
+
+    Raises:
+        StartError: the model cannot be loaded; Ray Serve shows the line as reason.
+    """
+
+    def __init__(self, config: LLMConfig) -> None:
+        engine, folder = start_engine(config)
+        self._engine = AsyncEngine(engine)
+        self._engine.start()
+        self._meter = Meter(
+            self._engine.stats,
+            model=config.model_id,
+            replica=serve.get_replica_context().replica_id.unique_id,
+        )
+        self._service = OpenAiService(
+            self._engine,
+            engine.tokenizer,
+            limits=limits_of(
+                engine.tokenizer,
+                max_model_len=engine.max_model_len,
+                vocab_size=engine.vocab_size,
+            ),
+            model_id=config.model_id,
+            fingerprint=weights_digest(folder),
+            meter=self._meter,
+        )
+        log.info("serving %s from %s", config.model_id, folder)
+
+    async def chat(self, request: ChatCompletionRequest) -> AsyncGenerator[Piece, None]:
+        """Pieces of a chat's answer."""
+        async for piece in self._service.chat(request):
+            yield piece
+
+    async def completions(self, request: CompletionRequest) -> AsyncGenerator[Piece, None]:
+        """Pieces of continuations."""
+        async for piece in self._service.completions(request):
+            yield piece
+
+    async def tokenize(self, request: TokenizeRequest) -> AsyncGenerator[Piece, None]:
+        """Ids of a text or chat."""
+        yield await self._service.tokenize(request)
+
+    async def detokenize(self, request: DetokenizeRequest) -> AsyncGenerator[Piece, None]:
+        """Text of ids."""
+        yield await self._service.detokenize(request)
+
+    async def max_model_len(self) -> int:
+        """Tokens that one request may have."""
+        return self._service.limits.max_model_len
+
+    async def metrics(self) -> str:
+        """This replica's metrics in Prometheus' text format."""
+        return self._meter.exposition()
+
+    def check_health(self) -> None:
+        """Raises if the engine has died; Ray Serve then replaces the replica."""
+        self._engine.check_health()
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_service"):
+            self._service.close()
+            await self._engine.close()

@@ -1,0 +1,221 @@
+"""One engine behind OpenAI's endpoints, without HTTP: requests in, JSON pieces out."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from typing import TypeVar
+
+from deployments.answers import ChatAnswer, CompletionAnswer, Stamp
+from deployments.backend import Piece
+from deployments.errors import ApiError, bad_request, overloaded, unavailable
+from deployments.merging import merged
+from deployments.metrics import Meter
+from deployments.prompts import (
+    Limits,
+    Prompt,
+    chat_prompt,
+    check_choices,
+    completion_prompts,
+    sampling,
+    text_prompt,
+)
+from deployments.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Generation,
+    TokenizeRequest,
+)
+from deployments.replies import Detokenized, Tokens
+from deployments.token_text import TokenTexts
+from nsa_platform.data.tokenizer import Tokenizer
+from nsa_platform.serve.async_engine import AsyncEngine, EngineDead
+from nsa_platform.serve.engine import QueueFull
+from nsa_platform.serve.request import Output, SamplingParams
+
+Result = TypeVar("Result")
+
+
+class OpenAiService:
+    """Answers requests for one model. Every method yields pieces and never raises for a bad one."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        tokenizer: Tokenizer,
+        *,
+        limits: Limits,
+        model_id: str,
+        fingerprint: str,
+        meter: Meter,
+    ) -> None:
+        self.limits = limits
+        self.meter = meter
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._texts = TokenTexts(tokenizer)
+        self._model_id = model_id
+        self._fingerprint = fingerprint
+        # Long texts take a while, and transformers' tokenizers are not safe in several threads.
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+
+    async def chat(self, request: ChatCompletionRequest) -> AsyncGenerator[Piece, None]:
+        """POST /v1/chat/completions."""
+
+        def read() -> list[Prompt]:
+            return [chat_prompt(self._tokenizer, request.messages, self.limits)]
+
+        def start(prompts: list[Prompt]) -> ChatAnswer:
+            return ChatAnswer(
+                self._stamp("chatcmpl"),
+                prompts,
+                n=request.n or 1,
+                texts=self._texts,
+                with_ids=bool(request.return_token_ids),
+                with_logprobs=bool(request.logprobs),
+            )
+
+        async with aclosing(self._answered(request, read, start)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def completions(self, request: CompletionRequest) -> AsyncGenerator[Piece, None]:
+        """POST /v1/completions."""
+
+        def read() -> list[Prompt]:
+            return completion_prompts(self._tokenizer, request, self.limits)
+
+        def start(prompts: list[Prompt]) -> CompletionAnswer:
+            return CompletionAnswer(
+                self._stamp("cmpl"),
+                prompts,
+                n=request.n or 1,
+                texts=self._texts,
+                with_ids=bool(request.return_token_ids),
+                with_logprobs=request.logprobs is not None,
+                echo=bool(request.echo),
+            )
+
+        async with aclosing(self._answered(request, read, start)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def tokenize(self, request: TokenizeRequest) -> Piece:
+        """POST /tokenize."""
+
+        def read() -> tuple[int, ...]:
+            if request.messages is not None:
+                return chat_prompt(self._tokenizer, request.messages, self.limits).ids
+            return text_prompt(self._tokenizer, request.prompt or "", self.limits).ids
+
+        try:
+            ids = await self._read(read)
+        except ApiError as error:
+            return error.failure
+        reply = Tokens(count=len(ids), max_model_len=self.limits.max_model_len, tokens=list(ids))
+        if request.return_token_strs:
+            strings = [self._texts.text(token) for token in ids]
+            reply = reply.model_copy(update={"token_strs": strings})
+        return reply.to_json()
+
+    async def detokenize(self, request: DetokenizeRequest) -> Piece:
+        """POST /detokenize."""
+        highest = max(request.tokens, default=0)
+        if highest >= self.limits.vocab_size:
+            return bad_request(
+                f"tokens: ids must lie in [0, {self.limits.vocab_size}), got {highest}",
+                param="tokens",
+            ).failure
+        text = self._tokenizer.decode(request.tokens, skip_special_tokens=False)
+        return Detokenized(prompt=text).to_json()
+
+    def close(self) -> None:
+        """Stop the tokenizer's thread."""
+        self._reader.shutdown(wait=False)
+
+    async def _answered(
+        self,
+        request: Generation,
+        read: Callable[[], list[Prompt]],
+        start: Callable[[list[Prompt]], ChatAnswer | CompletionAnswer],
+    ) -> AsyncGenerator[Piece, None]:
+        try:
+            prompts = await self._read(read)
+            check_choices(request, len(prompts))
+            jobs = [
+                (prompt, sampling(request, prompt, self.limits, copy=copy))
+                for prompt in prompts
+                for copy in range(request.n or 1)
+            ]
+            async with aclosing(self._pieces(request, start(prompts), jobs)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        except ApiError as error:
+            self.meter.refused(error.failure.code or "invalid")
+            yield error.failure
+
+    async def _pieces(
+        self,
+        request: Generation,
+        answer: ChatAnswer | CompletionAnswer,
+        jobs: Sequence[tuple[Prompt, SamplingParams]],
+    ) -> AsyncGenerator[Piece, None]:
+        options = request.stream_options
+        streams = [self._generate(prompt, params) for prompt, params in jobs]
+        async with aclosing(merged(streams)) as outputs:
+            async for index, output in outputs:
+                for event in answer.add(index, output) if request.stream else ():
+                    if options is not None and options.include_usage:
+                        usage = answer.usage() if options.continuous_usage_stats else None
+                        event = event.model_copy(update={"usage": usage})
+                    yield event.to_json()
+                if not request.stream:
+                    answer.add(index, output)
+        if not request.stream:
+            yield answer.whole().to_json()
+        elif options is not None and options.include_usage:
+            yield answer.usage_chunk().to_json()
+
+    async def _generate(
+        self, prompt: Prompt, params: SamplingParams
+    ) -> AsyncGenerator[Output, None]:
+        """One choice's increments. Raises ApiError if the engine refuses or fails."""
+        request_id = uuid.uuid4().hex
+        started = last = time.monotonic()
+        is_first = True
+        try:
+            stream = self._engine.generate(prompt.ids, params, request_id)
+            async with aclosing(stream):
+                async for output in stream:
+                    now = time.monotonic()
+                    observe = self.meter.first_token if is_first else self.meter.next_token
+                    observe(now - last)
+                    is_first, last = False, now
+                    if output.finish_reason is not None:
+                        self.meter.finished(
+                            output.finish_reason,
+                            prompt=len(prompt.ids),
+                            generated=output.num_output_tokens,
+                            seconds=now - started,
+                        )
+                    yield output
+        except ValueError as error:
+            raise bad_request(str(error)) from None
+        except QueueFull as error:
+            raise ApiError(overloaded(str(error))) from None
+        except EngineDead as error:
+            raise ApiError(unavailable(str(error))) from error
+
+    async def _read(self, read: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._reader, read)
+
+    def _stamp(self, kind: str) -> Stamp:
+        return Stamp(
+            id=f"{kind}-{uuid.uuid4().hex}",
+            created=int(time.time()),
+            model=self._model_id,
+            system_fingerprint=self._fingerprint,
+        )
