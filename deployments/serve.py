@@ -54,17 +54,26 @@ def served(file: ServeFile) -> Iterator[str]:
                 route_prefix=application.route_prefix,
             )
         except RuntimeError as error:
-            raise DeployError(reason_of(str(error))) from None
+            raise DeployError(_reason(application.name) or str(error)) from None
         host = "127.0.0.1" if http.host == "0.0.0.0" else http.host
         yield f"http://{host}:{http.port}{application.route_prefix.rstrip('/')}"
     finally:
-        serve.shutdown()
+        serve.delete(application.name)
 
 
 def reason_of(message: str) -> str:
-    """The line of Ray Serve's account of a failure that says why a model cannot be served."""
+    """The line of Ray Serve's account of a failure that says why; "" if it holds none."""
     reasons = re.findall(r"StartError: (.+)", message)
-    return reasons[-1] if reasons else message.strip().splitlines()[-1]
+    return reasons[-1] if reasons else (message.strip().splitlines() or [""])[-1]
+
+
+def _reason(name: str) -> str:
+    """Why the application's first unhealthy deployment does not run."""
+    application = serve.status().applications.get(name)
+    for deployment in application.deployments.values() if application else ():
+        if deployment.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            return reason_of(deployment.message)
+    return ""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
