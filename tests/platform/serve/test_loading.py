@@ -1,0 +1,96 @@
+"""From a folder to an engine: it serves, or says in one line what is wrong."""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from nsa_platform.config.serve import EngineConfig
+from nsa_platform.data.tokenizer import train_tokenizer
+from nsa_platform.model.weights import export_model
+from nsa_platform.serve.generator import Generator
+from nsa_platform.serve.loading import FINGERPRINT_KEY, load_engine
+from nsa_platform.serve.request import SamplingParams
+
+CONFIG = EngineConfig(max_num_seqs=2)
+
+
+@pytest.fixture
+def folder(make_speaker, toy_tokenizer, tmp_path: Path) -> Path:
+    model = make_speaker()
+    return export_model(
+        tmp_path / "model", model.config, model.state_dict(), tokenizer_dir=toy_tokenizer.folder
+    )
+
+
+def test_a_loaded_engine_serves_the_exported_model(folder, make_speaker):
+    engine = load_engine(folder, CONFIG, "cpu")
+    engine.add("a", [5, 6, 7], SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True))
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    ids = [token for output in outputs for token in output.token_ids]
+    assert ids == list(Generator(make_speaker()).stream([5, 6, 7], 9))
+    assert engine.cache.layers[0].page_tensors()[0].dtype == torch.float32
+
+
+def test_weights_and_cache_take_the_dtype_that_is_asked_for(folder):
+    engine = load_engine(folder, EngineConfig(max_num_seqs=1, dtype="bfloat16"), "cpu")
+    assert engine.cache.layers[0].page_tensors()[0].dtype == torch.bfloat16
+    assert engine.runner.model.embedding.weight.dtype == torch.bfloat16
+
+
+def rewrite_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+BREAKS = {
+    "no-folder": (shutil.rmtree, "is no folder of an exported model"),
+    "no-config": (lambda f: (f / "config.json").unlink(), "config.json: cannot be read"),
+    "no-weights": (lambda f: (f / "model.safetensors").unlink(), "safetensors: does not exist"),
+    "no-tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
+    "foreign-config": (
+        lambda f: (f / "config.json").write_text('{"model_type": "llama"}'),
+        "model_type='llama'",
+    ),
+    "broken-weights": (
+        lambda f: (f / "model.safetensors").write_bytes(b"\0" * 100),
+        "is not a whole safetensors file",
+    ),
+    "broken-tokenizer": (
+        lambda f: (f / "tokenizer.json").write_text("{}"),
+        "cannot be read as a tokenizer",
+    ),
+    "large-tokenizer": (
+        lambda f: train_tokenizer([argparse.__doc__ or ""], 400, f),
+        "the tokenizer has 400 ids and the model knows 300: they do not belong together",
+    ),
+    "other-tokenizer": (
+        lambda f: rewrite_config(f, **{FINGERPRINT_KEY: "0123"}),
+        "was trained with the tokenizer 0123",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), BREAKS.values(), ids=BREAKS)
+def test_what_is_wrong_is_said_in_one_line(folder, damage, message):
+    damage(folder)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_engine(folder, CONFIG, "cpu")
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_recorded_tokenizer_is_accepted(folder, toy_tokenizer):
+    rewrite_config(folder, **{FINGERPRINT_KEY: toy_tokenizer.fingerprint})
+    load_engine(folder, CONFIG, "cpu")
+
+
+def test_sizes_are_refused_before_the_weights_are_read(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="max_model_len=129"):
+        load_engine(folder, EngineConfig(max_model_len=129), "cpu")
