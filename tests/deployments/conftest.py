@@ -1,5 +1,6 @@
 """A tiny exported model, and an engine behind the HTTP layer without Ray."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +25,13 @@ from nsa_platform.serve.loading import load_engine
 from tests.conftest import DataFolder
 
 MODEL_ID = "tiny"
-MAX_CONTEXT = 256
-ENGINE = EngineConfig(max_num_seqs=4, max_num_batched_tokens=64, max_num_queued=200)
+MAX_CONTEXT = 4096
+"""Of the exported model: long enough for streams that last some seconds."""
+MAX_MODEL_LEN = 256
+"""Of the engine in this process: short, so that its end is soon reached."""
+ENGINE = EngineConfig(
+    max_model_len=MAX_MODEL_LEN, max_num_seqs=4, max_num_batched_tokens=64, max_num_queued=200
+)
 
 
 def tiny_config(**fields: object) -> ModelConfig:
@@ -110,13 +116,16 @@ class LocalBackend:
 
 
 @contextmanager
-def local_app(folder: Path, config: EngineConfig = ENGINE) -> Iterator[tuple[FastAPI, LocalBackend]]:
+def local_app(
+    folder: Path, config: EngineConfig = ENGINE
+) -> Iterator[tuple[FastAPI, LocalBackend]]:
     """The HTTP application in front of an engine of its own."""
     backend = LocalBackend(folder, config)
     try:
         yield build_app(backend), backend
     finally:
         backend.service.close()
+        asyncio.run(backend.engine.close())
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,185 @@
+"""What a server must refuse gets OpenAI's error shape, and the next request works."""
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from nsa_platform.config.serve import EngineConfig
+from tests.deployments.conftest import MODEL_ID, local_app
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+USER = [{"role": "user", "content": "Hello"}]
+
+
+def chat(**fields: Any) -> tuple[str, dict[str, Any]]:
+    return CHAT, {"model": MODEL_ID, "messages": USER, "max_tokens": 2, **fields}
+
+
+def completion(**fields: Any) -> tuple[str, dict[str, Any]]:
+    return COMPLETIONS, {"model": MODEL_ID, "prompt": "Hello", "max_tokens": 2, **fields}
+
+
+def says(role: object, content: object, **more: object) -> list[dict[str, object]]:
+    return [{"role": role, "content": content, **more}]
+
+
+REFUSED = [
+    (chat(messages=[]), "messages", "at least 1 item"),
+    (chat(messages=says("tool", "x")), "messages.0.role", "'system', 'user' or 'assistant'"),
+    (chat(messages=says("user", None)), "messages.0.content", "must be text or a list"),
+    (chat(messages=says("user", [{"type": "image_url"}])), "messages.0.content", "images"),
+    (chat(messages=says("user", "x", tool_calls=[])), "messages.0.tool_calls", "not supported"),
+    (chat(messages=USER + says("system", "x")), "messages", "system must come first"),
+    (chat(messages="Hello"), "messages", "valid list"),
+    (chat(tools=[{"type": "function"}]), "tools", "not supported"),
+    (chat(response_format={"type": "json_object"}), "response_format.type", "'text'"),
+    (chat(top_logprobs=3), None, "top_logprobs needs logprobs"),
+    (chat(logprobs=True, top_logprobs=21), "top_logprobs", "less than or equal to 20"),
+    (chat(max_completion_tokens=3), None, "mean the same"),
+    (chat(temprature=1), "temprature", "did you mean 'temperature'"),
+    (chat(stream_options={"include_usage": True}), None, "needs stream=true"),
+    (chat(stream="yes"), "stream", "valid boolean"),
+    (completion(prompt=""), "prompt", "is empty"),
+    (completion(prompt=[]), "prompt", "must be text, a list of token ids"),
+    (completion(prompt=[1, "x"]), "prompt", "must be text, a list of token ids"),
+    (completion(prompt=[512]), "prompt", r"token ids must lie in [0, 512), got 512"),
+    (completion(prompt=[-1]), "prompt", "must be text, a list of token ids"),
+    (completion(prompt=["x"] * 129), "prompt", "must be text, a list of token ids"),
+    (completion(prompt=["x"] * 100, n=2), "n", "200 answers, at most 128"),
+    (completion(prompt="\ud800"), "prompt", "must be text"),
+    (completion(max_tokens=0), "max_tokens", "greater than or equal to 1"),
+    (completion(max_tokens=10**30), "max_tokens", "less than or equal to"),
+    (completion(max_tokens=10**9), "max_tokens", "1000000000 more do not fit"),
+    (completion(max_tokens=2.5), "max_tokens", "valid integer"),
+    (completion(max_tokens="2"), "max_tokens", "valid integer"),
+    (completion(max_tokens=True), "max_tokens", "valid integer"),
+    (completion(min_tokens=5), "min_tokens", "between 0 and max_tokens=2"),
+    (completion(temperature=-0.1), "temperature", "greater than or equal to 0"),
+    (completion(temperature=1e300), "temperature", "less than or equal to 2"),
+    (completion(temperature=float("nan")), "temperature", "finite number"),
+    (completion(top_p=0), "top_p", "greater than 0"),
+    (completion(top_k=-2), "top_k", "greater than or equal to -1"),
+    (completion(repetition_penalty=0), "repetition_penalty", "greater than 0"),
+    (completion(presence_penalty=-3), "presence_penalty", "greater than or equal to -2"),
+    (completion(seed=2**70), "seed", "less than or equal to"),
+    (completion(n=0), "n", "greater than or equal to 1"),
+    (completion(stop=["a", ""]), "stop", "none of them empty"),
+    (completion(stop=["a"] * 17), "stop", "up to 16 strings"),
+    (completion(stop_token_ids=[512]), "stop_token_ids", "must lie in [0, 512)"),
+    (completion(logit_bias={"512": 1}), "logit_bias", "must lie in [0, 512)"),
+    (completion(logit_bias={"x": 1}), "logit_bias.x.[key]", "match pattern"),
+    (completion(logprobs=21), "logprobs", "less than or equal to 20"),
+    (completion(echo=True, logprobs=1), None, "echo cannot be combined with logprobs"),
+    (completion(best_of=2), "best_of", "not supported"),
+    (completion(suffix="x"), "suffix", "not supported"),
+    (("/tokenize", {}), None, "give prompt or messages"),
+    (("/tokenize", {"prompt": "x", "messages": USER}), None, "give prompt or messages"),
+    (("/detokenize", {"tokens": [512]}), "tokens", "must lie in [0, 512)"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def the_next_request_works(client: TestClient) -> Iterator[None]:
+    yield
+    path, body = chat()
+    assert client.post(path, json=body).status_code == 200
+
+
+def post(client: TestClient, path: str, body: object):
+    # The test client refuses to write NaN or half a surrogate pair; any client may send them.
+    headers = {"Content-Type": "application/json"}
+    return client.post(path, content=json.dumps(body), headers=headers)
+
+
+@pytest.mark.parametrize(("request_", "param", "message"), REFUSED)
+def test_impossible_requests(client, request_, param, message):
+    response = post(client, *request_)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert message in error["message"]
+    assert error["param"] == param
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"{" * 100_000, b"[" * 100_000, b"1e999"],
+)
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, "/tokenize", "/detokenize"])
+def test_bodies_that_are_no_request(client, path, content):
+    response = client.post(path, content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_all_wrong_fields_are_named(client):
+    path, body = completion(temperature=-1, top_p=2, n=0)
+    message = post(client, path, body).json()["error"]["message"]
+    assert all(name in message for name in ("temperature: ", "top_p: ", "n: "))
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_an_unknown_model_is_a_404(client, path):
+    body = {"model": "gpt", "messages": USER} if path == CHAT else {"model": "gpt", "prompt": "x"}
+    response = post(client, path, body)
+    assert response.status_code == 404
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
+    assert "there is: tiny" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", CHAT, 405), ("GET", "/v1/nothing", 404), ("DELETE", "/v1/models", 405)],
+)
+def test_other_routes_and_methods(client, method, path, status):
+    response = client.request(method, path)
+    assert response.status_code == status
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_a_full_queue_is_a_429(model_folder):
+    small = EngineConfig(max_model_len=64, max_num_seqs=1, max_num_batched_tokens=64)
+    with local_app(model_folder, small.model_copy(update={"max_num_queued": 2})) as (app, _):
+        with TestClient(app) as client:
+            path, body = completion(n=8, max_tokens=20)
+            response = post(client, path, body)
+            assert response.status_code == 429
+            assert int(response.headers["retry-after"]) >= 1
+            assert response.json()["error"]["type"] == "rate_limit_error"
+            streamed = post(client, path, {**body, "stream": True})
+            assert streamed.status_code == 429
+            # What was refused halfway is out of the queue after the step at hand.
+            deadline = time.monotonic() + 10
+            while post(client, *completion()).status_code != 200:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            rejections = 'nsa:admission_rejections_total{engine="here",model_name="tiny",reason='
+            assert rejections + '"overloaded"}' in client.get("/metrics").text
+
+
+def test_a_dead_engine_is_a_503_and_ends_streams_with_an_error(model_folder, monkeypatch):
+    with local_app(model_folder) as (app, backend), TestClient(app) as client:
+        engine = backend.engine.engine
+        step, calls = engine.step, []
+
+        def fail_later():
+            calls.append(None)
+            if len(calls) > 5:
+                raise RuntimeError("out of something")
+            return step()
+
+        monkeypatch.setattr(engine, "step", fail_later)
+        path, body = completion(max_tokens=50, stream=True, ignore_eos=True)
+        events = post(client, path, body).text.strip().split("\n\n")
+        assert '"error"' in events[-1] and "out of something" in events[-1]
+        assert "[DONE]" not in events[-1]
+        response = post(client, *completion())
+        assert response.status_code == 503
+        assert "out of something" in response.json()["error"]["message"]
