@@ -1,32 +1,32 @@
-"""One answer from a model folder, streamed through the paged sparse cache."""
+"""One answer of a served model, streamed through the official openai client."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
-from nsa_platform.data.chat import render_prompt
-from nsa_platform.data.tokenizer import Tokenizer
-from nsa_platform.model.weights import load_model
-from nsa_platform.serve.generator import Generator
-
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+from openai import OpenAI, OpenAIError
 
 
-def stream_answer(folder: Path, question: str, *, max_new_tokens: int) -> Iterator[str]:
+def stream_answer(address: str, model: str, question: str, *, max_tokens: int) -> Iterator[str]:
     """Yield the pieces of text of the model's greedy answer to one user message.
 
+    Args:
+        address: of the server, without /v1.
+
     Raises:
-        ValueError: the folder holds no model of ours, or the question leaves no room to answer.
+        RuntimeError: the server refused the question or did not answer.
     """
-    tokenizer = Tokenizer(folder)
-    model = load_model(folder)
-    prompt = render_prompt(tokenizer, [{"role": "user", "content": question}])
-    room = min(max_new_tokens, model.config.max_context - len(prompt))
-    ids: list[int] = []
-    shown = ""
-    for token in Generator(model).stream(prompt, room, stop_ids=tokenizer.stop_ids()):
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        # A character may take several byte-level tokens; it is shown when it is whole.
-        if not text.endswith(UNFINISHED):
-            yield text[len(shown) :]
-            shown = text
+    client = OpenAI(base_url=f"{address}/v1", api_key="none")
+    try:
+        with client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": question}],
+            max_tokens=max_tokens,
+            temperature=0,
+            stream=True,
+        ) as stream:
+            for chunk in stream:
+                if chunk.choices and (piece := chunk.choices[0].delta.content):
+                    yield piece
+    except OpenAIError as error:
+        raise RuntimeError(f"{address} did not answer: {error}") from error
+    finally:
+        client.close()

@@ -1,4 +1,4 @@
-"""The whole road on one machine: data, pretraining, SFT, evaluation, registry, an answer.
+"""The whole road on one machine: data, pretraining, SFT, evaluation, registry, a served answer.
 
     python -m jobs.quickstart                 (make quickstart)
     python -m jobs.quickstart --folder DIR    writes below DIR/runs instead of ./runs
@@ -11,6 +11,7 @@ Exit status: 0 answered; 130 interrupted; 1 anything else.
 
 import argparse
 import json
+import socket
 import sysconfig
 import time
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
+from deployments.config_file import ServeFile
+from deployments.serve import MIN_CPUS, served
 from jobs.answer import stream_answer
 from jobs.cli import fail, interruptible
 from jobs.cluster import connect
@@ -37,7 +40,9 @@ CONFIGS = Path(__file__).resolve().parent / "configs"
 QUESTION = "What does textwrap.dedent do?"
 ANSWER_TOKENS = 96
 WORKERS = 2
+SERVE_FILE = Path(__file__).resolve().parents[1] / "deployments" / "configs" / "quickstart.yaml"
 NEXT = """\
+  make serve             the model stays up: OpenAI's API and a chat page on http://127.0.0.1:8000
   make mlflow            curves, figures, dataset and model version of experiment 'quickstart'
   make test              every test that needs no GPU
   jobs/README.md         the run book: your own text, a cluster, a GPU
@@ -58,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with interruptible():
         try:
             travel(folder, console)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError) as error:
             fail(str(error))
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     console.print(f"[bold]Done[/] in {minutes} min {seconds} s. Next:\n{NEXT}")
@@ -84,12 +89,31 @@ def travel(folder: Path, console: Console) -> None:
         run_training("sft", sft, sft_origin(sft))
     _stage(console, 5, "Evaluate", "held-out bits per byte, needle in a haystack")
     print_results(_evaluate_once(measured, folder / "runs" / "quickstart"))
-    _stage(console, 6, "Ask", f"{measured.checkpoint}, paged sparse cache")
-    model = fetch_model(measured.checkpoint, measured.tracking.uri, folder / "runs" / "models")
-    console.print(f"[bold]Q[/] {QUESTION}\n[bold]A[/] ", end="")
-    for piece in stream_answer(model, QUESTION, max_new_tokens=ANSWER_TOKENS):
-        console.print(piece, end="", markup=False)
-    console.print("\n")
+    _stage(console, 6, "Serve", f"{measured.checkpoint} on Ray Serve, asked by the openai client")
+    _serve_and_ask(measured, console)
+
+
+def _serve_and_ask(measured: EvaluateRun, console: Console) -> None:
+    """Deploy the champion on a free port, stream its answer over HTTP, stop it again."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    source = "applications.0.args.llm_configs.0.model_loading_config"
+    file = ServeFile.read(
+        SERVE_FILE,
+        [
+            f"http_options.port={port}",
+            f"{source}.model_source={measured.checkpoint}",
+            f"{source}.tracking_uri={measured.tracking.uri}",
+        ],
+    )
+    model = file.serving_args(Path.cwd()).llm_configs[0].model_id
+    with connect(num_cpus=MIN_CPUS), served(file) as address:
+        console.print(f"{address}/v1/chat/completions, model {model}")
+        console.print(f"[bold]Q[/] {QUESTION}\n[bold]A[/] ", end="")
+        for piece in stream_answer(address, model, QUESTION, max_tokens=ANSWER_TOKENS):
+            console.print(piece, end="", markup=False)
+        console.print("\n")
 
 
 def _load(root: type[Run], name: str, folder: Path, overrides: Sequence[str] = ()) -> Run:
