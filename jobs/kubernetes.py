@@ -213,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         fail(str(error), status=EXIT_BAD_CONFIG)
     stale = [(path, text) for path, text in files if not _holds(path, text)]
     for path, text in stale:
-        print(f"{'stale' if options.check else 'written'}: {path.relative_to(ROOT)}")
+        print(f"{'stale' if options.check else 'written'}: {path.relative_to(OVERLAYS)}")
         if not options.check:
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")

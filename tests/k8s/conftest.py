@@ -1,7 +1,6 @@
 """Fixtures of the manifests: kubectl, KubeRay's CRDs, and what every overlay builds."""
 
 import os
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -11,22 +10,13 @@ import pytest
 import yaml
 
 from tests.k8s.manifests import ROOT, kuberay_schemas
-
-
-def _lacking(what: str) -> None:
-    """Skip on a person's machine; where changes are judged nothing may be left out."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(f"{what}, but CI=true: all checks must run")
-    pytest.skip(what)
+from tests.k8s.needs import find_kubectl, lacking
 
 
 @pytest.fixture(scope="session")
 def kubectl() -> str:
     """The path of kubectl."""
-    found = shutil.which("kubectl")
-    if found is None:
-        _lacking("kubectl is not on PATH: manifests are not built (k8s/README.md says where from)")
-    return str(found)
+    return find_kubectl()
 
 
 @pytest.fixture(scope="session")
@@ -34,8 +24,8 @@ def schemas() -> dict[tuple[str, str], dict[str, Any]]:
     """Closed schemas of KubeRay's kinds, from the folder that KUBERAY_CRDS names."""
     folder = os.environ.get("KUBERAY_CRDS")
     if not folder:
-        _lacking("KUBERAY_CRDS names no folder of CRDs: Ray's kinds are not validated")
-    found = kuberay_schemas(ROOT / str(folder))
+        lacking("KUBERAY_CRDS names no folder of CRDs (k8s/README.md says where to get them)")
+    found = kuberay_schemas(ROOT / folder)
     if ("ray.io/v1", "RayJob") not in found:
         pytest.fail(f"KUBERAY_CRDS={folder} holds no CRD of ray.io/v1 RayJob")
     return found

@@ -26,7 +26,6 @@ Build = Callable[[str], list[Tree]]
 Schemas = dict[tuple[str, str], Tree]
 
 FOLDERS = [*BUILDS, *(f"{road}/jobs" for road in ROADS)]
-# Made by the operator with RayCluster.authOptions, or named by nobody's manifest.
 UPSTREAM_IMAGES = {"postgres:17.6-bookworm", "chrislusf/seaweedfs:4.48"}
 
 
@@ -200,6 +199,8 @@ def test_selectors_meet_pods_and_ports_have_names(build: Build, road: str) -> No
             assert {port["targetPort"] for port in spec["ports"]} <= names
         if tree["kind"] == "PodDisruptionBudget":
             assert selected(spec["selector"]), tree["metadata"]["name"]
+            # Pods of a custom resource without a scale: only a number that stays is honoured.
+            assert isinstance(spec["minAvailable"], int) and "maxUnavailable" not in spec
         if tree["kind"] == "NetworkPolicy":
             assert selected(spec["podSelector"]), tree["metadata"]["name"]
             for selector in _peers(spec):
