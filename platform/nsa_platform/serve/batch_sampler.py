@@ -37,6 +37,11 @@ class BatchSampler:
     def __init__(self) -> None:
         self._seen: dict[str, _Seen] = {}
 
+    @property
+    def known_ids(self) -> frozenset[str]:
+        """Requests for which something is kept."""
+        return frozenset(self._seen)
+
     def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[Sampled]:
         """The next token of each request for scores [B, vocab]. Waits for the device."""
         logits = logits.float()

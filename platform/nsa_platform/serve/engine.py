@@ -192,6 +192,7 @@ class Engine:
         lines = {request.request_id for request in self.scheduler.running}
         lines |= {request.request_id for request in self.scheduler.waiting}
         assert lines == set(self._live), "a request is in no line, or in a line after its end"
+        assert self.sampler.known_ids <= lines, "something is kept of a request that has ended"
 
     def stats(self) -> EngineStats:
         """What the engine holds now and has done so far."""

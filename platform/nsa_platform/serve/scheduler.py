@@ -101,8 +101,7 @@ class Scheduler:
             if wanted:
                 chunks.append(self._take(request, wanted))
                 budget -= 0 if is_decoding else wanted
-        if not num_preempted:
-            chunks += self._admit(budget)
+        chunks += self._admit(budget)
         return Step(tuple(chunks), num_preempted)
 
     def settle(self, step: Step) -> None:
@@ -146,14 +145,16 @@ class Scheduler:
         return num_preempted
 
     def _admit(self, budget: int) -> list[Chunk]:
-        """First chunks of waiting requests that can go on without taking anybody's pages."""
+        """First chunks of waiting requests, as long as nobody who runs is short of pages for it.
+
+        There is budget left only when every prompt that has begun is through: what the running
+        ones still need is a page each, now and then.
+        """
         chunks: list[Chunk] = []
         while self.waiting and len(self.running) < self.max_num_seqs and budget:
             request = self.waiting[0]
-            # What begun prompts still need, and a page for each running request to grow into.
-            promised = sum(self.book.missing(r.pages, r.num_pending) for r in self.running)
             needed = self.book.missing(request.pages, request.num_pending)
-            if promised + len(self.running) + needed > self.book.num_free_pages:
+            if needed + len(self.running) > self.book.num_free_pages:
                 break
             count = min(request.num_pending, budget, self.book.room(request.pages))
             if not count:

@@ -58,6 +58,17 @@ def test_the_text_is_that_of_all_ids(generate, toy_tokenizer):
     assert (last.num_prompt_tokens, last.num_output_tokens, last.num_cached_tokens) == (20, 30, 0)
 
 
+def test_half_a_character_is_shown_when_nothing_can_follow(generate, toy_tokenizer):
+    half = next(
+        token
+        for token in range(toy_tokenizer.vocab_size)
+        if toy_tokenizer.decode([token]) == "\N{REPLACEMENT CHARACTER}"
+        and toy_tokenizer.decode([token, token]) == 2 * "\N{REPLACEMENT CHARACTER}"
+    )
+    outputs = generate(logit_bias={half: 100.0}, ignore_eos=True, max_tokens=2)
+    assert [output.text for output in outputs] == ["", 2 * "\N{REPLACEMENT CHARACTER}"]
+
+
 def test_a_stop_string_across_tokens_ends_the_text(generate, plain, toy_tokenizer):
     whole = text_of(generate(logit_bias=plain, ignore_eos=True))
     assert whole.isascii() and len(whole) > 30
