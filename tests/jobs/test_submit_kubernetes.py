@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,7 @@ from jobs import submit_kubernetes
 from jobs.kubernetes import ROOT, render_job
 from jobs.submit import main
 from tests.k8s.api_server import Cluster, serving
-from tests.k8s.manifests import kuberay_schemas, problems
+from tests.k8s.manifests import Tree, kuberay_schemas, problems
 from tests.k8s.needs import find_kubectl
 
 CONFIG = "jobs/configs/pretrain/smoke.yaml"
@@ -47,15 +47,23 @@ def at_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
 
 
+@pytest.fixture(scope="module")
+def judge() -> Callable[[Tree], list[str]] | None:
+    """What an API server with KubeRay's CRDs says of an object; None: they are not at hand."""
+    folder = os.environ.get("KUBERAY_CRDS")
+    if not folder:
+        return None
+    schemas = kuberay_schemas(ROOT / folder)
+    return lambda tree: problems(tree, schemas)
+
+
 @pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+def cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, judge: Callable[[Tree], list[str]] | None
+) -> Iterator[Cluster]:
     """A cluster in which a job waits, runs and succeeds; it takes what KubeRay's CRDs allow."""
     find_kubectl()
-    folder = os.environ.get("KUBERAY_CRDS")
-    schemas = kuberay_schemas(ROOT / folder) if folder else {}
-    with serving(Cluster([WAITING, running(), DONE])) as played:
-        if schemas:
-            played.judge = lambda tree: problems(tree, schemas)
+    with serving(Cluster([WAITING, running(), DONE], judge=judge)) as played:
         monkeypatch.setenv("KUBECONFIG", str(played.kubeconfig(tmp_path / "kubeconfig")))
         yield played
 
