@@ -11,6 +11,7 @@ import pytest
 import yaml
 from house_tree import README, packages_tree, sources
 
+from nsa_platform.config.generate import GenerateRun
 from nsa_platform.config.runs import EvaluateRun, PrepareDataRun, PretrainRun, SftRun
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,6 +21,7 @@ RUNS = {
     "pretrain": PretrainRun,
     "sft": SftRun,
     "evaluate": EvaluateRun,
+    "generate": GenerateRun,
 }
 CONFIGS = sorted((ROOT / "jobs" / "configs").rglob("*.yaml"))
 MAX_FILE_LINES = 400
