@@ -69,7 +69,8 @@ class AsyncEngine:
         """Raise EngineDead, with its reason, unless the thread is alive."""
         if self._failure is not None:
             raise EngineDead(f"the engine failed: {self._failure!r}") from self._failure
-        if not self._thread.is_alive():
+        # A thread that is about to end takes in no more requests.
+        if self._is_closing or not self._thread.is_alive():
             state = "is closed" if self._is_closing else "was not started"
             raise EngineDead(f"the engine {state}")
 
@@ -142,16 +143,16 @@ class AsyncEngine:
 
     def _run(self) -> None:
         """The thread: until it is closed, or a step fails."""
-        reason = EngineDead("the engine was closed")
+        reason, failure = EngineDead("the engine was closed"), None
         try:
             while self._obey():
                 self._deliver(self.engine.step())
         except Exception as error:
             log.exception("the engine failed; it serves no more requests")
             reason = EngineDead(f"the engine failed: {error!r}")
-            reason.__cause__ = self._failure = error
+            reason.__cause__ = failure = error
         with self._changed:
-            self._is_closing = True
+            self._failure, self._is_closing = failure, True
             streams, self._streams = list(self._streams.values()), {}
         for stream in streams:
             stream.put(reason)
