@@ -12,7 +12,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 export MLFLOW_DISABLE_TELEMETRY := true
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 
-.PHONY: help setup quickstart test check test-gpu bench serve mlflow tree clean
+.PHONY: help setup quickstart test check test-gpu bench serve mlflow k8s tree clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,6 +55,9 @@ serve: $(READY) ## serve the quickstart's champion: OpenAI's API and a chat page
 
 mlflow: $(READY) ## browse the experiments in the local store
 	@$(BIN)/python -m jobs.experiments --port $${PORT:-5000}
+
+k8s: $(READY) ## render Serve's configuration and the jobs into k8s/overlays
+	@$(BIN)/python -m jobs.kubernetes render
 
 tree: $(READY) ## rewrite README's file tree from the files' captions
 	@$(BIN)/python tests/house_tree.py

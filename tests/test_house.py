@@ -93,9 +93,12 @@ def test_entry_point_has_the_shared_flags(job: str) -> None:
         text=True,
         check=True,
     )
-    flags = set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", done.stdout, flags=re.MULTILINE))
+    flags = set(re.findall(r"^  (?:-h, )?(--[a-z0-9-]+)", done.stdout, flags=re.MULTILINE))
     shared = {"--help", "--config", "--set", "--dry-run"}
-    extra = {"submit": {"--address", "--no-wait"}, "quickstart": {"--folder"}}
+    extra = {
+        "submit": {"--address", "--no-wait", "--k8s", "--namespace", "--image"},
+        "quickstart": {"--folder"},
+    }
     expected = {"--help"} if job == "quickstart" else shared
     assert flags == expected | extra.get(job, set())
 
