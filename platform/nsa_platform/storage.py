@@ -57,11 +57,9 @@ class FileEntry:
 def is_remote(uri: str) -> bool:
     """Whether `uri` is an s3:// address. Raises StorageError for any other scheme."""
     scheme, separator, _ = uri.partition("://")
-    if not separator:
-        return False
-    if scheme != "s3":
+    if separator and scheme != "s3":
         raise StorageError(f"{uri}: unknown scheme {scheme}://, use a local path or s3://")
-    return True
+    return bool(separator)
 
 
 def join(folder: str, *names: str) -> str:

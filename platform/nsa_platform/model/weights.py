@@ -30,6 +30,8 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 MODEL_TYPE = "nsa"
 CONFIG_KEY = "nsa_platform"
+FINGERPRINT_KEY = "tokenizer_fingerprint"
+"""Of the tokenizer that the model was trained with; absent if the export did not say."""
 
 DIGEST_CHUNK = 1 << 16
 DIGEST_CHUNKS = 256
@@ -45,12 +47,14 @@ def export_model(
     state_dict: Mapping[str, Tensor],
     *,
     tokenizer_dir: str | Path | None = None,
+    tokenizer_fingerprint: str | None = None,
 ) -> Path:
     """Write an exported model; an earlier export in the same place is replaced as a whole.
 
     Args:
         state_dict: full (not sharded) tensors, one for each parameter of Transformer(config).
         tokenizer_dir: its files are copied beside the weights.
+        tokenizer_fingerprint: kept in config.json, so that a loader can tell a foreign tokenizer.
 
     Raises:
         ExportError: a tensor is missing, unknown or of the wrong shape, or tokenizer_dir is not
@@ -72,7 +76,8 @@ def export_model(
         # Written for its owner alone otherwise, unlike the files beside it.
         (draft / WEIGHTS_FILE).chmod((draft / WEIGHTS_FILE).stat().st_mode | 0o044)
         dtype = next(iter(tensors.values())).dtype
-        _write_json(draft / CONFIG_FILE, hf_config(config, dtype))
+        fingerprint = {FINGERPRINT_KEY: tokenizer_fingerprint} if tokenizer_fingerprint else {}
+        _write_json(draft / CONFIG_FILE, hf_config(config, dtype) | fingerprint)
         _write_json(draft / "generation_config.json", {"max_length": config.max_context})
         _replace(draft, target)
     except BaseException:

@@ -7,12 +7,15 @@ import torch
 
 from nsa_platform.config.serve import EngineConfig
 from nsa_platform.data.tokenizer import Tokenizer
-from nsa_platform.model.weights import CONFIG_FILE, ExportError, load_config, load_model
+from nsa_platform.model.weights import (
+    CONFIG_FILE,
+    FINGERPRINT_KEY,
+    ExportError,
+    load_config,
+    load_model,
+)
 from nsa_platform.serve.capacity import blocks_per_page_of, model_len_of
 from nsa_platform.serve.engine import Engine
-
-FINGERPRINT_KEY = "tokenizer_fingerprint"
-"""In config.json, if the export recorded it: of the tokenizer that the model was trained with."""
 
 
 def load_engine(

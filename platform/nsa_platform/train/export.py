@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from nsa_platform import storage
+from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.model.transformer import Transformer
 from nsa_platform.model.weights import CONFIG_FILE, export_model
 from nsa_platform.train.parallel import World
@@ -30,7 +31,12 @@ def upload_config_last(folder: Path, target: str) -> None:
 
 
 def export(
-    model: Transformer, target: str, *, tokenizer: Path, world: World, say: Callable[[str], None]
+    model: Transformer,
+    target: str,
+    *,
+    tokenizer: Tokenizer,
+    world: World,
+    say: Callable[[str], None],
 ) -> None:
     """Write the model with its tokenizer to `target`, local or s3://. All workers call it.
 
@@ -44,12 +50,23 @@ def export(
         return
     if not storage.is_remote(target):
         Path(target).parent.mkdir(parents=True, exist_ok=True)
-        export_model(target, model.config, weights, tokenizer_dir=tokenizer)
+        _write(model, weights, Path(target), tokenizer)
         return
     with tempfile.TemporaryDirectory(prefix="export-") as temporary:
-        folder = export_model(
-            Path(temporary) / "model", model.config, weights, tokenizer_dir=tokenizer
-        )
+        folder = Path(temporary) / "model"
+        _write(model, weights, folder, tokenizer)
         retried(
             lambda: upload_config_last(folder, target), f"upload of the model to {target}", say=say
         )
+
+
+def _write(
+    model: Transformer, weights: dict[str, Tensor], folder: Path, tokenizer: Tokenizer
+) -> None:
+    export_model(
+        folder,
+        model.config,
+        weights,
+        tokenizer_dir=tokenizer.folder,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+    )

@@ -196,7 +196,7 @@ def _train(task: Task, *, world: World, voice: Voice, tracker: Tracker | None) -
         )
         checkpoints.close()
         target = storage.join(task.folder, "model")
-        export(model, target, tokenizer=tokenizer.folder, world=world, say=voice.say)
+        export(model, target, tokenizer=tokenizer, world=world, say=voice.say)
         problem = None
     # The same on every worker and again the same if tried again: Ray is not asked to restart.
     except (TrainingDiverged, CheckpointError) as error:

@@ -10,9 +10,9 @@ import torch
 
 from nsa_platform.config.serve import EngineConfig
 from nsa_platform.data.tokenizer import train_tokenizer
-from nsa_platform.model.weights import export_model
+from nsa_platform.model.weights import FINGERPRINT_KEY, export_model
 from nsa_platform.serve.generator import Generator
-from nsa_platform.serve.loading import FINGERPRINT_KEY, load_engine
+from nsa_platform.serve.loading import load_engine
 from nsa_platform.serve.request import SamplingParams
 
 CONFIG = EngineConfig(max_num_seqs=2)
