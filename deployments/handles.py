@@ -1,5 +1,6 @@
 """The HTTP deployment, and Ray Serve's handles as its backend."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
 
@@ -70,9 +71,10 @@ class ServeBackend:
                 text = f"the answer broke off: {str(error).strip().splitlines()[-1]}"
                 yield broken_off(text) if has_begun else unavailable(text)
                 return
-            finally:
-                # Of an answer that has ended this does nothing.
+            except (asyncio.CancelledError, GeneratorExit):
+                # The client has gone, or wants no more: the replica stops generating.
                 pieces.cancel()
+                raise
 
     async def max_model_len(self, model: str) -> int | None:
         if model not in self._max_model_len:

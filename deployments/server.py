@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from ray import serve
 
@@ -55,13 +56,15 @@ class LLMServer:
 
     async def chat(self, request: ChatCompletionRequest) -> AsyncGenerator[Piece, None]:
         """Pieces of a chat's answer."""
-        async for piece in self._service.chat(request):
-            yield piece
+        async with aclosing(self._service.chat(request)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     async def completions(self, request: CompletionRequest) -> AsyncGenerator[Piece, None]:
         """Pieces of continuations."""
-        async for piece in self._service.completions(request):
-            yield piece
+        async with aclosing(self._service.completions(request)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     async def tokenize(self, request: TokenizeRequest) -> AsyncGenerator[Piece, None]:
         """Ids of a text or chat."""

@@ -23,6 +23,8 @@ from nsa_platform.model.weights import export_model
 from nsa_platform.serve.async_engine import AsyncEngine
 from nsa_platform.serve.loading import load_engine
 from tests.conftest import DataFolder
+from tests.deployments.running import Serving
+from tests.deployments.running import serving as serve_on_ray
 
 MODEL_ID = "tiny"
 MAX_CONTEXT = 4096
@@ -138,3 +140,10 @@ def app(model_folder: Path) -> Iterator[FastAPI]:
 def client(app: FastAPI) -> Iterator[TestClient]:
     with TestClient(app) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def serving(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """The application on Ray Serve; one for all tests that need it."""
+    with serve_on_ray(model_folder, tmp_path_factory.mktemp("serving")) as running:
+        yield running

@@ -1,0 +1,233 @@
+"""One Ray Serve instance on a cluster of its own, driven as its users drive it."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx2
+import psutil
+import yaml
+from openai import OpenAI
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL_ID = "tiny"
+PATIENCE_S = 90
+
+Found = TypeVar("Found")
+
+
+def eventually(look: Callable[[], Found], *, within_s: float = PATIENCE_S, what: str) -> Found:
+    """What `look` finds as soon as it is true; fails after the time."""
+    deadline = time.monotonic() + within_s
+    while True:
+        found = look()
+        if found:
+            return found
+        assert time.monotonic() < deadline, f"{what}: still {found!r} after {within_s} s"
+        time.sleep(0.05)
+
+
+@dataclass
+class Serving:
+    """A running cluster with the application on it."""
+
+    http_port: int
+    dashboard: str
+    head: "subprocess.Popen[bytes]"
+    environment: dict[str, str]
+    folder: Path
+    tree: dict[str, Any] = field(default_factory=dict)
+    """The configuration that was deployed last."""
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.http_port}"
+
+    @cached_property
+    def client(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0, timeout=120)
+
+    @contextmanager
+    def connection(self, path: str, body: dict[str, Any]) -> Iterator[None]:
+        """A request whose answer nobody reads; the connection is closed with the block."""
+        content = json.dumps(body).encode()
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(content)}\r\n\r\n"
+        )
+        with socket.create_connection(("127.0.0.1", self.http_port)) as line:
+            line.sendall(head.encode() + content)
+            yield
+
+    def run(self, *command: str) -> "subprocess.CompletedProcess[str]":
+        """A command as a user of the cluster types it."""
+        return subprocess.run(
+            [str(Path(sys.executable).parent / command[0]), *command[1:]],
+            env=self.environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+
+    def deploy(self, **deployment_config: Any) -> None:
+        """Deploy the model with other options of Ray Serve; returns before it is done."""
+        self.config["deployment_config"].update(deployment_config)
+        reply = httpx2.put(f"{self.dashboard}/api/serve/applications/", json=self.tree, timeout=30)
+        assert reply.status_code == 200, reply.text
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.tree["applications"][0]["args"]["llm_configs"][0]
+
+    def application(self) -> dict[str, Any]:
+        """What `serve status` knows of the application."""
+        reply = httpx2.get(f"{self.dashboard}/api/serve/applications/", timeout=30)
+        return reply.json()["applications"].get("llm", {})
+
+    def wait_until_running(self) -> None:
+        eventually(lambda: self.application().get("status") == "RUNNING", what="application runs")
+
+    def replicas(self) -> set[str]:
+        """Names of the engines that report metrics."""
+        return set(re.findall(r'nsa:kv_pages_used\{engine="(\w+)"', self.metrics()))
+
+    def metrics(self) -> str:
+        return httpx2.get(f"{self.address}/metrics", timeout=30).text
+
+    def metric(self, name: str) -> float:
+        """A metric, summed over replicas."""
+        values = re.findall(
+            rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", self.metrics(), re.MULTILINE
+        )
+        assert values, f"there is no {name}"
+        return sum(float(value) for value in values)
+
+    def kill_replica(self) -> None:
+        """kill -9 of a process that holds the model."""
+        children = psutil.Process(self.head.pid).children(recursive=True)
+        held = [child for child in children if "ServeReplica:llm:LLMServer" in _title(child)]
+        assert held, "no process holds the model"
+        os.kill(held[0].pid, signal.SIGKILL)
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def serving(model: Path, folder: Path) -> Iterator[Serving]:
+    """`ray start --head` and `serve deploy`; ends with everything that it started."""
+    dashboard = free_port()
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{dashboard}",
+        "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
+        "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
+    }
+    gcs = free_port()
+    environment["RAY_ADDRESS"] = f"127.0.0.1:{gcs}"
+    with (folder / "ray.log").open("wb") as log:
+        head = subprocess.Popen(
+            ["ray", "start", "--head", "--block", "--num-cpus=4", f"--port={gcs}",
+             "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+             # Fixed otherwise, and taken if another cluster runs on this machine.
+             f"--dashboard-agent-listen-port={free_port()}"],
+            env={name: value for name, value in environment.items() if name != "RAY_ADDRESS"},
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+        )  # fmt: skip
+        try:
+            running = Serving(
+                free_port(), f"http://127.0.0.1:{dashboard}", head, environment, folder
+            )
+            eventually(lambda: _answers(running.dashboard), what="dashboard")
+            _deploy(running, model)
+            yield running
+            running.client.close()
+        finally:
+            _stop(head)
+
+
+def _stop(head: "subprocess.Popen[bytes]") -> None:
+    """End the cluster without waiting for replicas to finish gracefully."""
+    started = psutil.Process(head.pid).children(recursive=True)
+    head.terminate()
+    psutil.wait_procs(started, timeout=3)
+    for process in started:
+        if process.is_running():
+            process.kill()
+    head.wait(timeout=60)
+
+
+def _answers(address: str) -> bool:
+    try:
+        reply = httpx2.get(f"{address}/api/serve/applications/", timeout=5)
+        return reply.status_code == 200
+    except httpx2.HTTPError:
+        return False
+
+
+def _deploy(running: Serving, model: Path) -> None:
+    running.tree = {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": "127.0.0.1", "port": running.http_port},
+        "applications": [
+            {
+                "name": "llm",
+                "route_prefix": "/",
+                "import_path": "deployments.llm:build_openai_app",
+                "args": {
+                    "llm_configs": [
+                        {
+                            "model_loading_config": {
+                                "model_id": MODEL_ID,
+                                "model_source": str(model),
+                            },
+                            "engine_kwargs": {"max_num_seqs": 8, "max_num_batched_tokens": 512},
+                            "deployment_config": {
+                                "num_replicas": 1,
+                                "max_ongoing_requests": 24,
+                                "max_queued_requests": 24,
+                                "health_check_period_s": 1,
+                                "graceful_shutdown_wait_loop_s": 0.5,
+                                "ray_actor_options": {"num_cpus": 0.2},
+                            },
+                        }
+                    ]
+                },
+            }
+        ],
+    }
+    path = running.folder / "serve.yaml"
+    path.write_text(yaml.safe_dump(running.tree))
+    done = running.run("serve", "deploy", str(path))
+    assert done.returncode == 0, done.stderr
+    running.wait_until_running()

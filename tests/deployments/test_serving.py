@@ -1,0 +1,213 @@
+"""The application on Ray Serve: streams, crowds, cancellation, dead replicas, redeploys, scale."""
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from openai import APIError, BadRequestError, NotFoundError, RateLimitError
+
+from nsa_platform.data.chat import render_prompt
+from nsa_platform.data.tokenizer import Tokenizer
+from nsa_platform.model.weights import load_model
+from nsa_platform.serve.generator import Generator
+from tests.deployments.conftest import MAX_CONTEXT, MODEL_ID
+from tests.deployments.running import Serving, eventually
+
+pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("ray-serve")]
+
+QUESTION: Any = [{"role": "user", "content": "What is 2 + 3?"}]
+LONG: dict[str, Any] = {"max_tokens": 400, "extra_body": {"ignore_eos": True}}
+"""A stream that lasts a second or two."""
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_folder: Path) -> Tokenizer:
+    return Tokenizer(model_folder)
+
+
+@pytest.fixture(scope="module")
+def generator(model_folder: Path) -> Generator:
+    return Generator(load_model(model_folder).requires_grad_(False))
+
+
+def stream_of(serving: Serving, **settings: Any) -> Iterator[Any]:
+    settings = {"temperature": 0, **settings}
+    return iter(
+        serving.client.chat.completions.create(
+            model=MODEL_ID, messages=QUESTION, stream=True, **settings
+        )
+    )
+
+
+def text_of(stream: Iterator[Any]) -> str:
+    return "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+
+
+def test_what_serves_is_what_was_deployed(serving):
+    (card,) = serving.client.models.list().data
+    assert (card.id, card.max_model_len) == (MODEL_ID, MAX_CONTEXT)
+    assert httpx2.get(f"{serving.address}/health").json() == {"status": "ok"}
+    assert "version" in httpx2.get(f"{serving.address}/version").json()
+    with pytest.raises(NotFoundError, match="does not exist"):
+        serving.client.completions.create(model="gpt", prompt="x")
+
+
+def test_a_streamed_chat_is_the_generators(serving, tokenizer, generator):
+    prompt = render_prompt(tokenizer, QUESTION)
+    ids = list(generator.stream(prompt, 40, stop_ids=tokenizer.stop_ids()))
+    assert text_of(stream_of(serving, max_tokens=40)) == tokenizer.decode(ids)
+
+
+def test_tokens_arrive_one_by_one(serving):
+    times = [time.monotonic() for _ in stream_of(serving, **LONG | {"max_tokens": 300})]
+    assert len(times) == 300 + 2
+    assert times[10] - times[0] < (times[-1] - times[0]) / 2
+
+
+def test_twenty_clients_get_what_each_would_get_alone(serving, tokenizer, generator):
+    source = Path(__file__).read_text()
+    prompts = [source[start : start + 30 + 90 * start] for start in range(20)]
+
+    def ask(prompt: str) -> list[int]:
+        answer = serving.client.completions.create(
+            model=MODEL_ID,
+            prompt=prompt,
+            max_tokens=16,
+            temperature=0,
+            extra_body={"return_token_ids": True, "ignore_eos": True},
+        )
+        return answer.choices[0].token_ids
+
+    with ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(ask, prompts))
+    for prompt, ids in zip(prompts, answers, strict=True):
+        assert ids == list(generator.stream(tokenizer.encode(prompt), 16))
+
+
+def test_the_context_can_be_filled_to_its_last_token(serving):
+    prompt = [300] * (MAX_CONTEXT - 1)
+    settings = {"model": MODEL_ID, "max_tokens": 1}
+    answer = serving.client.completions.create(prompt=prompt, **settings)
+    assert answer.usage.total_tokens == MAX_CONTEXT
+    with pytest.raises(BadRequestError, match=f"maximum context length is {MAX_CONTEXT}"):
+        serving.client.completions.create(prompt=[*prompt, 300], **settings)
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_pages_are_free_within_a_second_of_a_disconnect(serving, is_streamed):
+    eventually(lambda: serving.metric("nsa:kv_pages_used") == 0, what="idle")
+    body = {"model": MODEL_ID, "prompt": "x", "max_tokens": 3000, "ignore_eos": True}
+    with serving.connection("/v1/completions", {**body, "stream": is_streamed}):
+        eventually(lambda: serving.metric("nsa:kv_pages_used") > 2, what="pages in use")
+    left = time.monotonic()
+    eventually(lambda: serving.metric("nsa:kv_pages_used") == 0, what="pages free")
+    assert time.monotonic() - left < 1.0
+    assert serving.metric("nsa:num_requests_running") == 0
+
+
+def test_more_than_the_queue_takes_is_refused_with_429(serving):
+    settings = {"model": MODEL_ID, "prompt": "x", "max_tokens": 40}
+
+    def ask(_: int) -> object:
+        try:
+            return serving.client.completions.create(**settings, extra_body={"ignore_eos": True})
+        except RateLimitError as error:
+            return error
+
+    with ThreadPoolExecutor(80) as pool:
+        answers = list(pool.map(ask, range(80)))
+    refused = [answer for answer in answers if isinstance(answer, RateLimitError)]
+    assert refused and len(refused) < 80
+    for error in refused:
+        assert int(error.response.headers["retry-after"]) >= 1
+        assert error.type == "rate_limit_error"
+
+
+def test_a_replica_that_is_killed_ends_its_stream_with_an_error(serving):
+    stream = stream_of(serving, **LONG | {"max_tokens": 4000})
+    for _ in range(20):
+        next(stream)
+    serving.kill_replica()
+    with pytest.raises(APIError, match="has gone; ask again") as caught:
+        text_of(stream)
+    assert caught.value.type == "server_error"
+    # The next request waits for the replica that takes the dead one's place.
+    assert text_of(stream_of(serving, max_tokens=5))
+
+
+@contextmanager
+def asking(serving: Serving, clients: int) -> Iterator[list[str]]:
+    """Clients that ask again and again during the block; the texts that they have got."""
+    texts: list[str] = []
+    is_over = threading.Event()
+
+    def keep_asking() -> None:
+        while not is_over.is_set():
+            texts.append(text_of(stream_of(serving, **LONG)))
+
+    with ThreadPoolExecutor(clients) as pool:
+        running = [pool.submit(keep_asking) for _ in range(clients)]
+        try:
+            yield texts
+        finally:
+            is_over.set()
+        for each in running:
+            each.result()
+
+
+@pytest.fixture(scope="module")
+def wanted(serving: Serving) -> str:
+    return text_of(stream_of(serving, **LONG))
+
+
+def test_a_redeploy_drops_no_stream(serving, wanted):
+    before = serving.replicas()
+    serving.config["engine_kwargs"]["max_num_seqs"] = 9
+    del serving.config["deployment_config"]["num_replicas"]
+    with asking(serving, clients=2) as texts:
+        serving.deploy(
+            autoscaling_config={
+                "min_replicas": 1,
+                "max_replicas": 2,
+                "target_ongoing_requests": 3,
+                "look_back_period_s": 1,
+                "upscale_delay_s": 0.5,
+                "downscale_delay_s": 2,
+            }
+        )
+        eventually(
+            lambda: serving.replicas() and not serving.replicas() & before, what="new replica"
+        )
+    assert texts and set(texts) == {wanted}
+
+
+def test_scaling_up_and_down_drops_no_stream(serving, wanted):
+    with asking(serving, clients=6) as texts:
+        eventually(lambda: len(serving.replicas()) == 2, what="two replicas")
+    with asking(serving, clients=1) as more:
+        eventually(lambda: len(serving.replicas()) == 1, what="one replica")
+    assert more and set(texts + more) == {wanted}
+
+
+def test_a_model_that_cannot_start_is_told_in_a_line(serving, tmp_path):
+    path = tmp_path / "bad.yaml"
+    config = (Path(__file__).parents[2] / "deployments/configs/smoke.yaml").read_text()
+    path.write_text(config.replace("name: llm", "name: bad").replace("prefix: /", "prefix: /bad"))
+    key = "applications.0.args.llm_configs.0"
+    done = serving.run(
+        "python",
+        *("-m", "deployments.serve", "--config", str(path)),
+        *("--set", f"{key}.model_loading_config.model_source={tmp_path}/nothing"),
+        *("--set", f"{key}.deployment_config.max_constructor_retry_count=1"),
+    )
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: model 'nsa-smoke' cannot be served: ")
+    assert f"{tmp_path}/nothing" in line
+    assert text_of(stream_of(serving, max_tokens=5)), "what ran before still runs"
