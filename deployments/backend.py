@@ -29,6 +29,10 @@ class Backend(Protocol):
         """Tokens that one request may have; None while no replica can tell."""
         ...
 
+    async def is_ready(self, model: str) -> bool:
+        """Whether a replica's engine lives, or the model may be without one."""
+        ...
+
     async def metrics(self) -> Sequence[str]:
         """Each replica's metrics in Prometheus' text format."""
         ...

@@ -35,6 +35,12 @@ class ServeBackend:
         self._backpressure = {
             config.model_id: config.deployment_config.backpressure_config for config in configs
         }
+        self._may_sleep = {
+            config.model_id
+            for config in configs
+            if config.deployment_config.autoscaling_config is not None
+            and config.deployment_config.autoscaling_config.min_replicas == 0
+        }
         self._handles = handles
         self._max_model_len: dict[str, int] = {}
 
@@ -78,27 +84,26 @@ class ServeBackend:
 
     async def max_model_len(self, model: str) -> int | None:
         if model not in self._max_model_len:
-            try:
-                lengths = await self._ask_all(model, "max_model_len")
-            except (RayError, DeploymentUnavailableError, TimeoutError):
-                return None
-            if not lengths:
-                return None
-            self._max_model_len[model] = int(lengths[0])
-        return self._max_model_len[model]
+            for length in await self._ask_all(model, "max_model_len"):
+                self._max_model_len[model] = int(length)
+        return self._max_model_len.get(model)
+
+    async def is_ready(self, model: str) -> bool:
+        return model in self._may_sleep or bool(await self._ask_all(model, "is_healthy"))
 
     async def metrics(self) -> Sequence[str]:
-        texts: list[str] = []
-        for model in self.models:
-            try:
-                texts += await self._ask_all(model, "metrics")
-            except (RayError, DeploymentUnavailableError, TimeoutError):
-                continue
-        return texts
+        return [text for model in self.models for text in await self._ask_all(model, "metrics")]
 
     async def _ask_all(self, model: str, method: str) -> list[Any]:
-        response = self._handles[model].broadcast(method)
-        results = await response.results_async(timeout_s=LOOK_TIMEOUT_S, return_exceptions=True)
+        """What each replica answers; of those that do not, nothing."""
+        try:
+            results = await (
+                self._handles[model]
+                .broadcast(method)
+                .results_async(timeout_s=LOOK_TIMEOUT_S, return_exceptions=True)
+            )
+        except (RayError, DeploymentUnavailableError, TimeoutError):
+            return []
         return [result for result in results if not isinstance(result, BaseException)]
 
 

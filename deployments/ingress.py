@@ -132,9 +132,9 @@ def _add_models(app: FastAPI, backend: Backend, *, created: int) -> None:
 def _add_operations(app: FastAPI, backend: Backend) -> None:
     @app.get("/health", responses={503: REFUSALS[503]})
     async def health() -> Health:
-        """Whether every model has a replica that answers."""
+        """Whether every model can answer."""
         for model in backend.models:
-            if await backend.max_model_len(model) is None:
+            if not await backend.is_ready(model):
                 raise ApiError(unavailable(f"no replica of {model} answers"))
         return Health(status="ok")
 

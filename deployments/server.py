@@ -78,6 +78,11 @@ class LLMServer:
         """Tokens that one request may have."""
         return self._service.limits.max_model_len
 
+    async def is_healthy(self) -> bool:
+        """Whether the engine lives. Raises if not."""
+        self._engine.check_health()
+        return True
+
     async def metrics(self) -> str:
         """This replica's metrics in Prometheus' text format."""
         return self._meter.exposition()

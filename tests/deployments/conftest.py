@@ -20,7 +20,7 @@ from nsa_platform.config.model import ModelConfig
 from nsa_platform.config.serve import EngineConfig
 from nsa_platform.model.transformer import Transformer, init_weights
 from nsa_platform.model.weights import export_model
-from nsa_platform.serve.async_engine import AsyncEngine
+from nsa_platform.serve.async_engine import AsyncEngine, EngineDead
 from nsa_platform.serve.loading import load_engine
 from tests.conftest import DataFolder
 from tests.deployments.running import Serving
@@ -112,6 +112,13 @@ class LocalBackend:
 
     async def max_model_len(self, model: str) -> int | None:
         return self.service.limits.max_model_len
+
+    async def is_ready(self, model: str) -> bool:
+        try:
+            self.engine.check_health()
+        except EngineDead:
+            return False
+        return True
 
     async def metrics(self) -> Sequence[str]:
         return [self.meter.exposition()]

@@ -166,6 +166,7 @@ def test_a_full_queue_is_a_429(model_folder):
 
 def test_a_dead_engine_is_a_503_and_ends_streams_with_an_error(model_folder, monkeypatch):
     with local_app(model_folder) as (app, backend), TestClient(app) as client:
+        assert client.get("/health").json() == {"status": "ok"}
         engine = backend.engine.engine
         step, calls = engine.step, []
 
@@ -178,6 +179,7 @@ def test_a_dead_engine_is_a_503_and_ends_streams_with_an_error(model_folder, mon
         monkeypatch.setattr(engine, "step", fail_later)
         path, body = completion(max_tokens=50, stream=True, ignore_eos=True)
         events = post(client, path, body).text.strip().split("\n\n")
+        assert client.get("/health").status_code == 503
         assert '"error"' in events[-1] and "out of something" in events[-1]
         assert "[DONE]" not in events[-1]
         response = post(client, *completion())
