@@ -46,6 +46,15 @@ STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 Responses = dict[int | str, dict[str, Any]]
 
+EVENT = {
+    "description": "One server-sent event.",
+    "type": "object",
+    "properties": {
+        "data": {"type": "string", "description": "JSON of a chunk or an error, or [DONE]."}
+    },
+    "required": ["data"],
+}
+
 REFUSALS: Responses = {
     400: {"model": ErrorReply, "description": "The request is malformed or impossible."},
     404: {"model": ErrorReply, "description": "There is no such model."},
@@ -55,10 +64,9 @@ REFUSALS: Responses = {
 
 
 def _answers(model: type, *, streams: bool) -> Responses:
-    event_stream = {"text/event-stream": {"schema": {"type": "string"}}}
     answer: dict[str, Any] = {"model": model, "description": "The answer."}
     if streams:
-        answer["content"] = event_stream
+        answer["content"] = {"text/event-stream": {"schema": EVENT}}
     return {200: answer, **REFUSALS}
 
 

@@ -100,6 +100,7 @@ async function ask(question) {
   setRunning(controller);
   show("");
   try {
+    await modelsAreListed;
     show(await fill(turn, controller));
   } catch (error) {
     const isStopped = controller.signal.aborted;
@@ -167,4 +168,5 @@ element("theme").addEventListener("click", () => {
 
 const kept = localStorage.getItem("theme");
 if (kept) root.dataset.theme = kept;
-listModels().catch((error) => show(error.message, true));
+const modelsAreListed = listModels();
+modelsAreListed.catch((error) => show(error.message, true));
