@@ -212,6 +212,8 @@ class LocalStack:
             },
             is_healthy=_http_probe(f"http://{LOOPBACK}:{self.ports.mlflow}/health"),
             folder=self.folder,
+            # It waits for clients that keep a connection open; each request is a transaction.
+            stop_patience_s=5.0,
         )
 
     def _ray(self, log: Path) -> Service:
@@ -239,6 +241,7 @@ class LocalStack:
                 "RAY_USAGE_STATS_ENABLED": "0",
             },
             is_healthy=_http_probe(f"http://{LOOPBACK}:{self.ports.dashboard}/api/version"),
+            stop_patience_s=10.0,
         )
 
 
