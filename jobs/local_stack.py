@@ -144,6 +144,7 @@ class LocalStack:
 
     def _end_orphans(self) -> None:
         """End what a stack in this folder has left that was killed before it could stop."""
+        (self.folder / ENVIRONMENT_FILE).unlink(missing_ok=True)
         with suppress(FileNotFoundError, ValueError):
             known = json.loads(self._processes_file.read_text())
             families = [family_of(pid) for pid, began in known if _began(pid) == began]
