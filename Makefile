@@ -12,7 +12,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 export MLFLOW_DISABLE_TELEMETRY := true
 export MLFLOW_SERVER_ENABLE_JOB_EXECUTION := false
 
-.PHONY: help setup quickstart test check test-gpu bench serve mlflow k8s tree clean
+.PHONY: help setup quickstart test check test-gpu bench serve stack mlflow k8s tree clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +52,9 @@ bench: ## measure the kernels on this machine's GPU and rewrite kernels/benchmar
 
 serve: $(READY) ## serve the quickstart's champion: OpenAI's API and a chat page, until Ctrl-C
 	@$(BIN)/python -m deployments.serve --config deployments/configs/quickstart.yaml --set http_options.port=$${PORT:-8000}
+
+stack: $(READY) ## a whole cluster on this machine: Ray, MLflow on PostgreSQL, S3, until Ctrl-C
+	@$(BIN)/python -m jobs.stack
 
 mlflow: $(READY) ## browse the experiments in the local store
 	@$(BIN)/python -m jobs.experiments --port $${PORT:-5000}

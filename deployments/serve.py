@@ -11,6 +11,7 @@ Exit status: 130 interrupted; 2 wrong configuration; 1 anything else.
 """
 
 import argparse
+import logging
 import re
 import shlex
 import time
@@ -45,6 +46,8 @@ def served(file: ServeFile) -> Iterator[str]:
         DeployError: a replica could not start.
     """
     application, http = file.applications[0], file.http_options
+    # What it says of its own progress is said here already, and better.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location=ProxyLocation(file.proxy_location), http_options=http.model_dump())
     try:
         try:

@@ -14,6 +14,7 @@ FOLDERS = (
     "kernels/benchmarks",
     "platform/nsa_platform",
     "jobs",
+    "deployments",
 )
 FENCE = re.compile(r"(<!-- tree -->\n)```text\n.*?```", flags=re.DOTALL)
 

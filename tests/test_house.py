@@ -84,10 +84,14 @@ def test_configuration_loads(path: Path) -> None:
     assert type(run).parse(yaml.safe_load(run.to_yaml())) == run
 
 
-@pytest.mark.parametrize("job", [*RUNS, "quickstart", "submit"])
-def test_entry_point_has_the_shared_flags(job: str) -> None:
+@pytest.mark.parametrize(
+    "module",
+    [*(f"jobs.{job}" for job in (*RUNS, "quickstart", "submit")), "deployments.serve"],
+)
+def test_entry_point_has_the_shared_flags(module: str) -> None:
+    job = module.rpartition(".")[2]
     done = subprocess.run(
-        [sys.executable, "-m", f"jobs.{job}", "--help"],
+        [sys.executable, "-m", module, "--help"],
         cwd=ROOT,
         capture_output=True,
         text=True,
