@@ -22,6 +22,7 @@ import yaml
 from jobs.cli import EXIT_BAD_CONFIG, fail
 from nsa_platform.config.base import ConfigError, Strict, read_yaml
 from nsa_platform.config.locations import SQLITE, is_local, locations
+from nsa_platform.config.generate import GenerateRun
 from nsa_platform.config.runs import EvaluateRun, PrepareDataRun, PretrainRun, SftRun
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +33,7 @@ JOBS: dict[str, type[Strict]] = {
     "pretrain": PretrainRun,
     "sft": SftRun,
     "evaluate": EvaluateRun,
+    "generate": GenerateRun,
 }
 RUN_FILE = "/etc/nsa/run.yaml"
 RUN_ANNOTATION = "nsa-platform/run.yaml"
@@ -222,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _worker_group(run: Strict, groups: list[dict[str, Any]]) -> dict[str, Any]:
     """The template's group of CPU or GPU workers, as many and as wide as the run asks for."""
-    shape = run.cluster if isinstance(run, PretrainRun | SftRun) else None
+    shape = run.cluster if isinstance(run, PretrainRun | SftRun | GenerateRun) else None
     use_gpu = shape.use_gpu if shape else isinstance(run, EvaluateRun) and run.use_gpu
     wanted = "gpu" if use_gpu else "cpu"
     group = next(each for each in groups if each["groupName"] == wanted)
