@@ -21,8 +21,8 @@ import yaml
 
 from jobs.cli import EXIT_BAD_CONFIG, fail
 from nsa_platform.config.base import ConfigError, Strict, read_yaml
-from nsa_platform.config.locations import SQLITE, is_local, locations
 from nsa_platform.config.generate import GenerateRun
+from nsa_platform.config.locations import SQLITE, is_local, locations
 from nsa_platform.config.runs import EvaluateRun, PrepareDataRun, PretrainRun, SftRun
 
 ROOT = Path(__file__).resolve().parents[1]
