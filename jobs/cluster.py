@@ -2,8 +2,11 @@
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 
@@ -31,16 +34,20 @@ def connect(*, num_cpus: int | None = None) -> Iterator[None]:
         return
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, **QUIET)
+        _init(address=address)
     else:
         for name, value in LOCAL_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        ray.init(
-            address="local",
-            num_cpus=max(num_cpus or 0, os.cpu_count() or 1),
-            **QUIET,
-        )
+        _init(address="local", num_cpus=max(num_cpus or 0, os.cpu_count() or 1))
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _init(**options: Any) -> None:
+    """ray.init, which leaves SIGTERM to whoever handled it before."""
+    handler = signal.getsignal(signal.SIGTERM)
+    ray.init(**options, **QUIET)
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)

@@ -101,7 +101,7 @@ def measure(run: EvaluateRun, folder: str, handle: RunHandle, step: int) -> dict
         results = summary(bits, grid)
         tracker.log_dict(results, "evaluation/results.json")
     finally:
-        tracker.finish(None)
+        tracker.finish(None, report=False)
     return {**results, "run_id": tracker.run_id, "tracking_uri": handle.uri}
 
 

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from jobs.cli import EXIT_INTERRUPTED, fail
 from jobs.cluster import connect
+from jobs.lock import alone
 from jobs.progress import TrainingProgress
 from jobs.training_inputs import (
     Inputs,
@@ -44,21 +46,35 @@ def run_training(job: str, run: PretrainRun | SftRun, origin: Origin) -> None:
     The status is 0 only if the model is finished, saved, exported and, if asked for, registered.
     """
     console = Console(highlight=False, soft_wrap=True)
-    try:
-        inputs = inspect(run, origin)
-        finished = read_finished(run, inputs)
-        if finished is None:
-            origin = keep_start(run, origin)
-            storage.write_text(storage.join(run_folder(run), "run.yaml"), run.to_yaml())
-    except (ValueError, OSError, RuntimeError) as error:
-        fail(str(error))
-    if finished is not None:
-        console.print(f"[bold]{run.name}[/] is finished already", markup=True)
-        _deliver_left(run, finished)
-        show_result(finished, console)
-        if finished["handle"]["uri"] != run.tracking.uri:
-            console.print(f"nothing new is recorded in {run.tracking.uri}", markup=False)
-        return
+    with ExitStack() as stack:
+        try:
+            inputs = inspect(run, origin)
+            lock = private_folder(run) / "driver.lock"
+            stack.enter_context(alone(lock, what=f"{run.name} is being trained"))
+            finished = read_finished(run, inputs)
+            if finished is None:
+                origin = keep_start(run, origin)
+                storage.write_text(storage.join(run_folder(run), "run.yaml"), run.to_yaml())
+        except (ValueError, OSError, RuntimeError) as error:
+            fail(str(error))
+        if finished is not None:
+            _show_finished(run, finished, console)
+        else:
+            _train_and_record(job, run, origin, inputs, console)
+
+
+def _show_finished(run: PretrainRun | SftRun, finished: dict[str, Any], console: Console) -> None:
+    console.print(f"[bold]{run.name}[/] is finished already", markup=True)
+    _deliver_left(run, finished)
+    show_result(finished, console)
+    if finished["handle"]["uri"] != run.tracking.uri:
+        console.print(f"nothing new is recorded in {run.tracking.uri}", markup=False)
+
+
+def _train_and_record(
+    job: str, run: PretrainRun | SftRun, origin: Origin, inputs: Inputs, console: Console
+) -> None:
+    """Train between the begin and the end of an MLflow run, and close the run's folder."""
     for line in inputs.changes:
         console.print(f"changed since the checkpoint: {line}", markup=False)
     handle = _open_tracking(job, run, origin, inputs)

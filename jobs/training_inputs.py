@@ -130,6 +130,8 @@ def inspect(run: PretrainRun | SftRun, origin: Origin) -> Inputs:
         for split in ("train", "validation")
     )
     _check_tokenizer(run, origin, tokenizer)
+    if isinstance(run, PretrainRun) and train.kind == "chat":
+        raise ShardError(f"{run.data.path}: holds chats, for jobs.sft; pretraining wants text")
     if not train.tokens:
         raise ShardError(f"{run.data.path}/train: holds no tokens; there is nothing to train on")
     described = describe_run(

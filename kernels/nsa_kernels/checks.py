@@ -100,9 +100,10 @@ def check_lse(lse: Tensor, q: Tensor) -> None:
 def check_gates(gates: Tensor, q: Tensor) -> None:
     """gates [T, H, 3], in q's dtype or in float32."""
     check_shape("gates", gates, "[T, H, 3]", (q.shape[0], q.shape[1], 3))
+    allowed = dict.fromkeys((str(q.dtype), "torch.float32"))
     _expect(
-        gates.dtype in (q.dtype, torch.float32),
-        f"gates have dtype {gates.dtype}; allowed are q's {q.dtype} and torch.float32",
+        str(gates.dtype) in allowed,
+        f"gates have dtype {gates.dtype}; for q of {q.dtype} allowed: {', '.join(allowed)}",
     )
     _expect_device("gates", gates, q)
 

@@ -78,6 +78,8 @@ def num_compressed_blocks(num_tokens: int, config: NsaConfig) -> int:
     Zero below l tokens, else (num_tokens - l) // d + 1, as the text at Eq. 8 counts them; the text
     under Eq. 7 leaves the one out.
     """
+    if num_tokens < 0:
+        raise ValueError(f"num_tokens={num_tokens} must not be negative")
     if num_tokens < config.compression_block_size:
         return 0
     return (num_tokens - config.compression_block_size) // config.compression_stride + 1

@@ -1,6 +1,7 @@
 """What is wrong is found on the driver, in one clear line, before Ray starts work."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import yaml
 
 from jobs import pretrain, sft
+from jobs.lock import alone
 from nsa_platform import storage
 from nsa_platform.config.model import ModelConfig
 from nsa_platform.model.transformer import Transformer, init_weights
@@ -65,6 +67,21 @@ def test_a_dry_run_needs_no_data(tmp_path: Path, capsys) -> None:
     for word in ("parameters", "FLOPs per step", "4 of 64 tokens", "memory per worker", "256 in"):
         assert word in output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml"]
+
+
+def test_a_run_that_is_being_trained(tmp_path: Path, tiny_shards, capsys) -> None:
+    lock = tmp_path / "runs" / "run" / "driver.lock"
+    with alone(lock, what="anything"):
+        error = refusal(capsys, pretrain, config(tmp_path, tiny_shards.path))
+    assert f"run is being trained already: process {os.getpid()} on " in error
+    with alone(lock, what="anything"):
+        pass
+    assert [path.name for path in lock.parent.iterdir()] == ["driver.lock"]
+
+
+def test_chats_are_not_for_pretraining(tmp_path: Path, tiny_chat_shards, capsys) -> None:
+    error = refusal(capsys, pretrain, config(tmp_path, tiny_chat_shards.path))
+    assert f"{tiny_chat_shards.path}: holds chats, for jobs.sft" in error
 
 
 def test_no_data(tmp_path: Path, capsys) -> None:

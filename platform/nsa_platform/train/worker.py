@@ -152,7 +152,8 @@ def train_worker(config: dict[str, Any]) -> Outcome:
         tracker = None
         if context.get_local_rank() == 0:
             tracker = Tracker(task.handle, creates_run=world.is_first)
-            stack.callback(tracker.finish, None)
+            # What has not arrived is told by the driver, which delivers last.
+            stack.callback(tracker.finish, None, report=False)
             stack.callback(SystemMonitor(tracker).stop)
         try:
             return _train(

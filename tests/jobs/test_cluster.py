@@ -1,0 +1,36 @@
+"""The door to Ray: a job that is told to stop ends in order."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+WAITING = """
+import time
+from jobs.cli import interruptible
+from jobs.cluster import connect
+with interruptible(), connect(num_cpus=1):
+    print("connected", flush=True)
+    time.sleep(300)
+"""
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGINT])
+def test_whoever_is_told_to_stop_ends_with_130(told: signal.Signals) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITING],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as job:
+        assert job.stdout is not None
+        assert job.stdout.readline() == "connected\n"
+        job.send_signal(told)
+        _, errors = job.communicate(timeout=60)
+    assert job.returncode == 130
+    assert errors == "error: interrupted; the same command goes on from here\n"
