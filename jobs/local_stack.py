@@ -1,12 +1,14 @@
 """The services of a cluster on one machine: S3, PostgreSQL, MLflow on both, and a Ray head."""
 
 import fcntl
+import hashlib
 import importlib.util
 import json
 import os
 import secrets
 import shlex
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
@@ -217,6 +219,12 @@ class LocalStack:
             stop_patience_s=5.0,
         )
 
+    @property
+    def _ray_folder(self) -> Path:
+        """Short, for its sockets' paths must be; Ray keeps its own logs there."""
+        key = hashlib.sha256(str(self.folder).encode()).hexdigest()[:8]
+        return Path(tempfile.gettempdir()) / f"nsa-ray-{key}"
+
     def _ray(self, log: Path) -> Service:
         agent, agent_grpc, metrics, client = self._inner_ports[4:]
         command = [
@@ -226,6 +234,8 @@ class LocalStack:
             f"--dashboard-agent-listen-port={agent}",
             f"--dashboard-agent-grpc-port={agent_grpc}",
             f"--ray-client-server-port={client}",
+            # A job is sent to the cluster that the folder of temporary files names: one for each.
+            f"--temp-dir={self._ray_folder}",
         ]
         if self.num_cpus is not None:
             command.append(f"--num-cpus={self.num_cpus}")

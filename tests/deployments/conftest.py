@@ -149,8 +149,8 @@ def client(app: FastAPI) -> Iterator[TestClient]:
         yield client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def serving(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    """The application on Ray Serve; one for all tests that need it."""
+    """The application on Ray Serve, as long as a module's tests need it."""
     with serve_on_ray(model_folder, tmp_path_factory.mktemp("serving")) as running:
         yield running

@@ -1,5 +1,9 @@
-"""The application on Ray Serve: streams, crowds, cancellation, dead replicas, redeploys, scale."""
+"""The application on Ray Serve: streams, crowds, cancellation, dead replicas, redeploys, scale.
 
+The chat page in a browser as well: one cluster for all of them, and gone when they are.
+"""
+
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +15,7 @@ from typing import Any
 import httpx2
 import pytest
 from openai import APIError, BadRequestError, NotFoundError, RateLimitError
+from playwright.sync_api import Page, expect
 
 from nsa_platform.data.chat import render_prompt
 from nsa_platform.data.tokenizer import Tokenizer
@@ -18,8 +23,9 @@ from nsa_platform.model.weights import load_model
 from nsa_platform.serve.generator import Generator
 from tests.deployments.conftest import MAX_CONTEXT, MODEL_ID
 from tests.deployments.running import Serving, eventually
+from tests.jobs.mlflow_pages import need_chromium, open_page
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("ray-serve")]
+pytestmark = pytest.mark.cluster
 
 QUESTION: Any = [{"role": "user", "content": "What is 2 + 3?"}]
 LONG: dict[str, Any] = {"max_tokens": 400, "extra_body": {"ignore_eos": True}}
@@ -211,3 +217,90 @@ def test_a_model_that_cannot_start_is_told_in_a_line(serving, tmp_path):
     assert line.startswith("error: model 'nsa-smoke' cannot be served: ")
     assert f"{tmp_path}/nothing" in line
     assert text_of(stream_of(serving, max_tokens=5)), "what ran before still runs"
+
+
+@pytest.fixture
+def page(serving: Serving) -> Iterator[Page]:
+    need_chromium()
+    with open_page(f"{serving.address}/") as page:
+        expect(page.locator("#model")).to_have_value("tiny")
+        yield page
+
+
+def say(page: Page, text: str, *, max_tokens: int) -> None:
+    page.locator("#temperature").fill("0")
+    page.locator("#max-tokens").fill(str(max_tokens))
+    page.locator("#question").fill(text)
+    page.locator("#question").press("Enter")
+
+
+@pytest.mark.browser
+def test_a_conversation(page, serving):
+    say(page, "What is 2 + 3?", max_tokens=12)
+    expect(page.locator("#status")).to_have_text(re.compile(r"\d+ \+ \d+ tokens, .* tokens/s"))
+    answer = serving.client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "What is 2 + 3?"}],
+        max_tokens=12,
+        temperature=0,
+    )
+    first = page.locator(".turn.assistant").text_content()
+    assert first == answer.choices[0].message.content
+    say(page, "<b>Sure?</b>", max_tokens=3)
+    expect(page.locator(".turn")).to_have_count(4)
+    # What was typed is text and never markup.
+    expect(page.locator(".turn.user").nth(1)).to_have_text("<b>Sure?</b>")
+    expect(page.locator("#stop")).to_be_hidden()
+    page.locator("#new").click()
+    expect(page.locator(".turn")).to_have_count(0)
+    expect(page.locator("#empty")).to_be_visible()
+
+
+@pytest.mark.browser
+def test_stop_ends_the_answer_and_frees_its_pages(page, serving):
+    say(page, "Go on.", max_tokens=3500)
+    expect(page.locator(".turn.assistant.streaming")).not_to_be_empty()
+    page.locator("#stop").click()
+    expect(page.locator("#status")).to_have_text("Stopped.")
+    assert page.locator(".turn.assistant").text_content()
+    eventually(lambda: serving.metric("nsa:kv_pages_used") == 0, within_s=5, what="pages free")
+    say(page, "And now?", max_tokens=3)
+    expect(page.locator("#status")).to_contain_text("tokens/s")
+
+
+@pytest.mark.browser
+def test_a_refusal_is_shown_and_the_question_kept(page):
+    say(page, "Hello", max_tokens=100_000)
+    expect(page.locator("#status.error")).to_contain_text("maximum context length is 4096")
+    expect(page.locator(".turn")).to_have_count(0)
+    expect(page.locator("#question")).to_have_value("Hello")
+
+
+@pytest.mark.browser
+def test_light_and_dark(page):
+    def background() -> str:
+        return page.evaluate("getComputedStyle(document.body).backgroundColor")
+
+    page.emulate_media(color_scheme="light")
+    light = background()
+    page.emulate_media(color_scheme="dark")
+    dark = background()
+    assert light != dark
+    page.locator("#theme").click()
+    assert background() == light
+    page.reload()
+    assert background() == light
+
+
+@pytest.mark.browser
+def test_nothing_comes_from_elsewhere_and_nothing_fails(page, serving):
+    addresses: list[str] = []
+    problems: list[str] = []
+    page.on("request", lambda request: addresses.append(request.url))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda line: problems.append(line.text) if line.type == "error" else None)
+    page.reload()
+    expect(page.locator("#model")).to_have_value("tiny")
+    assert len(addresses) >= 4
+    assert all(address.startswith(serving.address) for address in addresses)
+    assert problems == []

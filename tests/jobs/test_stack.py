@@ -1,4 +1,4 @@
-"""jobs.stack: a real cluster on this machine, from pretraining to batch inference and a restart."""
+"""jobs.stack: a real cluster on this machine, submitted to, from pretraining to batch inference."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from nsa_platform import storage
 
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 120
-STOP_TIMEOUT_S = 60
+STOP_TIMEOUT_S = 180
 # Ray's client asks aiohttp for its log stream in a way that aiohttp has come to deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning")
 
@@ -81,9 +81,10 @@ def open_folder() -> Iterator[Path]:
 
 
 @pytest.mark.cluster
-def test_pretrain_register_generate_on_a_stack_that_is_started_twice(
+def test_pretrain_sft_generate_on_a_stack_that_is_started_twice(
     open_folder: Path,
     tiny_shards: Any,
+    tiny_chat_shards: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -97,10 +98,20 @@ def test_pretrain_register_generate_on_a_stack_that_is_started_twice(
             assert answer.read() == b"OK"
         assert listening_elsewhere(first.process.pid) == []
         assert submit.main(pretraining(tiny_shards, first.environment)) == 0, capfd.readouterr().err
+        said = capfd.readouterr().out
+        assert "step 4/4" in said and "SUCCEEDED" in said
+        assert f"Dashboard  {first.environment['RAY_API_SERVER_ADDRESS']}/#/jobs/" in said
         # MLflow has no folder of its own for artifacts: what is registered lies on S3.
         names = [Path(entry.name).name for entry in storage.walk("s3://nsa/mlflow")]
         assert "model.safetensors" in names
         assert storage.exists("s3://nsa/runs/smoke/model/model.safetensors")
+        assert submit.main(tuning(tiny_chat_shards, first.environment)) == 0, capfd.readouterr().err
+        assert storage.exists("s3://nsa/runs/smoke-sft/model/model.safetensors")
+        capfd.readouterr()
+        nothing = ["--set", f"data.path={tmp_path}/nothing", "--set", "name=fails"]
+        assert submit.main([*pretraining(tiny_shards, first.environment), *nothing]) == 1
+        said = capfd.readouterr().out
+        assert f"{tmp_path}/nothing" in said and "FAILED" in said
         again = subprocess.run(
             [sys.executable, "-m", "jobs.stack", "--folder", str(first.folder), "--s3-port=0",
              "--dashboard-port=0", "--mlflow-port=0"],
@@ -135,18 +146,29 @@ def use(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setenv(name, value)
 
 
-def pretraining(shards: Any, environment: dict[str, str]) -> list[str]:
-    changes = {
+def settings(changes: dict[str, Any]) -> list[str]:
+    return [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+
+
+def training(shards: Any, environment: dict[str, str]) -> dict[str, Any]:
+    return {
         "data.path": shards.path,
-        "model.vocab_size": 512,
         "train.steps": 4,
         "train.validate_every_steps": 4,
         "storage": "s3://nsa/runs",
         "tracking.uri": environment["MLFLOW_TRACKING_URI"],
         "tracking.registered_model": "stacked",
     }
-    line = ["pretrain", "--config", "jobs/configs/pretrain/smoke.yaml"]
-    return line + [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+
+
+def pretraining(shards: Any, environment: dict[str, str]) -> list[str]:
+    changes = training(shards, environment) | {"model.vocab_size": 512}
+    return ["pretrain", "--config", "jobs/configs/pretrain/smoke.yaml", *settings(changes)]
+
+
+def tuning(shards: Any, environment: dict[str, str]) -> list[str]:
+    changes = training(shards, environment) | {"checkpoint": "models:/stacked@champion"}
+    return ["sft", "--config", "jobs/configs/sft/smoke.yaml", *settings(changes)]
 
 
 def generation(folder: Path, environment: dict[str, str]) -> list[str]:
@@ -158,8 +180,7 @@ def generation(folder: Path, environment: dict[str, str]) -> list[str]:
         "sampling": "{max_tokens: 5, ignore_eos: true}",
         "tracking_uri": environment["MLFLOW_TRACKING_URI"],
     }
-    line = ["--config", "jobs/configs/generate/smoke.yaml"]
-    return line + [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+    return ["--config", "jobs/configs/generate/smoke.yaml", *settings(changes)]
 
 
 def listening_elsewhere(pid: int) -> list[Any]:

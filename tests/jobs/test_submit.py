@@ -1,13 +1,7 @@
-"""Submission: what is sent, what is refused, and a job on a real Ray cluster."""
+"""Submission: what is sent and what is refused; test_stack.py submits to a real cluster."""
 
-import os
 import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,9 +10,6 @@ from nsa_platform.config.base import ConfigError
 
 CONFIG = "jobs/configs/pretrain/smoke.yaml"
 LOCAL = "http://127.0.0.1:8265"
-
-# Ray's client asks aiohttp for its log stream in a way that aiohttp has come to deprecate.
-pytestmark = pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -79,83 +70,7 @@ def test_no_cluster_is_said_in_a_line(capsys: pytest.CaptureFixture[str]) -> Non
     assert f"{address} did not take the job" in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """A cluster as a user starts it: `ray start --head`, stopped with everything it started."""
-    dashboard = _free_port()
-    environment = {
-        **os.environ,
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
-    # The job's driver connects as its cluster does, whatever the shell of the tests says.
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    head = subprocess.Popen(
-        ["ray", "start", "--head", "--block", "--num-cpus=3", f"--port={_free_port()}",
-         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
-         # Fixed otherwise, and taken if another cluster runs on this machine.
-         f"--dashboard-agent-listen-port={_free_port()}"],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        _wait_for(f"127.0.0.1:{dashboard}")
-        yield f"http://127.0.0.1:{dashboard}"
-    finally:
-        head.terminate()
-        head.wait(timeout=60)
-
-
-def _wait_for(address: str) -> None:
-    host, _, port = address.partition(":")
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        with socket.socket() as probe:
-            if probe.connect_ex((host, int(port))) == 0:
-                return
-        time.sleep(0.5)
-    pytest.fail(f"the cluster's dashboard does not answer at {address}")
-
-
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-@pytest.mark.cluster
-def test_pretrain_then_sft_on_a_cluster(
-    cluster: str,
-    tiny_shards: Any,
-    tiny_chat_shards: Any,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    places = [
-        "--set", f"storage={tmp_path}/runs",
-        "--set", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db",
-        "--address", cluster,
-    ]  # fmt: skip
-    text = ["--set", f"data.path={tiny_shards.path}", "--set", "model.vocab_size=512"]
-    assert main(["pretrain", "--config", CONFIG, *text, *places]) == 0
-    said = capfd.readouterr().out
-    assert "step 10/10" in said and "SUCCEEDED" in said
-    assert f"Dashboard  {cluster}/#/jobs/" in said
-    chat = ["--set", f"data.path={tiny_chat_shards.path}"]
-    start = ["--set", f"checkpoint={tmp_path}/runs/smoke/model"]
-    sft = ["sft", "--config", "jobs/configs/sft/smoke.yaml", *chat, *start, *places]
-    assert main(sft) == 0
-    assert (tmp_path / "runs/smoke-sft/model/model.safetensors").exists()
-
-
-@pytest.mark.cluster
-def test_a_failing_job_fails_here_too(
-    cluster: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    broken = ["--set", f"data.path={tmp_path}/nothing", "--set", f"storage={tmp_path}/runs"]
-    assert main(["pretrain", "--config", CONFIG, *broken, "--address", cluster]) == 1
-    said = capfd.readouterr()
-    assert f"{tmp_path}/nothing" in said.out
-    assert "FAILED" in said.out
