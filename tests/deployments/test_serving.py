@@ -256,9 +256,24 @@ def test_a_conversation(page, serving):
     expect(page.locator("#empty")).to_be_visible()
 
 
+def long_winded(tokenizer: Tokenizer, generator: Generator) -> str:
+    """A question whose greedy answer is not over before somebody can press a button."""
+    lengths: dict[str, int] = {}
+    for number in range(60):
+        text = f"Go on from {number}."
+        prompt = render_prompt(tokenizer, [{"role": "user", "content": text}])
+        answer = generator.stream(prompt, 300, stop_ids=tokenizer.stop_ids())
+        lengths[text] = sum(1 for _ in answer)
+        if lengths[text] == 300:
+            return text
+    longest = max(lengths, key=lengths.__getitem__)
+    assert lengths[longest] >= 120, lengths
+    return longest
+
+
 @pytest.mark.browser
-def test_stop_ends_the_answer_and_frees_its_pages(page, serving):
-    say(page, "Go on.", max_tokens=3500)
+def test_stop_ends_the_answer_and_frees_its_pages(page, serving, tokenizer, generator):
+    say(page, long_winded(tokenizer, generator), max_tokens=3500)
     expect(page.locator(".turn.assistant.streaming")).not_to_be_empty()
     page.locator("#stop").click()
     expect(page.locator("#status")).to_have_text("Stopped.")
