@@ -21,6 +21,7 @@ Run = TypeVar("Run", bound=Strict)
 
 EXIT_BAD_CONFIG = 2
 EXIT_INTERRUPTED = 130
+MAX_PORT = 65535
 
 
 def parser(root: type[Strict], doc: str) -> argparse.ArgumentParser:
@@ -92,6 +93,13 @@ def _terminated_as_interrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def port_number(text: str) -> int:
+    """A TCP port of a command line; 0 where any free one will do."""
+    if not text.isdecimal() or int(text) > MAX_PORT:
+        raise argparse.ArgumentTypeError(f"must be a port from 0 to {MAX_PORT}, got {text!r}")
+    return int(text)
 
 
 def fail(message: str, *, status: int = 1) -> NoReturn:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.cli import EXIT_BAD_CONFIG, fail
+from jobs.cli import EXIT_BAD_CONFIG, fail, port_number
 from nsa_platform.config.base import ConfigError
 from nsa_platform.config.locations import SQLITE, resolve_locations
 from nsa_platform.config.train import TrackingConfig
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     default = str(TrackingConfig().uri)
     parser.add_argument("--uri", default=default, help=f"the store; default {default}")
-    parser.add_argument("--port", type=int, default=5000, help="default 5000")
+    parser.add_argument("--port", type=port_number, default=5000, help="default 5000")
     options = parser.parse_args(argv)
     try:
         config = resolve_locations(TrackingConfig.parse({"uri": options.uri}), Path.cwd())

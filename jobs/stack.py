@@ -20,7 +20,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from jobs.cli import EXIT_BAD_CONFIG, fail, interruptible
+from jobs.cli import EXIT_BAD_CONFIG, fail, interruptible, port_number
 from jobs.local_stack import BUCKET, ENVIRONMENT_FILE, LocalStack, Ports
 from jobs.services import ServiceError, free_ports, is_free
 
@@ -66,7 +66,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, default in (("dashboard", 8265), ("mlflow", 5000), ("s3", 8333)):
         parser.add_argument(
             f"--{name}-port",
-            type=int,
+            type=port_number,
             default=default,
             metavar="PORT",
             help=f"default {default}; 0: any that is free",

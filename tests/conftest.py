@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -18,6 +17,7 @@ from nsa_platform.config.data import CorpusConfig, TokenizerConfig
 from nsa_platform.config.runs import PrepareDataRun
 from nsa_platform.data.preparation import prepare_here
 from tests.kernels.interpreted import import_kernels
+from tests.ports import free_ports
 
 START_TIMEOUT_S = 60
 
@@ -80,22 +80,6 @@ def _identity(name: str, access_key: str, secret_key: str, *more: str) -> dict[s
     }
 
 
-def _free_ports(count: int) -> list[int]:
-    """Free ports p for which p + 10000 is free too: weed puts its gRPC port there."""
-    ports: list[int] = []
-    while len(ports) < count:
-        with socket.socket() as low, socket.socket() as high:
-            low.bind(("127.0.0.1", 0))
-            port = low.getsockname()[1]
-            try:
-                high.bind(("127.0.0.1", port + 10000))
-            except (OSError, OverflowError):
-                continue
-        if port not in ports:
-            ports.append(port)
-    return ports
-
-
 def _wait_until_it_answers(server: S3Server, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:
@@ -113,7 +97,7 @@ def _wait_until_it_answers(server: S3Server, process: subprocess.Popen[bytes], l
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A real SeaweedFS server on loopback that checks signatures; stopped at the end."""
     folder = tmp_path_factory.mktemp("weed")
-    s3, master, volume, filer = _free_ports(4)
+    s3, master, volume, filer = free_ports(4)
     server = S3Server(f"http://127.0.0.1:{s3}", "testing", "testingsecret")
     identities = [
         _identity("tests", server.access_key, server.secret_key, "Admin"),

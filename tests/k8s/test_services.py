@@ -1,7 +1,6 @@
 """What the containers of services run, run here: the S3 server, its bucket, MLflow's arguments."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import yaml
 from botocore.exceptions import ClientError
 
 from tests.k8s.manifests import ROOT
+from tests.ports import free_ports
 
 KEYS = {"AWS_ACCESS_KEY_ID": "the-key", "AWS_SECRET_ACCESS_KEY": "the-secret"}
 START_TIMEOUT_S = 60
@@ -28,28 +28,12 @@ def container(path: str, kind: str, *, part: str = "containers") -> dict[str, An
     return tree["spec"]["template"]["spec"][part][0]
 
 
-def _ports(count: int) -> list[int]:
-    """Free ports p for which p + 10000 is free too: weed puts its gRPC port there."""
-    found: list[int] = []
-    while len(found) < count:
-        with socket.socket() as low, socket.socket() as high:
-            low.bind(("127.0.0.1", 0))
-            port = low.getsockname()[1]
-            try:
-                high.bind(("127.0.0.1", port + 10000))
-            except (OSError, OverflowError):
-                continue
-        if port not in found:
-            found.append(port)
-    return found
-
-
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The storage container's command on loopback and free ports; where its probe answered."""
     folder = tmp_path_factory.mktemp("storage")
     spec = container("components/storage/storage.yaml", "StatefulSet")
-    s3, master, volume, filer = _ports(4)
+    s3, master, volume, filer = free_ports(4)
     arguments = [
         *(arg.replace("/data", str(folder)) for arg in spec["args"]),
         *(f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}"),
