@@ -35,7 +35,7 @@ quickstart: $(READY) ## the whole road on this machine: data, pretrain, SFT, eva
 	@$(BIN)/python -m jobs.quickstart
 
 test: $(READY) ## all tests that need no GPU
-	@$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadgroup --no-loadscope-reorder
+	@$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(READY) ## style, types, import contracts, house laws
 	$(BIN)/ruff check .

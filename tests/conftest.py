@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -23,19 +24,15 @@ START_TIMEOUT_S = 60
 
 # At import: the conftest.py files and tests below import the kernels before any hook runs.
 import_kernels()
+# Started in the background a shell has the tests ignore Ctrl-C, and they hand that down to the
+# programs whose answer to Ctrl-C they test.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)  # Before xdist reads the groups.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file on one worker: they share clusters, servers and data.
-
-    Files that start a cluster are slow; they come first, so that no worker ends with one alone.
-    """
+    """Files that start a cluster are slow: they come first, lest a worker ends with one alone."""
     slow = {item.path for item in items if item.get_closest_marker("cluster")}
     items.sort(key=lambda item: item.path not in slow)
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,6 @@ from nsa_platform.tracking.library import MlflowClient
 from nsa_platform.tracking.store import connect
 from tests.platform.evaluate.small import Corpus, export, make_corpus, make_model
 
-pytestmark = pytest.mark.xdist_group("mlflow")
-
 SETTINGS = {
     "name": "evaluation",
     "bits_per_byte": {"tokens": 1000, "context_length": 64, "position_buckets": 4},

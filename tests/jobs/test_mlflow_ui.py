@@ -12,7 +12,7 @@ from nsa_platform.tracking import Tracker, open_run, register_model
 from nsa_platform.tracking.store import connect
 from tests.jobs.mlflow_pages import assert_curve_visible, need_chromium, open_page, pages_of
 
-pytestmark = [pytest.mark.browser, pytest.mark.cluster, pytest.mark.xdist_group("mlflow")]
+pytestmark = [pytest.mark.browser, pytest.mark.cluster]
 
 
 @dataclass(frozen=True)

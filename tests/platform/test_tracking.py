@@ -35,7 +35,6 @@ from nsa_platform.tracking.journal import Journal
 from nsa_platform.tracking.library import MlflowClient
 from nsa_platform.tracking.store import connect
 
-pytestmark = pytest.mark.xdist_group("mlflow")
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 60
 
