@@ -36,6 +36,43 @@ def shared_strides(offset, BLOCK_STRIDES: tl.constexpr, SELECTION_STRIDES: tl.co
 
 
 @triton.jit
+def sum_over_heads(
+    q,
+    lse,
+    o_head,
+    m_row,
+    b_k,
+    b_k_tail,
+    visible,
+    scale_log2,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    K_MAIN: tl.constexpr,
+    K_TAIL: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_C: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Attention probabilities [TILE_Q, TILE_C] of a tile of compressed keys, summed over R heads.
+
+    Head by head in registers: any group size fits without padding, and no thread waits for
+    another. The next head's lse is asked for while this head's scores are made.
+    """
+    b_sum = tl.zeros([TILE_Q, TILE_C], tl.float32)
+    b_lse = log2_sum(lse, o_head, m_row)
+    for i_head in range(R):
+        b_q, b_q_tail = load_split(q, (o_head + i_head) * K, m_row, K, K_MAIN, K_TAIL)
+        score = score_split(b_q, b_q_tail, b_k, b_k_tail, K_TAIL)
+        b_next = log2_sum(lse, o_head + tl.minimum(i_head + 1, R - 1), m_row)
+        b_p = tl.exp2(score * scale_log2 - b_lse[:, None])
+        if MASKED:
+            b_p = tl.where(visible, b_p, 0.0)
+        b_sum += b_p
+        b_lse = b_next
+    return b_sum
+
+
+@triton.jit
 def span_importance_kernel(
     q,
     k_cmp,
@@ -43,6 +80,7 @@ def span_importance_kernel(
     cu_seqlens,
     cu_seqlens_cmp,
     importance,
+    carry,
     row_positions,
     row_tokens,
     scale_log2,
@@ -60,17 +98,20 @@ def span_importance_kernel(
     CHOSEN: tl.constexpr,
     TILE_Q: tl.constexpr,
     TILE_S: tl.constexpr,
+    STRIDES_PADDED: tl.constexpr,
 ):
-    """Write importance [tiles * TILE_Q, G, S] of a tile of queries, one group and TILE_S blocks.
+    """Write importance and carry [tiles * TILE_Q, G, S] of a tile of queries, one group, TILE_S
+    blocks.
 
+    A compressed block counts for the selection block in which it starts, and with the strides that
+    reach beyond it for the next one: the importance of block j is importance[j] + carry[j - 1].
     Only blocks that a query of the tile may choose are written, and none while each query chooses
-    every block it has. The first column of programs also
-    writes each row's position (-1: no query) and packed token. Heads are summed one after the other
-    in registers, so any group size fits without padding.
+    every block it has. The first column of programs also writes each row's position (-1: no query)
+    and packed token. Programs that run together share their queries, which are the larger part.
     """
-    i_tile = tl.program_id(0)
+    i_tile = tl.program_id(1)
     i_group = tl.program_id(2)
-    first_block = tl.program_id(1) * TILE_S
+    first_block = tl.program_id(0) * TILE_S
     i_sequence, begin, length, start = find_tile(
         cu_seqlens, num_sequences, first_tile + i_tile, TILE_Q
     )
@@ -86,35 +127,40 @@ def span_importance_kernel(
         return
     BLOCK_STRIDES: tl.constexpr = COMPRESSION_BLOCK // STRIDE
     SELECTION_STRIDES: tl.constexpr = SELECTION_BLOCK // STRIDE
+    TILE_C: tl.constexpr = TILE_S * STRIDES_PADDED
     begin_cmp = tl.load(cu_seqlens_cmp + i_sequence).to(tl.int64)
-    o_block = first_block + tl.arange(0, TILE_S)
+    o_column = tl.arange(0, TILE_C)
+    o_stride = o_column % STRIDES_PADDED
+    o_cmp = (first_block + o_column // STRIDES_PADDED) * SELECTION_STRIDES + o_stride
+    m_column = o_stride < SELECTION_STRIDES
+    num_keys = visible_high(last_position, COMPRESSION_BLOCK, STRIDE)
+    o_key = ((begin_cmp + o_cmp) * G + i_group) * K
+    b_k, b_k_tail = load_split(k_cmp, o_key, m_column & (o_cmp < num_keys), K, K_MAIN, K_TAIL)
     o_head = (begin.to(tl.int64) + o_position) * (G * R) + i_group * R
     num_visible = visible_high(o_position, COMPRESSION_BLOCK, STRIDE)
-    num_keys = visible_high(last_position, COMPRESSION_BLOCK, STRIDE)
-
-    b_importance = tl.zeros([TILE_Q, TILE_S], tl.float32)
-    for step in range(BLOCK_STRIDES + SELECTION_STRIDES - 1):
-        offset = step + 1 - BLOCK_STRIDES
-        o_cmp = o_block * SELECTION_STRIDES + offset
-        m_cmp = (o_cmp >= 0) & (o_cmp < num_keys)
-        o_key = ((begin_cmp + o_cmp) * G + i_group) * K
-        visible = (o_cmp >= 0)[None, :] & (o_cmp[None, :] < num_visible[:, None])
-        weight = shared_strides(offset, BLOCK_STRIDES, SELECTION_STRIDES)
-        b_k, b_k_tail = load_split(k_cmp, o_key, m_cmp, K, K_MAIN, K_TAIL)
-        for i_head in range(R):
-            o_query = (o_head + i_head) * K
-            b_q, b_q_tail = load_split(q, o_query, m_row, K, K_MAIN, K_TAIL)
-            score = score_split(b_q, b_q_tail, b_k, b_k_tail, K_TAIL)
-            b_lse = log2_sum(lse, o_head + i_head, m_row)
-            b_p = tl.exp2(score * scale_log2 - b_lse[:, None])
-            b_importance += tl.where(visible, b_p, 0.0) * weight
-
-    o_out = (o_row.to(tl.int64) * G + i_group) * S
-    tl.store(
-        importance + o_out[:, None] + o_block[None, :],
-        b_importance,
-        m_row[:, None] & (o_block < S)[None, :],
+    visible = m_column[None, :] & (o_cmp[None, :] < num_visible[:, None])
+    all_visible = (first_block + TILE_S) * SELECTION_STRIDES <= visible_high(
+        start, COMPRESSION_BLOCK, STRIDE
     )
+    if all_visible & (STRIDES_PADDED == SELECTION_STRIDES):
+        b_sum = sum_over_heads(
+            q, lse, o_head, m_row, b_k, b_k_tail, visible, scale_log2,
+            R, K, K_MAIN, K_TAIL, TILE_Q, TILE_C, False,
+        )  # fmt: skip
+    else:
+        b_sum = sum_over_heads(
+            q, lse, o_head, m_row, b_k, b_k_tail, visible, scale_log2,
+            R, K, K_MAIN, K_TAIL, TILE_Q, TILE_C, True,
+        )  # fmt: skip
+    b_sum = tl.reshape(b_sum, [TILE_Q, TILE_S, STRIDES_PADDED])
+    o_first = tl.arange(0, STRIDES_PADDED)
+    own = tl.minimum(o_first + BLOCK_STRIDES, SELECTION_STRIDES) - o_first
+    beyond = tl.maximum(o_first + BLOCK_STRIDES - SELECTION_STRIDES, 0)
+    o_block = first_block + tl.arange(0, TILE_S)
+    o_out = (o_row.to(tl.int64) * G + i_group)[:, None] * S + o_block[None, :]
+    m_out = m_row[:, None] & (o_block < S)[None, :]
+    tl.store(importance + o_out, tl.sum(b_sum * own[None, None, :], 2), m_out)
+    tl.store(carry + o_out, tl.sum(b_sum * beyond[None, None, :], 2), m_out)
 
 
 @triton.jit
@@ -209,7 +255,7 @@ def paged_importance_kernel(
 
 
 def importance_tiles(key_width: int, dtype: torch.dtype) -> Tiles:
-    """Queries and selection blocks of one program; both times K must fit into shared memory.
+    """Queries and compressed keys of one program; both times K must fit into shared memory.
 
     16-bit inputs run on tensor cores, where a wide tile halves the reading of q; fp32 multiplies
     element by element, and a small tile keeps registers for it.
@@ -218,7 +264,9 @@ def importance_tiles(key_width: int, dtype: torch.dtype) -> Tiles:
         return Tiles(rows=64, keys=32, num_warps=4, num_stages=1)
     if key_width <= 128:
         return Tiles(rows=128, keys=128, num_warps=8, num_stages=2)
-    return Tiles(rows=128, keys=64, num_warps=8, num_stages=2)
+    if key_width <= 192:
+        return Tiles(rows=128, keys=64, num_warps=8, num_stages=2)
+    return Tiles(rows=64, keys=64, num_warps=4, num_stages=2)
 
 
 def select_blocks(
@@ -245,21 +293,27 @@ def select_blocks(
     num_sequences = cu_seqlens.shape[0] - 1
     num_blocks = triton.cdiv(num_tokens, config.selection_block_size)
     total = num_tiles(num_tokens, num_sequences, tiles.rows)
-    chunk = max(1, min(total, _BUFFER_BYTES // (4 * tiles.rows * num_groups * num_blocks)))
+    strides = config.selection_block_size // config.compression_stride
+    strides_padded = triton.next_power_of_2(strides)
+    tile_blocks = max(1, tiles.keys // strides_padded)
+    chunk = max(1, min(total, _BUFFER_BYTES // (8 * tiles.rows * num_groups * num_blocks)))
     num_rows = chunk * tiles.rows
     cu_seqlens_cmp = compressed_cu_seqlens(cu_seqlens, config)
-    importance = torch.empty(num_rows, num_groups, num_blocks, dtype=torch.float32, device=q.device)
+    importance, carry = torch.empty(
+        2, num_rows, num_groups, num_blocks, dtype=torch.float32, device=q.device
+    )
     row_positions, row_tokens = torch.empty(2, num_rows, dtype=torch.int32, device=q.device)
     for first in range(0, total, chunk):
         count = min(chunk, total - first)
         rows = slice(0, count * tiles.rows)
-        span_importance_kernel[(count, triton.cdiv(num_blocks, tiles.keys), num_groups)](
+        span_importance_kernel[(triton.cdiv(num_blocks, tile_blocks), count, num_groups)](
             q,
             k_cmp,
             lse,
             cu_seqlens,
             cu_seqlens_cmp,
             importance,
+            carry,
             row_positions,
             row_tokens,
             scale * LOG2_E,
@@ -274,9 +328,17 @@ def select_blocks(
             SELECTION_BLOCK=config.selection_block_size,
             CHOSEN=config.num_selected_blocks,
             TILE_Q=tiles.rows,
-            TILE_S=tiles.keys,
+            TILE_S=tile_blocks,
+            STRIDES_PADDED=strides_padded,
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
         )
-        top_blocks(importance[rows], row_positions[rows], row_tokens[rows], block_indices, config)
+        top_blocks(
+            importance[rows],
+            row_positions[rows],
+            row_tokens[rows],
+            block_indices,
+            config,
+            carry=carry[rows],
+        )
     return block_indices

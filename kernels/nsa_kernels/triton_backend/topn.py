@@ -20,6 +20,7 @@ _MAX_TILE_BLOCKS = 16384
 @triton.jit
 def rank_blocks(
     importance,
+    carry,
     o_row,
     m_row,
     num_candidates,
@@ -35,7 +36,10 @@ def rank_blocks(
     m_candidate = m_row[:, None] & (o_block[None, :] < num_candidates[:, None])
     # With no more candidates than places, importances do not matter and were not computed.
     m_scored = m_candidate & (num_candidates > CHOSEN)[:, None]
-    b_importance = tl.load(importance + o_row[:, None] * S + o_block[None, :], m_scored, 0.0)
+    o_score = o_row[:, None] * S + o_block[None, :]
+    b_importance = tl.load(importance + o_score, m_scored, 0.0)
+    if carry is not None:
+        b_importance += tl.load(carry + o_score - 1, m_scored & (o_block > 0)[None, :], 0.0)
     is_initial = o_block[None, :] < INITIAL
     is_local = o_block[None, :] >= num_candidates[:, None] - LOCAL
     keys = b_importance.to(tl.int32, bitcast=True)
@@ -46,6 +50,7 @@ def rank_blocks(
 @triton.jit
 def top_blocks_kernel(
     importance,
+    carry,
     row_positions,
     row_tokens,
     block_indices,
@@ -75,7 +80,7 @@ def top_blocks_kernel(
     num_tiles = tl.cdiv(tl.max(num_candidates, 0), TILE_S)
     if ONE_TILE:
         keys = rank_blocks(
-            importance, o_row, m_row, num_candidates, 0, S, CHOSEN, INITIAL, LOCAL, TILE_S
+            importance, carry, o_row, m_row, num_candidates, 0, S, CHOSEN, INITIAL, LOCAL, TILE_S
         )
 
     threshold = tl.zeros([TILE_ROWS], tl.int32)
@@ -89,6 +94,7 @@ def top_blocks_kernel(
             for i_tile in range(0, num_tiles):
                 tile = rank_blocks(
                     importance,
+                    carry,
                     o_row,
                     m_row,
                     num_candidates,
@@ -109,7 +115,17 @@ def top_blocks_kernel(
         above = tl.zeros([TILE_ROWS], tl.int32)
         for i_tile in range(0, num_tiles):
             tile = rank_blocks(
-                importance, o_row, m_row, num_candidates, i_tile, S, CHOSEN, INITIAL, LOCAL, TILE_S
+                importance,
+                carry,
+                o_row,
+                m_row,
+                num_candidates,
+                i_tile,
+                S,
+                CHOSEN,
+                INITIAL,
+                LOCAL,
+                TILE_S,
             )
             above += tl.sum((tile > threshold[:, None]).to(tl.int32), 1)
 
@@ -124,7 +140,17 @@ def top_blocks_kernel(
             tile = keys
         else:
             tile = rank_blocks(
-                importance, o_row, m_row, num_candidates, i_tile, S, CHOSEN, INITIAL, LOCAL, TILE_S
+                importance,
+                carry,
+                o_row,
+                m_row,
+                num_candidates,
+                i_tile,
+                S,
+                CHOSEN,
+                INITIAL,
+                LOCAL,
+                TILE_S,
             )
         equal = tile == threshold[:, None]
         equal_before = num_equal[:, None] + tl.cumsum(equal.to(tl.int32), 1)
@@ -150,6 +176,8 @@ def top_blocks(
     row_tokens: Tensor | None,
     block_indices: Tensor,
     config: NsaConfig,
+    *,
+    carry: Tensor | None = None,
 ) -> None:
     """Write the chosen blocks of every row of `importance` into `block_indices`.
 
@@ -160,6 +188,7 @@ def top_blocks(
         row_tokens: int32 [rows], the query's packed token: where its blocks are written; None:
             the row's own number.
         block_indices: int32 [T, G, n], ascending, -1 last.
+        carry: fp32 like importance; entry j belongs to block j + 1, whose importance it adds to.
 
     Source:
         arXiv 2502.11089, Eq. 11; forced blocks section 4.1; ties go to the lower block.
@@ -172,6 +201,7 @@ def top_blocks(
     chosen = config.num_selected_blocks
     top_blocks_kernel[(triton.cdiv(num_rows, tile_rows), num_groups)](
         importance,
+        carry,
         row_positions,
         row_tokens,
         block_indices,
