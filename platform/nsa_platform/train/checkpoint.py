@@ -80,7 +80,6 @@ class CheckpointStore:
         group = dist.new_group(backend="gloo", timeout=PATIENCE)
         assert isinstance(group, dist.ProcessGroup)
         self._group = group
-        self._stager = DefaultStager(StagingOptions(False, False, False, False))
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, Future[str | None]] | None = None
 
@@ -99,7 +98,7 @@ class CheckpointStore:
         the training.
         """
         self.wait()
-        staged: Any = self._stager.stage(_tensors(model, optimizer))
+        staged = _copied(_tensors(model, optimizer))
         random_state = _random_state(self._world)
         self._pending = (
             step,
@@ -123,7 +122,6 @@ class CheckpointStore:
         """Wait for the last snapshot and stop the background thread."""
         self.wait()
         self._background.shutdown()
-        self._stager.close()
 
     def load(self, *, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
         """Fill model, optimizer and random state from the newest snapshot that is whole.
@@ -301,6 +299,18 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
     """
     model_state, optimizer_state = get_state_dict(model, optimizer)
     return {"model": model_state, "optimizer": optimizer_state["state"]}
+
+
+def _copied(tensors: dict[str, Any]) -> Any:
+    """The same tree with tensors on the CPU that training does not change.
+
+    A stager for each snapshot: kept for a second one, torch 2.11's fails on sharded tensors.
+    """
+    stager = DefaultStager(StagingOptions(False, False, False, False))
+    try:
+        return stager.stage(tensors)
+    finally:
+        stager.close()
 
 
 def _random_name(rank: int) -> str:

@@ -127,10 +127,14 @@ class FailureTeller(UserCallback):
 
 
 def _failure(error: Exception) -> str:
-    """What happened, in a line: Ray Train hands on a traceback's text, or a health check's."""
-    text = str(getattr(error, "health_check_failure", error)).strip()
-    lines = text.splitlines() or [type(error).__name__]
-    return lines[-1] if text.startswith("Traceback") else lines[0]
+    """What happened, in a line: Ray Train hands on an error, a traceback's text or a health
+    check's."""
+    told = getattr(error, "health_check_failure", error)
+    lines = str(told).strip().splitlines()
+    if lines and lines[0].startswith("Traceback"):
+        return lines[-1]
+    name = type(told).__name__
+    return f"{name}: {lines[0]}" if lines else name
 
 
 def train_worker(config: dict[str, Any]) -> Outcome:

@@ -105,9 +105,9 @@ class Recorded:
         return [self.metrics[step]["train/loss"] for step in sorted(self.metrics)]
 
 
-def this_world() -> World:
+def this_world(device: str = "cpu") -> World:
     """This process in the initialised group."""
-    return World(rank=dist.get_rank(), size=dist.get_world_size(), device=torch.device("cpu"))
+    return World(rank=dist.get_rank(), size=dist.get_world_size(), device=torch.device(device))
 
 
 def run(
@@ -117,9 +117,10 @@ def run(
     *,
     model_config: ModelConfig = MODEL,
     keep_latest: int = 9,
+    device: str = "cpu",
 ) -> Recorded:
     """Train (or go on training) in `folder`, as a worker does."""
-    recorded, world = Recorded(), this_world()
+    recorded, world = Recorded(), this_world(device)
     model = build_model(model_config, config, world=world)
     optimizer = build_optimizer(model, config.optimizer)
     checkpoints = CheckpointStore(
@@ -175,6 +176,7 @@ def run(
 
 
 def full(parameter: torch.Tensor) -> torch.Tensor:
-    """The whole parameter, also of a sharded one."""
+    """The whole parameter on the CPU, also of a sharded one."""
     value = parameter.detach()
-    return value.full_tensor() if hasattr(value, "full_tensor") else value.clone()  # pyright: ignore
+    whole = value.full_tensor() if hasattr(value, "full_tensor") else value  # pyright: ignore
+    return whole.to("cpu", copy=True)
