@@ -4,7 +4,6 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from deployments.replies import (
     Tokens,
     Version,
 )
+from nsa_platform import __version__
 
 CHAT_PAGE = Path(__file__).parent / "chat"
 PAGE_HEADERS = {"Content-Security-Policy": "default-src 'self'", "Cache-Control": "no-cache"}
@@ -74,7 +74,7 @@ def build_app(backend: Backend) -> FastAPI:
     """The application in front of a backend. Every refusal has OpenAI's error shape."""
     app = FastAPI(
         title="NSA platform",
-        version=version("nsa-platform"),
+        version=__version__,
         description="OpenAI's API for models with Native Sparse Attention.",
         docs_url=None,
         redoc_url=None,
