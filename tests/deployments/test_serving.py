@@ -3,6 +3,7 @@
 The chat page in a browser as well: one cluster for all of them, and gone when they are.
 """
 
+import json
 import re
 import threading
 import time
@@ -17,6 +18,7 @@ import pytest
 from openai import APIError, BadRequestError, NotFoundError, RateLimitError
 from playwright.sync_api import Page, expect
 
+from jobs import benchmark
 from nsa_platform.data.chat import render_prompt
 from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.model.weights import load_model
@@ -103,6 +105,22 @@ def test_the_context_can_be_filled_to_its_last_token(serving):
     assert answer.usage.total_tokens == MAX_CONTEXT
     with pytest.raises(BadRequestError, match=f"maximum context length is {MAX_CONTEXT}"):
         serving.client.completions.create(prompt=[*prompt, 300], **settings)
+
+
+def test_the_benchmark_counts_what_it_asked_for(serving, tmp_path, capsys):
+    record = tmp_path / "record.json"
+    load = ["--base-url", serving.address, "--input-len=96", "--output-len=8", "--num-prompts=5"]
+    load += ["--max-concurrency=2", "--metadata=gpu=none", f"--result-filename={record}"]
+    assert benchmark.main(load) == 0
+    assert "Successful requests:                               5" in capsys.readouterr().out
+    result = json.loads(record.read_text())
+    assert (result["model_id"], result["gpu"], result["failed"]) == (MODEL_ID, "none", 0)
+    assert (result["total_input_tokens"], result["total_output_tokens"]) == (5 * 96, 5 * 8)
+    assert 0 < result["median_ttft_ms"] < result["median_e2el_ms"] < 1000 * result["duration"]
+    with pytest.raises(SystemExit) as end:
+        benchmark.main([*load, f"--input-len={MAX_CONTEXT}"])
+    assert end.value.code == 2
+    assert f"exceed the model's max_model_len={MAX_CONTEXT}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("is_streamed", [True, False])

@@ -2,9 +2,26 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from nsa_platform.config.base import Strict
+from nsa_platform.config.model import ModelConfig, YarnConfig
+
+
+class ModelOverrides(Strict):
+    """Sizes of an exported model that no weight depends on, and that may be served differently."""
+
+    max_context: PositiveInt | None = None
+    """Longest sequence in tokens; null: as exported."""
+    yarn: YarnConfig | None = None
+    """Stretches the positions to it; null: as exported."""
+    rope_base: PositiveFloat | None = None
+    """null: as exported."""
+
+    def of(self, model: ModelConfig) -> ModelConfig:
+        """The model's configuration with what is overridden."""
+        changes = {name: getattr(self, name) for name in type(self).model_fields}
+        return model.model_copy(update={k: v for k, v in changes.items() if v is not None})
 
 
 class EngineConfig(Strict):
@@ -12,6 +29,8 @@ class EngineConfig(Strict):
 
     max_model_len: PositiveInt | None = None
     """Tokens of one request, prompt and output together; null: the model's max_context."""
+    hf_overrides: ModelOverrides = ModelOverrides()
+    """Serve the model for a longer context than it was exported for."""
     max_num_seqs: PositiveInt = 16
     """Requests that run at once."""
     max_num_batched_tokens: PositiveInt = 2048

@@ -134,16 +134,20 @@ def weights_digest(folder: str | Path) -> str:
 
 def load_model(
     folder: str | Path,
+    config: ModelConfig | None = None,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Transformer:
     """The exported model on a device, weights cast to dtype.
 
+    Args:
+        config: what to make of the weights; None: the exported model's own.
+
     Raises:
         ExportError: a file is missing, broken or foreign, or the tensors do not fit the config.
     """
-    config = load_config(folder)
+    config = config or load_config(folder)
     path = Path(folder) / WEIGHTS_FILE
     if not path.is_file():
         raise ExportError(f"{path}: does not exist")

@@ -33,13 +33,13 @@ def load_engine(
     if not folder.is_dir():
         raise ExportError(f"{folder}: is no folder of an exported model")
     # What is cheap to find out comes before the weights.
-    model_config = load_config(folder)
+    model_config = config.hf_overrides.of(load_config(folder))
     tokenizer = Tokenizer(folder)
     _check_tokenizer(folder, tokenizer, model_config.vocab_size)
     model_len_of(model_config, config)
     blocks_per_page_of(model_config, config)
     place = torch.device(device)
-    model = load_model(folder, device=place, dtype=_dtype_of(config, place))
+    model = load_model(folder, model_config, device=place, dtype=_dtype_of(config, place))
     return Engine(model.requires_grad_(False), tokenizer, config)
 
 

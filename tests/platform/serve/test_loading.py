@@ -94,3 +94,17 @@ def test_sizes_are_refused_before_the_weights_are_read(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="max_model_len=129"):
         load_engine(folder, EngineConfig(max_model_len=129), "cpu")
+
+
+def test_a_longer_context_needs_no_other_weights(folder, make_speaker):
+    longer = {"max_context": 512, "yarn": {"factor": 4, "original_context": 128}}
+    engine = load_engine(folder, EngineConfig(max_num_seqs=1, hf_overrides=longer), "cpu")
+    assert engine.max_model_len == 512
+    engine.add("a", [5, 6, 7] * 60, SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True))
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    ids = [token for output in outputs for token in output.token_ids]
+    stretched = make_speaker(None, **longer)
+    assert ids == list(Generator(stretched).stream([5, 6, 7] * 60, 9))
+    assert ids != list(Generator(make_speaker(max_context=512)).stream([5, 6, 7] * 60, 9))

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from nsa_platform.config.serve import EngineConfig
 from nsa_platform.model.inputs import PackedInputs
+from nsa_platform.serve.engine import Engine
 from nsa_platform.serve.generator import Generator
 from nsa_platform.serve.kv_cache import KvCache
 from nsa_platform.serve.pages import SequencePages
+from nsa_platform.serve.request import SamplingParams
 
 pytestmark = pytest.mark.gpu
 
@@ -110,3 +113,26 @@ def test_greedy_equals_recomputing_from_scratch(model, length):
         # Not the largest alone: two paths round differently, and equal scores may change places.
         assert logits[token] >= logits.max() - 1e-3
         ids.append(token)
+
+
+def test_a_batch_of_strangers_decodes_as_one_alone(make_speaker, toy_tokenizer):
+    speaker = make_speaker(ATTENTION["nsa"], **FIELDS).cuda()
+    sizes = EngineConfig(max_num_seqs=3, max_num_batched_tokens=96, num_kv_tokens=1024)
+    engine = Engine(speaker, toy_tokenizer, sizes)
+    prompts = {str(length): ids_of(length).tolist() for length in (1, 63, 130, 200, 310)}
+    greedy = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+    for name, prompt in prompts.items():
+        engine.add(name, prompt, greedy)
+    generated: dict[str, list[int]] = {name: [] for name in prompts}
+    while engine.has_work:
+        for output in engine.step():
+            generated[output.request_id] += output.token_ids
+        engine.check()
+    for name, prompt in prompts.items():
+        assert len(generated[name]) == 24
+        ids = torch.tensor(prompt + generated[name], device="cuda")
+        with torch.no_grad():
+            inputs = PackedInputs.from_lengths([len(ids)], device="cuda")
+            logits = speaker.logits(speaker(ids, inputs).hidden[len(prompt) - 1 : -1])
+        taken = logits.gather(1, ids[len(prompt) :, None])[:, 0]
+        assert (taken >= logits.max(1).values - 1e-3).all()

@@ -1,0 +1,198 @@
+"""Measure a server of OpenAI's API: tokens per second, time to the first token, time per token.
+
+    python -m jobs.benchmark --input-len 32000 --output-len 128 --num-prompts 16 --max-concurrency 4
+
+Prompts are windows of real text (this Python's standard library unless --dataset-path names other
+files), as token ids of exactly --input-len; answers have exactly --output-len tokens (ignore_eos).
+Flags, and names in the file of --result-filename, are those of `vllm bench serve`, which works
+against these servers too.
+
+Exit status: 0 all requests were answered; 1 some were not; 2 the server or a flag is wrong.
+"""
+
+import argparse
+import asyncio
+import json
+import sysconfig
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from jobs.cli import EXIT_BAD_CONFIG, fail, interruptible
+from jobs.serving_load import (
+    LoadError,
+    Sample,
+    draw_prompts,
+    run_load,
+    served_model,
+    summary,
+    tokens_of,
+)
+
+LINES = {
+    "Successful requests": "completed",
+    "Failed requests": "failed",
+    "Benchmark duration (s)": "duration",
+    "Total input tokens": "total_input_tokens",
+    "Total generated tokens": "total_output_tokens",
+    "Request throughput (req/s)": "request_throughput",
+    "Output token throughput (tok/s)": "output_throughput",
+    "Total token throughput (tok/s)": "total_token_throughput",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Send the load, print and record what it took."""
+    options = _parser().parse_args(argv)
+    console = Console(highlight=False, soft_wrap=True)
+    with interruptible():
+        try:
+            result, samples = _measure(options, console)
+        except (LoadError, OSError) as error:
+            fail(str(error), status=EXIT_BAD_CONFIG)
+    _report(result, console)
+    for sample in samples:
+        if sample.error:
+            console.print(f"failed: {sample.error}", markup=False)
+    if options.result_filename is not None:
+        options.result_filename.parent.mkdir(parents=True, exist_ok=True)
+        options.result_filename.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        console.print(f"{options.result_filename}", markup=False)
+    return 1 if result["failed"] else 0
+
+
+def _measure(options: argparse.Namespace, console: Console) -> tuple[dict[str, Any], list[Sample]]:
+    model, max_model_len = served_model(options.base_url, options.model)
+    total = options.input_len + options.output_len
+    if max_model_len and total > max_model_len:
+        raise LoadError(
+            f"--input-len + --output-len = {total} exceed the model's max_model_len={max_model_len}"
+        )
+    ids = tokens_of(
+        options.base_url,
+        model,
+        _texts(options.dataset_path),
+        count=2 * options.input_len,
+        max_model_len=max_model_len or total,
+    )
+    warm, count = options.num_warmups, options.num_prompts
+    prompts = draw_prompts(ids, length=options.input_len, count=warm + count, seed=options.seed)
+    load = {"output_len": options.output_len, "seed": options.seed}
+    concurrency = options.max_concurrency or count
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("warming up", total=warm + count)
+
+        def on_done(sample: Sample) -> None:
+            progress.update(bar, advance=1, description="measuring")
+
+        inf = float("inf")
+        asyncio.run(
+            run_load(
+                options.base_url, model, prompts[:warm], max_concurrency=concurrency,
+                request_rate=inf, on_done=on_done, **load,
+            )
+        )  # fmt: skip
+        samples, duration = asyncio.run(
+            run_load(
+                options.base_url, model, prompts[warm:], max_concurrency=concurrency,
+                request_rate=options.request_rate, on_done=on_done, **load,
+            )
+        )  # fmt: skip
+    result = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "backend": "openai",
+        "model_id": model,
+        "num_prompts": count,
+        "input_len": options.input_len,
+        "output_len": options.output_len,
+        "request_rate": "inf" if options.request_rate == inf else options.request_rate,
+        "max_concurrency": options.max_concurrency,
+        **dict(options.metadata),
+        **summary(samples, duration),
+    }
+    return result, samples
+
+
+def _texts(path: Path | None) -> list[Path]:
+    """Files in the order of their names."""
+    path = path or Path(sysconfig.get_path("stdlib"))
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise LoadError(f"--dataset-path: {path} is neither a file nor a folder")
+    found = sorted(each for each in path.glob("*") if each.is_file())
+    if not found:
+        raise LoadError(f"--dataset-path: {path} holds no file")
+    return found
+
+
+def _report(result: dict[str, Any], console: Console) -> None:
+    for label, key in LINES.items():
+        console.print(f"{label + ':':40}{result[key]:>12,}")
+    for name, meaning in (
+        ("ttft", "Time to first token"),
+        ("tpot", "Time per output token"),
+        ("itl", "Inter-token latency"),
+        ("e2el", "End-to-end latency"),
+    ):
+        if f"mean_{name}_ms" in result:
+            values = (result[f"{kind}_{name}_ms"] for kind in ("mean", "median", "p99"))
+            numbers = " / ".join(f"{value:,.2f}" for value in values)
+            console.print(f"{meaning + ', mean/median/p99 (ms):':48}{numbers}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--base-url", default="http://127.0.0.1:8000", help="the server, without /v1")
+    add("--model", help="served model; needed only where several are served")
+    add("--dataset-path", type=Path, metavar="PATH", help="text file, or folder of text files")
+    add("--input-len", type=_positive, default=1024, help="tokens of a prompt (%(default)s)")
+    add("--output-len", type=_positive, default=128, help="tokens of an answer (%(default)s)")
+    add("--num-prompts", type=_positive, default=16, help="requests (%(default)s)")
+    add("--max-concurrency", type=_positive, help="requests open at once (all)")
+    add("--request-rate", type=_rate, default=float("inf"), help="requests a second (inf)")
+    add("--num-warmups", type=_natural, default=1, help="requests before the clock (%(default)s)")
+    add("--seed", type=int, default=0, help="of the windows and the arrivals (%(default)s)")
+    add("--metadata", type=_pair, action="append", default=[], metavar="K=V", help="for the record")
+    add("--result-filename", type=Path, metavar="X.json", help="write the record there")
+    return parser
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more, got {text!r}")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not rate > 0:
+        raise argparse.ArgumentTypeError(f"must be a number above 0 or inf, got {text!r}")
+    return rate
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, got {text!r}")
+    return key, value
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,71 @@
+"""jobs.benchmark without a server: its sums, and what it refuses."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs import benchmark
+from jobs.serving_load import LoadError, Sample, draw_prompts, summary, tokens_of
+from tests.ports import free_ports
+
+
+def test_rates_and_times_are_those_of_the_samples() -> None:
+    samples = [
+        Sample(100, 3, ttft_s=0.5, itl_s=(0.1, 0.3), e2el_s=0.9),
+        Sample(50, 2, ttft_s=1.5, itl_s=(0.2,), e2el_s=1.7),
+        Sample(70, error="refused"),
+    ]
+    result = summary(samples, 2.0)
+    assert (result["completed"], result["failed"]) == (2, 1)
+    assert (result["total_input_tokens"], result["total_output_tokens"]) == (150, 5)
+    assert (result["request_throughput"], result["output_throughput"]) == (1.0, 2.5)
+    assert result["total_token_throughput"] == 77.5
+    assert (result["mean_ttft_ms"], result["median_ttft_ms"]) == (1000, 1000)
+    assert (result["mean_tpot_ms"], result["mean_itl_ms"]) == (200, 200)
+    assert result["mean_e2el_ms"] == 1300
+    assert result["p99_ttft_ms"] == 1490
+
+
+def test_nothing_answered_has_no_times() -> None:
+    result = summary([Sample(1, error="no")], 1.0)
+    assert result["completed"] == 0 and "mean_ttft_ms" not in result
+
+
+def test_prompts_are_windows_that_a_seed_repeats() -> None:
+    ids = list(range(1000))
+    prompts = draw_prompts(ids, length=30, count=20, seed=1)
+    assert all(prompt == ids[prompt[0] : prompt[0] + 30] for prompt in prompts)
+    assert len({prompt[0] for prompt in prompts}) > 10
+    assert prompts == draw_prompts(ids, length=30, count=20, seed=1)
+    assert prompts != draw_prompts(ids, length=30, count=20, seed=2)
+    assert draw_prompts(ids, length=1000, count=1, seed=0) == [ids]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--input-len=0"], "must be a whole number above 0, got '0'"),
+        (["--num-warmups=-1"], "must be a whole number, 0 or more, got '-1'"),
+        (["--request-rate=0"], "must be a number above 0 or inf, got '0'"),
+        (["--metadata=gpu"], "must be KEY=VALUE, got 'gpu'"),
+    ],
+)
+def test_wrong_flags_are_refused(flags: list[str], message: str, capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        benchmark.main(flags)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_server_that_is_not_there_is_named(capsys) -> None:
+    address = f"http://127.0.0.1:{free_ports(1)[0]}"
+    with pytest.raises(SystemExit) as end:
+        benchmark.main(["--base-url", address])
+    assert end.value.code == 2
+    assert f"{address} does not answer" in capsys.readouterr().err
+
+
+def test_too_little_text_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(LoadError, match="0 tokens of text, and 10 are needed"):
+        tokens_of("http://x", "m", [tmp_path / "empty.txt"], count=10, max_model_len=64)
