@@ -10,8 +10,13 @@ from typing import Any
 
 import ray
 
+from jobs.ports import LOOPBACK, free_ports, is_free
+
 # A cluster of this process alone, on loopback: no token to exchange, no report to anyone.
 LOCAL_ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+
+DASHBOARD_VARIABLE = "RAY_API_SERVER_ADDRESS"
+DASHBOARD_PORT = 8265
 
 # Jobs show what their workers report to them; Ray's own lines and workers' output stay in its logs.
 QUIET = {"logging_level": logging.ERROR, "log_to_driver": False}
@@ -38,11 +43,31 @@ def connect(*, num_cpus: int | None = None) -> Iterator[None]:
     else:
         for name, value in LOCAL_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        _init(address="local", num_cpus=max(num_cpus or 0, os.cpu_count() or 1))
+        with _dashboard() as port:
+            cpus = max(num_cpus or 0, os.cpu_count() or 1)
+            _init(address="local", num_cpus=cpus, dashboard_port=port)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _dashboard() -> Iterator[int]:
+    """A port for a local cluster's dashboard, and its address for the processes that start inside.
+
+    Ray Train's watchdog asks it whether the training lives. Without an address it asks the cluster
+    that some file or process on this machine points to, which may be another one or long gone.
+    """
+    port = DASHBOARD_PORT if is_free(DASHBOARD_PORT) else free_ports(1)[0]
+    before = os.environ.get(DASHBOARD_VARIABLE)
+    os.environ[DASHBOARD_VARIABLE] = f"http://{LOOPBACK}:{port}"
+    try:
+        yield port
+    finally:
+        os.environ.pop(DASHBOARD_VARIABLE)
+        if before is not None:
+            os.environ[DASHBOARD_VARIABLE] = before
 
 
 def _init(**options: Any) -> None:

@@ -21,8 +21,9 @@ import psutil
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from jobs.ports import LOOPBACK, free_ports
 from jobs.postgres import database_uri, find_programs, postgres_service
-from jobs.services import LOOPBACK, Service, ServiceError, end_all, family_of, free_ports
+from jobs.services import Service, ServiceError, end_all, family_of
 from nsa_platform import storage
 from nsa_platform.tracking import ui_environment
 

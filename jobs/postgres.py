@@ -8,7 +8,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from jobs.services import LOOPBACK, Service, ServiceError, identity
+from jobs.ports import LOOPBACK
+from jobs.services import Service, ServiceError, identity
 
 PROGRAMS = ("initdb", "postgres", "pg_isready")
 DEBIAN_FOLDER = Path("/usr/lib/postgresql")

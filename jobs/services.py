@@ -3,7 +3,6 @@
 import os
 import pwd
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,12 +13,9 @@ from typing import Any
 
 import psutil
 
-LOOPBACK = "127.0.0.1"
 START_PATIENCE_S = 120.0
 LEFTOVER_PATIENCE_S = 2.0
 LOG_TAIL_LINES = 15
-# Weed listens for gRPC at this distance from each of its ports.
-GRPC_DISTANCE = 10_000
 
 
 class ServiceError(RuntimeError):
@@ -147,27 +143,3 @@ def end_all(processes: Sequence[psutil.Process]) -> None:
         deadline = time.monotonic() + LEFTOVER_PATIENCE_S
         while any(map(is_alive, left)) and time.monotonic() < deadline:
             time.sleep(0.05)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody listens on, nor at their gRPC distance."""
-    ports: list[int] = []
-    while len(ports) < count:
-        with socket.socket() as probe:
-            probe.bind((LOOPBACK, 0))
-            port = int(probe.getsockname()[1])
-        if port not in ports and port + GRPC_DISTANCE < 2**16 and is_free(port + GRPC_DISTANCE):
-            ports.append(port)
-    return ports
-
-
-def is_free(port: int) -> bool:
-    """Whether nobody listens on a port of loopback."""
-    with socket.socket() as probe:
-        # As servers do: what has just been closed may be taken again.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((LOOPBACK, port))
-        except OSError:
-            return False
-    return True

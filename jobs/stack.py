@@ -22,7 +22,8 @@ from rich.console import Console
 
 from jobs.cli import EXIT_BAD_CONFIG, fail, interruptible, port_number
 from jobs.local_stack import BUCKET, ENVIRONMENT_FILE, LocalStack, Ports
-from jobs.services import ServiceError, free_ports, is_free
+from jobs.ports import free_ports, is_free
+from jobs.services import ServiceError
 
 CHECK_EVERY_S = 0.5
 

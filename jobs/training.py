@@ -14,6 +14,7 @@ from rich.console import Console
 
 from jobs.cli import EXIT_INTERRUPTED, fail
 from jobs.cluster import connect
+from jobs.failures import FailureTeller
 from jobs.lock import alone
 from jobs.progress import TrainingProgress
 from jobs.training_inputs import (
@@ -31,7 +32,8 @@ from nsa_platform import storage
 from nsa_platform.config.runs import PretrainRun, SftRun
 from nsa_platform.tracking import RunHandle, Tracker, TrackingError, open_run, register_model
 from nsa_platform.train.estimate import estimate
-from nsa_platform.train.worker import FailureTeller, Outcome, Task, train_worker
+from nsa_platform.train.task import Outcome, Task
+from nsa_platform.train.worker import train_worker
 
 POLL_S = 0.3
 
@@ -202,7 +204,7 @@ def _task(
         start_from=origin.start_from,
         cache_dir=str(cache_folder(run)),
         has_validation=inputs.validation.tokens > 0,
-        handle=handle,
+        handle=handle.to_dict(),
         identity={"name": run.name, "described": inputs.described, "tracking": tracking},
         events=events,
     )

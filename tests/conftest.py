@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
+from jobs.ports import free_ports
 from nsa_platform.config.data import CorpusConfig, TokenizerConfig
 from nsa_platform.config.runs import PrepareDataRun
 from nsa_platform.data.preparation import prepare_here
 from tests.kernels.interpreted import import_kernels
-from tests.ports import free_ports
 
 START_TIMEOUT_S = 60
 

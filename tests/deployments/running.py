@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +21,8 @@ import httpx2
 import psutil
 import yaml
 from openai import OpenAI
+
+from jobs.ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL_ID = "tiny"
@@ -130,16 +134,10 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @contextmanager
 def serving(model: Path, folder: Path) -> Iterator[Serving]:
     """`ray start --head` and `serve deploy`; ends with everything that it started."""
-    dashboard = free_port()
+    dashboard, gcs, agent, http = free_ports(4)
     environment = {
         **os.environ,
         "RAY_AUTH_MODE": "disabled",
@@ -151,29 +149,31 @@ def serving(model: Path, folder: Path) -> Iterator[Serving]:
         "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
     }
-    gcs = free_port()
     environment["RAY_ADDRESS"] = f"127.0.0.1:{gcs}"
+    # Short, for its sockets' paths must be.
+    temporary = tempfile.mkdtemp(prefix="nsa-ray-")
     with (folder / "ray.log").open("wb") as log:
         head = subprocess.Popen(
             ["ray", "start", "--head", "--block", "--num-cpus=4", f"--port={gcs}",
              "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
              # Fixed otherwise, and taken if another cluster runs on this machine.
-             f"--dashboard-agent-listen-port={free_port()}"],
+             f"--dashboard-agent-listen-port={agent}",
+             # The clusters of other tests find themselves by what lies in the usual folder.
+             f"--temp-dir={temporary}"],
             env={name: value for name, value in environment.items() if name != "RAY_ADDRESS"},
             cwd=folder,
             stdout=log,
             stderr=log,
         )  # fmt: skip
         try:
-            running = Serving(
-                free_port(), f"http://127.0.0.1:{dashboard}", head, environment, folder
-            )
+            running = Serving(http, f"http://127.0.0.1:{dashboard}", head, environment, folder)
             eventually(lambda: _answers(running.dashboard), what="dashboard")
             _deploy(running, model)
             yield running
             running.client.close()
         finally:
             _stop(head)
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _stop(head: "subprocess.Popen[bytes]") -> None:

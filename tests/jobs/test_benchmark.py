@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from jobs import benchmark
+from jobs.ports import free_ports
 from jobs.serving_load import LoadError, Sample, draw_prompts, summary, tokens_of
-from tests.ports import free_ports
 
 
 def test_rates_and_times_are_those_of_the_samples() -> None:

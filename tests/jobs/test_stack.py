@@ -48,7 +48,7 @@ class RunningStack:
     def end(self, number: signal.Signals) -> list[psutil.Process]:
         """Send a signal and wait; what is left of all processes that there were."""
         family = family_of(self.process.pid)
-        assert len(family) > 8
+        assert len(family) > 8, self.said
         self.process.send_signal(number)
         self.process.wait(STOP_TIMEOUT_S)
         return [each for each in family if is_alive(each)]

@@ -15,8 +15,8 @@ import pytest
 import yaml
 from botocore.exceptions import ClientError
 
+from jobs.ports import free_ports
 from tests.k8s.manifests import ROOT
-from tests.ports import free_ports
 
 KEYS = {"AWS_ACCESS_KEY_ID": "the-key", "AWS_SECRET_ACCESS_KEY": "the-secret"}
 START_TIMEOUT_S = 60

@@ -4,20 +4,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import UserCallback
-from ray.util.queue import Queue
 
 from nsa_platform import storage
-from nsa_platform.config.data import LoaderConfig
-from nsa_platform.config.model import ModelConfig
-from nsa_platform.config.train import TrainConfig
 from nsa_platform.data.loader import Loader, LoaderState
 from nsa_platform.data.manifest import ShardError
 from nsa_platform.data.shards import ShardSet, open_split
@@ -35,58 +29,20 @@ from nsa_platform.train.metrics import Throughput, peak_flops
 from nsa_platform.train.optimizer import build_optimizer
 from nsa_platform.train.parallel import World
 from nsa_platform.train.snapshots import CheckpointError
+from nsa_platform.train.task import Events, Outcome, Task
 from nsa_platform.train.validation import Validation
 
 # The driver is told at most this often; its line of progress needs no more.
 REPORT_EVERY_S = 0.2
 
-# Of the workers that failed together, this many are named.
-NAMED_FAILURES = 4
-
 # Broken files: perhaps seen by one worker alone, and again by whoever takes its place.
 HOPELESS = (ShardError, TokenizerError, ExportError)
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """Everything a worker needs to know. All places in it are absolute."""
-
-    model: ModelConfig
-    data: LoaderConfig
-    train: TrainConfig
-    cpus: int
-    folder: str
-    """The run's own, local or s3://."""
-    start_from: str | None
-    """Exported model whose weights a new run begins with, local or s3://; None: from scratch."""
-    cache_dir: str
-    """Local folder for copies of remote files."""
-    has_validation: bool
-    handle: RunHandle
-    identity: dict[str, Any]
-    """What every checkpoint says about its run."""
-    events: Queue | None
-    """Where the first worker tells the driver how it goes; None: nowhere."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How it went, from the first worker."""
-
-    step: int
-    first_loss: float | None
-    last_loss: float | None
-    metrics: dict[str, float]
-    """Of the last step that this attempt has done."""
-    failed_checkpoints: list[int]
-    problem: str | None
-    """Why there is no finished model; None if there is one."""
 
 
 class Voice:
     """Tells the driver, from the first worker, and Ray Train, from all of them."""
 
-    def __init__(self, world: World, events: Queue | None, *, steps: int) -> None:
+    def __init__(self, world: World, events: Events | None, *, steps: int) -> None:
         self.metrics: dict[str, float] = {}
         self._all_events = events
         self._events = events if world.is_first else None
@@ -114,29 +70,6 @@ class Voice:
             ray.train.report({"step": step, **metrics})
 
 
-class FailureTeller(UserCallback):
-    """Tells the driver, from Ray Train's controller, which workers failed and why."""
-
-    def __init__(self, events: Queue) -> None:
-        self._events = events
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Called by Ray Train before it decides whether to start the workers again."""
-        for rank, error in sorted(worker_exceptions.items())[:NAMED_FAILURES]:
-            self._events.put_nowait({"line": f"worker {rank} failed: {_failure(error)}"})
-
-
-def _failure(error: Exception) -> str:
-    """What happened, in a line: Ray Train hands on an error, a traceback's text or a health
-    check's."""
-    told = getattr(error, "health_check_failure", error)
-    lines = str(told).strip().splitlines()
-    if lines and lines[0].startswith("Traceback"):
-        return lines[-1]
-    name = type(told).__name__
-    return f"{name}: {lines[0]}" if lines else name
-
-
 def train_worker(config: dict[str, Any]) -> Outcome:
     """Train one run, or go on with it, on this worker. `config` holds the Task as `task`."""
     task: Task = config["task"]
@@ -155,7 +88,7 @@ def train_worker(config: dict[str, Any]) -> Outcome:
         stack.enter_context(_warnings_told(voice))
         tracker = None
         if context.get_local_rank() == 0:
-            tracker = Tracker(task.handle, creates_run=world.is_first)
+            tracker = Tracker(RunHandle.from_dict(task.handle), creates_run=world.is_first)
             # What has not arrived is told by the driver, which delivers last.
             stack.callback(tracker.finish, None, report=False)
             stack.callback(SystemMonitor(tracker).stop)

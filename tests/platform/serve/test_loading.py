@@ -4,6 +4,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ def test_sizes_are_refused_before_the_weights_are_read(folder):
 
 
 def test_a_longer_context_needs_no_other_weights(folder, make_speaker):
-    longer = {"max_context": 512, "yarn": {"factor": 4, "original_context": 128}}
+    longer: Any = {"max_context": 512, "yarn": {"factor": 4, "original_context": 128}}
     engine = load_engine(folder, EngineConfig(max_num_seqs=1, hf_overrides=longer), "cpu")
     assert engine.max_model_len == 512
     engine.add("a", [5, 6, 7] * 60, SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True))
