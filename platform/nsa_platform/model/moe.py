@@ -33,7 +33,7 @@ class MoeFeedForward(nn.Module):
         weights, experts, balance_loss = self._route(x)
         order = experts.flatten().argsort(stable=True)
         pairs = x[:, None].expand(-1, self.config.experts_per_token, -1).flatten(0, 1)[order]
-        outputs = self._run_experts(pairs, experts)
+        outputs = self.run_experts(pairs, experts)
         chosen = outputs[order.argsort()].unflatten(0, experts.shape)  # [T, top-k, D]
         mixed = (chosen * weights[..., None].to(chosen.dtype)).sum(1).to(x.dtype)
         if self.shared is not None:
@@ -57,10 +57,12 @@ class MoeFeedForward(nn.Module):
         balance_loss = config.balance_loss * (frequency * probabilities.mean(0)).sum()
         return weights, experts, balance_loss
 
-    # Group sizes are data: a compiled version would be made anew for each.
-    @torch.compiler.disable()
-    def _run_experts(self, pairs: Tensor, experts: Tensor) -> Tensor:
-        """Outputs of pairs [T * top-k, D] that are sorted by expert."""
+    def run_experts(self, pairs: Tensor, experts: Tensor) -> Tensor:
+        """Outputs of pairs [T * top-k, D] that are sorted by expert.
+
+        Group sizes are data: whoever compiles a layer leaves this out (torch.compiler.disable), or
+        it is compiled anew for each.
+        """
         sizes = experts.flatten().bincount(minlength=self.config.routed_experts).tolist()
         parts = enumerate(pairs.split(sizes))
         return torch.cat([self._expert(index, part) for index, part in parts if len(part)])

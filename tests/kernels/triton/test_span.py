@@ -167,15 +167,28 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
     return float((actual.double() - exact).norm() / exact.norm())
 
 
-# Public kernels that scale in fp32 after the dot reach 0.5 to 0.7 % at these logits in bf16; one
-# that scales q in bf16 before it reaches 6.2 % at 60.
-MAX_DQ_ERROR = 0.007
+def dq_of(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, visible: Tensor, *, bf16: bool) -> Tensor:
+    """Gradient of q [T, R, K] of one group, written out; `bf16` rounds where a tensor core or the
+    stored output does: probabilities, output, gradient of the scores."""
+
+    def rounded(x: Tensor) -> Tensor:
+        return x.bfloat16().to(x.dtype) if bf16 else x
+
+    scale = q.shape[-1] ** -0.5
+    logits = torch.einsum("thk,sk->ths", q, k) * scale
+    weights = logits.masked_fill(~visible[:, None], -1e30).softmax(-1)
+    weights = weights * visible.any(-1)[:, None, None]
+    out = rounded(torch.einsum("ths,sv->thv", rounded(weights), v))
+    dweights = torch.einsum("thv,sv->ths", dout, v)
+    delta = (dout * out).sum(-1, keepdim=True)
+    return torch.einsum("ths,sk->thk", rounded(weights * (dweights - delta)), k) * scale
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("deviation", [8.0, 24.0, 60.0])
 @pytest.mark.parametrize("op", SPANS)
 def test_dq_is_precise_at_large_logits(op: str, deviation: float, device: str) -> None:
+    """As precise as bf16 allows, 0.5 to 0.9 %; scaling q in bf16 before the dot costs 6 % at 60."""
     inputs = make_inputs(
         [2000], config=PAPER, groups=1, heads_per_group=4, key_width=128, value_width=128,
         dtype=torch.bfloat16, device=device,
@@ -186,8 +199,6 @@ def test_dq_is_precise_at_large_logits(op: str, deviation: float, device: str) -
     torch.manual_seed(0)
     dout = torch.randn_like(out)
     dq, _, _ = backward(op, dout, torch.zeros_like(lse), q, k, v, out, lse, inputs.cu_seqlens)
-    exact_q, exact_k, exact_v = (x.double() for x in (q, k, v))
-    exact_q.requires_grad_(True)
     t = torch.arange(2000, device=device)[:, None]
     s = torch.arange(k.shape[0], device=device)
     visible = {
@@ -195,12 +206,11 @@ def test_dq_is_precise_at_large_logits(op: str, deviation: float, device: str) -
         "sliding": (s <= t) & (s > t - 512),
         "full": s <= t,
     }[op]
-    logits = torch.einsum("thk,sk->ths", exact_q, exact_k[:, 0]) * 128**-0.5
-    weights = logits.masked_fill(~visible[:, None], -1e300).softmax(-1)
-    weights = weights * visible.any(-1)[:, None, None]
-    exact = torch.einsum("ths,sv->thv", weights, exact_v[:, 0])
-    (exact_dq,) = torch.autograd.grad(exact, exact_q, dout.double())
-    assert relative_error(dq, exact_dq) <= MAX_DQ_ERROR
+    given = (q, k[:, 0], v[:, 0], dout)
+    exact = dq_of(*(x.double() for x in given), visible=visible, bf16=False)
+    attainable = dq_of(*(x.float() for x in given), visible=visible, bf16=True).bfloat16()
+    assert relative_error(dq, exact) <= 1.02 * relative_error(attainable, exact)
+    assert relative_error(dq, exact) < 0.01
 
 
 LONG = 270_336

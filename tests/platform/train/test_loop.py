@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from nsa_platform.config.data import LoaderConfig
+from nsa_platform.config.model import ModelConfig
 from nsa_platform.train.loop import TrainingDiverged
-from tests.platform.train.tiny_run import CONTEXT, MODEL, MOE, VOCAB, run, settings, write_data
+from tests.platform.train.tiny_run import CONTEXT, MOE, VOCAB, run, settings, write_data
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -100,7 +101,9 @@ def test_a_divergence_stops_before_it_is_saved(data: LoaderConfig, tmp_path: Pat
 @pytest.mark.filterwarnings("ignore")  # the compiler warns of what it meets inside itself
 def test_compiled_layers_learn_the_same(data: LoaderConfig, tmp_path: Path) -> None:
     short = {"steps": 2, "validate_every_steps": 9, "tokens_per_step": 2 * CONTEXT}
-    model = MODEL.model_copy(update={"layers": 1})
+    # One layer, for each is compiled; it has experts, which are left out.
+    tree = MOE.model_dump()
+    model = ModelConfig.parse(tree | {"layers": 1, "moe": tree["moe"] | {"dense_layers": 0}})
     plain = run(settings(**short), data, tmp_path / "plain", model_config=model)
     config = settings(compile=True, **short)
     compiled = run(config, data, tmp_path / "compiled", model_config=model)

@@ -30,12 +30,12 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("parallel", ["replicate", "shard"])
+@pytest.mark.parametrize(("parallel", "dtype"), [("replicate", "float32"), ("shard", "bfloat16")])
 def test_a_run_goes_on_from_its_second_checkpoint(
-    parallel: str, process_group: None, tmp_path: Path
+    parallel: str, dtype: str, process_group: None, tmp_path: Path
 ) -> None:
     data = write_data(tmp_path / "data")
-    changes = {"parallel": parallel, "dtype": "bfloat16", "checkpoint": {"every_steps": 2}}
+    changes = {"parallel": parallel, "dtype": dtype, "checkpoint": {"every_steps": 2}}
     place = {"model_config": WIDE, "device": "cuda:0"}
     straight = run(settings(**changes), data, tmp_path / "straight", **place)
     assert straight.lines == []
