@@ -34,8 +34,9 @@ $(READY): pyproject.toml constraints.txt
 quickstart: $(READY) ## the whole road on this machine: data, pretrain, SFT, evaluate, register, answer
 	@$(BIN)/python -m jobs.quickstart
 
+# One thread for each process: those of several would spin for cores that others have.
 test: $(READY) ## all tests that need no GPU
-	@$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile --no-loadscope-reorder
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(READY) ## style, types, import contracts, house laws
 	$(BIN)/ruff check .

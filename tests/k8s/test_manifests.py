@@ -2,13 +2,13 @@
 
 import copy
 import re
-import tomllib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import yaml
 
+from nsa_platform import __version__
 from tests.k8s.manifests import (
     BUILDS,
     ROADS,
@@ -120,10 +120,9 @@ def test_everything_that_is_named_exists(build: Build, road: str) -> None:
 
 @pytest.mark.parametrize("road", ROADS)
 def test_images_are_pinned_and_of_this_version(build: Build, road: str) -> None:
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     target = "gpu" if road.endswith("gpu") else "cpu"
     images = {c["image"] for pod in all_pods(whole(build, road)) for c in pod.containers}
-    assert images == {f"nsa-platform:{version}-{target}"} | UPSTREAM_IMAGES
+    assert images == {f"nsa-platform:{__version__}-{target}"} | UPSTREAM_IMAGES
 
 
 @pytest.mark.parametrize("folder", [*FOLDERS])

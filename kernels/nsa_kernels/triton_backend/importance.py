@@ -7,6 +7,8 @@ selection block is so summed in the same order, and blocks with equal scores com
 equal wherever they lie, which the rule for ties (the lower block) rests on.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -263,10 +265,36 @@ def importance_tiles(key_width: int, dtype: torch.dtype) -> Tiles:
     if dtype.itemsize == 4:
         return Tiles(rows=64, keys=32, num_warps=4, num_stages=1)
     if key_width <= 128:
-        return Tiles(rows=128, keys=128, num_warps=8, num_stages=2)
+        return Tiles(rows=64, keys=128, num_warps=4, num_stages=2)
     if key_width <= 192:
         return Tiles(rows=128, keys=64, num_warps=8, num_stages=2)
     return Tiles(rows=64, keys=64, num_warps=4, num_stages=2)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What is known of some rows before their blocks are chosen."""
+
+    importance: Tensor
+    """fp32 [rows, G, S]"""
+    carry: Tensor
+    """fp32 [rows, G, S]; entry j belongs to block j + 1."""
+    positions: Tensor
+    """int32 [rows], the query's place in its sequence, -1: no query."""
+    tokens: Tensor
+    """int32 [rows], the query's packed token."""
+
+    @classmethod
+    def empty(cls, rows: int, groups: int, blocks: int, device: torch.device) -> "Scores":
+        """Memory for so many rows."""
+        importance, carry = torch.empty(2, rows, groups, blocks, dtype=torch.float32, device=device)
+        positions, tokens = torch.empty(2, rows, dtype=torch.int32, device=device)
+        return cls(importance, carry, positions, tokens)
+
+    def first(self, rows: int) -> "Scores":
+        """The first rows of it."""
+        parts = (self.importance, self.carry, self.positions, self.tokens)
+        return Scores(*(part[:rows] for part in parts))
 
 
 def select_blocks(
@@ -282,7 +310,7 @@ def select_blocks(
     Source:
         arXiv 2502.11089, Eq. 8-11; Eq. 9 as overlap, counted in strides.
     """
-    num_tokens, num_heads, key_width = q.shape
+    num_tokens, _, key_width = q.shape
     num_groups = k_cmp.shape[1]
     block_indices = torch.empty(
         num_tokens, num_groups, config.num_selected_blocks, dtype=torch.int32, device=q.device
@@ -290,55 +318,68 @@ def select_blocks(
     if num_tokens == 0:
         return block_indices
     tiles = importance_tiles(key_width, q.dtype)
-    num_sequences = cu_seqlens.shape[0] - 1
     num_blocks = triton.cdiv(num_tokens, config.selection_block_size)
-    total = num_tiles(num_tokens, num_sequences, tiles.rows)
-    strides = config.selection_block_size // config.compression_stride
-    strides_padded = triton.next_power_of_2(strides)
-    tile_blocks = max(1, tiles.keys // strides_padded)
+    total = num_tiles(num_tokens, cu_seqlens.shape[0] - 1, tiles.rows)
+    # Importances of a part of the queries at a time: those of all would not fit at long contexts.
     chunk = max(1, min(total, _BUFFER_BYTES // (8 * tiles.rows * num_groups * num_blocks)))
-    num_rows = chunk * tiles.rows
-    cu_seqlens_cmp = compressed_cu_seqlens(cu_seqlens, config)
-    importance, carry = torch.empty(
-        2, num_rows, num_groups, num_blocks, dtype=torch.float32, device=q.device
-    )
-    row_positions, row_tokens = torch.empty(2, num_rows, dtype=torch.int32, device=q.device)
+    scores = Scores.empty(chunk * tiles.rows, num_groups, num_blocks, q.device)
+    offsets = (cu_seqlens, compressed_cu_seqlens(cu_seqlens, config))
     for first in range(0, total, chunk):
         count = min(chunk, total - first)
-        rows = slice(0, count * tiles.rows)
-        span_importance_kernel[(triton.cdiv(num_blocks, tile_blocks), count, num_groups)](
-            q,
-            k_cmp,
-            lse,
-            cu_seqlens,
-            cu_seqlens_cmp,
-            importance,
-            carry,
-            row_positions,
-            row_tokens,
-            scale * LOG2_E,
-            first,
-            num_sequences,
-            num_groups,
-            num_blocks,
-            R=num_heads // num_groups,
-            **key_widths(key_width),
-            COMPRESSION_BLOCK=config.compression_block_size,
-            STRIDE=config.compression_stride,
-            SELECTION_BLOCK=config.selection_block_size,
-            CHOSEN=config.num_selected_blocks,
-            TILE_Q=tiles.rows,
-            TILE_S=tile_blocks,
-            STRIDES_PADDED=strides_padded,
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
-        )
+        part = scores.first(count * tiles.rows)
+        _score(q, k_cmp, lse, offsets, part, config, scale, tiles, first, count)
         top_blocks(
-            importance[rows],
-            row_positions[rows],
-            row_tokens[rows],
+            part.importance,
+            part.positions,
+            part.tokens,
             block_indices,
             config,
-            carry=carry[rows],
+            carry=part.carry,
         )
     return block_indices
+
+
+def _score(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    offsets: tuple[Tensor, Tensor],
+    scores: Scores,
+    config: NsaConfig,
+    scale: float,
+    tiles: Tiles,
+    first: int,
+    count: int,
+) -> None:
+    """Fill `scores` for `count` tiles of queries from the first-th on; `offsets` are cu_seqlens of
+    the tokens and of the compressed keys."""
+    _, num_heads, key_width = q.shape
+    _, num_groups, num_blocks = scores.importance.shape
+    strides = triton.next_power_of_2(config.selection_block_size // config.compression_stride)
+    tile_blocks = max(1, tiles.keys // strides)
+    span_importance_kernel[(triton.cdiv(num_blocks, tile_blocks), count, num_groups)](
+        q,
+        k_cmp,
+        lse,
+        *offsets,
+        scores.importance,
+        scores.carry,
+        scores.positions,
+        scores.tokens,
+        scale * LOG2_E,
+        first,
+        offsets[0].shape[0] - 1,
+        num_groups,
+        num_blocks,
+        R=num_heads // num_groups,
+        **key_widths(key_width),
+        COMPRESSION_BLOCK=config.compression_block_size,
+        STRIDE=config.compression_stride,
+        SELECTION_BLOCK=config.selection_block_size,
+        CHOSEN=config.num_selected_blocks,
+        TILE_Q=tiles.rows,
+        TILE_S=tile_blocks,
+        STRIDES_PADDED=strides,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )

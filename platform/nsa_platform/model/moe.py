@@ -7,11 +7,15 @@ order of threads. The group sizes travel to the host once for each layer.
 Source: arXiv 2401.06066, sections 3.1 and 3.2 (shared experts), 3.3 (expert-level balance loss).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from nsa_platform.config.model import MoeConfig
 from nsa_platform.model.layers import SwiGlu
+
+_Experts = Callable[["MoeFeedForward", Tensor, Tensor], Tensor]
 
 
 class MoeFeedForward(nn.Module):
@@ -24,6 +28,9 @@ class MoeFeedForward(nn.Module):
         self.router = nn.Linear(width, experts, bias=False)
         self.gate_up = nn.Parameter(torch.empty(experts, width, 2 * hidden_width))
         self.down = nn.Parameter(torch.empty(experts, hidden_width, width))
+        # Group sizes are data: a compiled version would be made anew for each. Said here, not at
+        # the function: it imports the compiler, for which models without experts have no use.
+        self._run_experts: _Experts = torch.compiler.disable(_run_experts)  # pyright: ignore
         self.shared = (
             SwiGlu(width, config.shared_experts * hidden_width) if config.shared_experts else None
         )
@@ -33,7 +40,7 @@ class MoeFeedForward(nn.Module):
         weights, experts, balance_loss = self._route(x)
         order = experts.flatten().argsort(stable=True)
         pairs = x[:, None].expand(-1, self.config.experts_per_token, -1).flatten(0, 1)[order]
-        outputs = self.run_experts(pairs, experts)
+        outputs = self._run_experts(self, pairs, experts)
         chosen = outputs[order.argsort()].unflatten(0, experts.shape)  # [T, top-k, D]
         mixed = (chosen * weights[..., None].to(chosen.dtype)).sum(1).to(x.dtype)
         if self.shared is not None:
@@ -57,16 +64,14 @@ class MoeFeedForward(nn.Module):
         balance_loss = config.balance_loss * (frequency * probabilities.mean(0)).sum()
         return weights, experts, balance_loss
 
-    def run_experts(self, pairs: Tensor, experts: Tensor) -> Tensor:
-        """Outputs of pairs [T * top-k, D] that are sorted by expert.
-
-        Group sizes are data: whoever compiles a layer leaves this out (torch.compiler.disable), or
-        it is compiled anew for each.
-        """
-        sizes = experts.flatten().bincount(minlength=self.config.routed_experts).tolist()
-        parts = enumerate(pairs.split(sizes))
-        return torch.cat([self._expert(index, part) for index, part in parts if len(part)])
-
-    def _expert(self, index: int, x: Tensor) -> Tensor:
+    def expert(self, index: int, x: Tensor) -> Tensor:
+        """Output [T, D] of one routed expert for x [T, D]."""
         gate, up = (x @ self.gate_up[index]).chunk(2, dim=-1)
         return (nn.functional.silu(gate) * up) @ self.down[index]
+
+
+def _run_experts(layer: MoeFeedForward, pairs: Tensor, experts: Tensor) -> Tensor:
+    """Outputs of pairs [T * top-k, D] that are sorted by expert."""
+    sizes = experts.flatten().bincount(minlength=layer.config.routed_experts).tolist()
+    parts = enumerate(pairs.split(sizes))
+    return torch.cat([layer.expert(index, part) for index, part in parts if len(part)])

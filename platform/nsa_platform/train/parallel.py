@@ -8,7 +8,7 @@ any number of workers and microbatches.
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from nsa_platform.config.train import TrainConfig
-from nsa_platform.model.moe import MoeFeedForward
 
 # Gradients of replicas travel together up to this many elements.
 BUCKET_ELEMENTS = 1 << 25
@@ -55,10 +54,6 @@ def resolve_parallel(config: TrainConfig, *, on_gpu: bool) -> Literal["replicate
 def compile_layers(layers: Iterable[nn.Module]) -> None:
     """torch.compile each layer's forward; hooks of sharding stay outside."""
     for layer in layers:
-        for module in layer.modules():
-            if isinstance(module, MoeFeedForward):
-                experts: Any = module
-                experts.run_experts = torch.compiler.disable(module.run_experts)
         layer.forward = torch.compile(layer.forward)
 
 
