@@ -157,6 +157,14 @@ def test_wrong_overrides_start_nothing(override, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_wrong_model_is_told_in_one_line(capsys):
+    key = "applications.0.args.llm_configs.0.engine_kwargs.max_num_sqs=3"
+    with pytest.raises(SystemExit):
+        main(["--config", str(CONFIGS[0]), "--set", key])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "did you mean 'max_num_seqs'" in line
+
+
 def test_dry_run_prints_and_stops(capsys):
     main(["--config", str(CONFIGS[0]), "--dry-run"])
     assert "build_openai_app" in capsys.readouterr().out

@@ -43,7 +43,8 @@ class Strict(BaseModel):
         try:
             return cls.model_validate(tree)
         except ValidationError as error:
-            problems = [_explain(cls, problem) for problem in error.errors()]
+            found = error.errors()
+            problems = [_explain(cls, each) for each in found if not _is_echo(each, found)]
             raise ConfigError("\n".join(f"{source}: {line}" for line in problems)) from None
 
     @classmethod
@@ -129,6 +130,14 @@ def _explain(root: type[BaseModel], problem: Any) -> str:
     got = problem.get("input")
     shown = "" if isinstance(got, dict) else f", got {got!r}"
     return f"{key}: {message}{shown}"
+
+
+def _is_echo(problem: Any, found: Sequence[Any]) -> bool:
+    """A list counts as too short when what it holds is wrong, and that is told already."""
+    place = problem["loc"]
+    return problem["type"] == "too_short" and any(
+        len(other["loc"]) > len(place) and other["loc"][: len(place)] == place for other in found
+    )
 
 
 def _is_union_tag(part: str | int, problem: Any) -> bool:
