@@ -127,9 +127,9 @@ class ProgressDisplay:
             print(f"{line}  {note}".rstrip(), file=self._console.file, flush=True)
 
 
-def print_report(done: Prepared, output: str, console: Console) -> None:
+def print_report(done: Prepared, run: PrepareDataRun, console: Console) -> None:
     """Say what was made and what was left out."""
-    lines = [f"prepared {output}"]
+    lines = [f"prepared {run.output}"]
     if done.reused_parts == done.parts:
         lines[0] += " (nothing had changed)"
     elif done.reused_parts:
@@ -141,7 +141,9 @@ def print_report(done: Prepared, output: str, console: Console) -> None:
             f"{done.text_bytes[split]:,} bytes of text, {done.shards[split]:,} shards, "
             f"digest {done.digests[split][:12]}"
         )
-    lines.append(f"  vocabulary  {done.vocab_size:,} tokens")
+    asked = run.tokenizer.train_vocab_size or 0
+    fewer = f" of {asked:,}: the text has no more to merge" if done.vocab_size < asked else ""
+    lines.append(f"  vocabulary  {done.vocab_size:,} tokens{fewer}")
     reasons = [f"{count:,} {reason}" for reason, count in done.skipped.items()]
     lines.append(f"  skipped     {', '.join(reasons) or 'none'}")
     if done.replaced_utf8:

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             done = run_plan(plan)
         except (CorpusError, TokenizerError, StorageError) as error:
             fail(str(error))
-        print_report(done, run.output, Console())
+        print_report(done, run, Console())
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import ray
 from rich.console import Console
 
 from jobs.cluster import connect
-from jobs.preparation import ProgressDisplay, TaskPool
+from jobs.preparation import ProgressDisplay, TaskPool, print_report
 from jobs.prepare_data import main
 from nsa_platform import storage
 from nsa_platform.config.runs import PrepareDataRun
@@ -123,6 +124,18 @@ def files_below(folder: Path) -> dict[str, bytes]:
     }
 
 
+def test_a_vocabulary_that_the_text_does_not_fill_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = tmp_path / "a.txt"
+    raw.write_text("some text " * 99)
+    config = write_yaml(tmp_path, raw, str(tmp_path / "out"))
+    run = PrepareDataRun.load(config, ["validation_fraction=0"])
+    print_report(prepare_here(run), run, Console())
+    shown = capsys.readouterr().out
+    assert re.search(r"vocabulary  \d+ tokens of 400: the text has no more to merge", shown)
+
+
 @pytest.mark.cluster
 @pytest.mark.parametrize("num_tasks", [1, 3])
 def test_the_result_does_not_depend_on_the_number_of_tasks(
@@ -139,6 +152,7 @@ def test_the_result_does_not_depend_on_the_number_of_tasks(
     shown = capsys.readouterr()
     assert files_below(tmp_path / "out") == files_below(tmp_path / "here")
     assert f"digest {expected.digests['train'][:12]}" in shown.out
+    assert "vocabulary  400 tokens\n" in shown.out
     assert "skipped     none" in shown.out
     assert "tokenising: 40 of 40 files" in shown.err
     main(["--config", str(config)])
