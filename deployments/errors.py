@@ -127,7 +127,15 @@ def install_handlers(app: FastAPI) -> None:
         )
         return failure.response()
 
+    def on_surrogate(_: Request, __: Exception) -> Response:
+        reason = "half of a surrogate pair, which UTF-8 cannot carry"
+        return Failure(
+            400, f"The body is not JSON: it holds {reason}", code="invalid_json"
+        ).response()
+
     app.add_exception_handler(ApiError, on_failure)
+    # From FastAPI itself, where it words what is wrong with a key.
+    app.add_exception_handler(UnicodeEncodeError, on_surrogate)
     app.add_exception_handler(RequestValidationError, on_validation)
     app.add_exception_handler(HTTPException, on_http)
 

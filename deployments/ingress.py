@@ -138,6 +138,7 @@ def _add_models(app: FastAPI, backend: Backend, *, created: int) -> None:
 
 
 def _add_operations(app: FastAPI, backend: Backend) -> None:
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", responses={503: REFUSALS[503]})
     async def health() -> Health:
         """Whether every model can answer."""

@@ -94,7 +94,7 @@ class Generation(Body):
     """Only this many of the likeliest tokens are eligible; 0 and -1: all."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     """Only tokens at least this share as likely as the likeliest one are eligible."""
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] | None = None
     """Above 1: tokens of prompt and output become less likely. Default 1."""
     presence_penalty: Penalty | None = None
     """Taken once from the score of every token of the output."""

@@ -106,7 +106,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.dry_run:
         return
     try:
-        with interruptible(), connect(num_cpus=MIN_CPUS), served(file) as address:
+        with (
+            interruptible("interrupted; nothing is served any more"),
+            connect(num_cpus=MIN_CPUS),
+            served(file) as address,
+        ):
             _announce(console, address, file)
             while True:
                 time.sleep(3600)

@@ -67,8 +67,8 @@ def describe_run(run: Strict) -> None:
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """End the process with status 130 and one line if it is interrupted inside the block.
+def interruptible(line: str = "interrupted; the same command goes on from here") -> Iterator[None]:
+    """End the process with status 130 and the line if it is interrupted inside the block.
 
     SIGTERM counts as an interruption: whoever stops a job lets it end its run and its processes.
     """
@@ -76,7 +76,7 @@ def interruptible() -> Iterator[None]:
         with _terminated_as_interrupted():
             yield
     except KeyboardInterrupt:
-        fail("interrupted; the same command goes on from here", status=EXIT_INTERRUPTED)
+        fail(line, status=EXIT_INTERRUPTED)
 
 
 @contextmanager

@@ -64,7 +64,7 @@ REFUSED = [
     (completion(temperature=float("nan")), "temperature", "finite number"),
     (completion(top_p=0), "top_p", "greater than 0"),
     (completion(top_k=-2), "top_k", "greater than or equal to -1"),
-    (completion(repetition_penalty=0), "repetition_penalty", "greater than 0"),
+    (completion(repetition_penalty=1e-40), "repetition_penalty", "greater than or equal to 0.01"),
     (completion(presence_penalty=-3), "presence_penalty", "greater than or equal to -2"),
     (completion(seed=2**70), "seed", "less than or equal to"),
     (completion(n=0), "n", "greater than or equal to 1"),
@@ -94,6 +94,17 @@ def post(client: TestClient, path: str, body: object):
     # The test client refuses to write NaN or half a surrogate pair; any client may send them.
     headers = {"Content-Type": "application/json"}
     return client.post(path, content=json.dumps(body), headers=headers)
+
+
+def test_half_a_surrogate_pair_as_a_key(client):
+    path, body = completion()
+    response = post(client, path, {**body, "\ud800": 1})
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "invalid_json"
+
+
+def test_health_may_be_asked_without_a_body(client):
+    assert client.head("/health").status_code == 200
 
 
 @pytest.mark.parametrize(("request_", "param", "message"), REFUSED)

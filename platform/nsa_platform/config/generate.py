@@ -2,7 +2,7 @@
 
 from typing import Annotated, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from nsa_platform.config.base import Strict
 from nsa_platform.config.locations import Location, ModelLocation, ServiceLocation
@@ -28,7 +28,7 @@ class SamplingConfig(Strict):
     """Only this many of the likeliest tokens are eligible; 0: all."""
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Only tokens at least this share as likely as the likeliest one are eligible."""
-    repetition_penalty: PositiveFloat = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=10)] = 1.0
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()

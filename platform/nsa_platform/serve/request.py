@@ -14,6 +14,11 @@ MAX_LOGIT_BIAS = 100.0
 FinishReason = Literal["stop", "length", "abort"]
 
 
+# Scores are divided by it: beyond these they would leave what float32 holds.
+MIN_REPETITION_PENALTY = 0.01
+MAX_REPETITION_PENALTY = 10.0
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one request is to be continued, and when it ends.
@@ -75,10 +80,10 @@ class SamplingParams:
         _require(self.top_k >= 0, "top_k", self.top_k, "must not be negative (0: all tokens)")
         _require(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "must lie in [0, 1]")
         _require(
-            0.0 < self.repetition_penalty < math.inf,
+            MIN_REPETITION_PENALTY <= self.repetition_penalty <= MAX_REPETITION_PENALTY,
             "repetition_penalty",
             self.repetition_penalty,
-            "must be a finite number > 0",
+            f"must lie in [{MIN_REPETITION_PENALTY}, {MAX_REPETITION_PENALTY}]",
         )
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
