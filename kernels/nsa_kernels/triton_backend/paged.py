@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from nsa_kernels.shapes import NsaConfig
-from nsa_kernels.triton_backend.importance import paged_importance_kernel
+from nsa_kernels.triton_backend.paged_importance import paged_importance_kernel
 from nsa_kernels.triton_backend.paged_merge import paged_merge_kernel
 from nsa_kernels.triton_backend.paged_rows import Rows, locate_rows
 from nsa_kernels.triton_backend.paged_selected import paged_selected_sliding_forward_kernel
