@@ -79,7 +79,7 @@ def tunables(workload: Workload, tensors: Tensors) -> dict[str, Tunable]:
         forward = partial(span_forward, q, k, v, cu_seqlens, span, scale)
         out, lse = forward()
         delta = row_delta(out, dout, lse, torch.zeros_like(lse))
-        saved = (dout, q, k, v, lse, delta, cu_seqlens, span, scale)
+        saved = (dout, q, k, v, lse, delta, None, cu_seqlens, span, scale)
         dq, dkv = partial(span_dq, *saved), partial(span_dkv, *saved)
         found[f"span_forward:{name}"] = Tunable(
             "span_forward", "span_forward_tiles", forward, rows, keys, warps

@@ -7,11 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsa_kernels import NsaConfig, triton_backend
+from nsa_kernels import NsaConfig, reference, triton_backend
 from nsa_kernels.shapes import compressed_cu_seqlens
+from nsa_kernels.triton_backend.span_backward import span_gradients
 from nsa_kernels.triton_backend.span_dkv import dkv_tiles
 from nsa_kernels.triton_backend.span_dq import dq_tiles
-from nsa_kernels.triton_backend.span_forward import full_span, span_forward_tiles
+from nsa_kernels.triton_backend.span_forward import (
+    compressed_span,
+    full_span,
+    sliding_span,
+    span_forward,
+    span_forward_tiles,
+)
 from nsa_kernels.triton_backend.tiles import split_width
 from tests.kernels.cases import (
     DENSE_STRIDE,
@@ -19,10 +26,11 @@ from tests.kernels.cases import (
     PAPER,
     SMALL,
     Target,
+    assert_close,
     make_inputs,
     offsets,
 )
-from tests.kernels.judge import judge
+from tests.kernels.judge import call, judge, op_inputs
 
 SPANS = ("compressed", "sliding", "full")
 INTERPRETER = Target(backend="triton", device="cpu")
@@ -131,6 +139,50 @@ def test_compiled(op: str, case: Case, dtype: torch.dtype, device: str) -> None:
     check(op, case, Target(backend="triton", device=device), dtype)
 
 
+def check_weighted(op: str, case: Case, device: str, dtype: torch.dtype) -> None:
+    """Gradients of weights * out against float64 autograd of the reference."""
+    inputs = make_inputs(
+        list(case.lengths), config=case.config, groups=case.groups,
+        heads_per_group=case.heads_per_group, key_width=case.key_width,
+        value_width=case.value_width, dtype=dtype, device=device, spare_blocks=2,
+    )  # fmt: skip
+    exact = inputs.double()
+    tensors = [tensor.requires_grad_(True) for tensor in op_inputs(op, exact).values()]
+    out = call(reference, op, exact)[0]
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(out.shape[:2], generator=generator)
+    dout = torch.randn(out.shape, generator=generator).to(dtype)
+    weighted = out * weights[..., None].double()
+    wanted = torch.autograd.grad(weighted, tensors, dout.double())
+    delta = (weighted * dout).sum(-1).detach().float()
+    span = {
+        "compressed": lambda: compressed_span(inputs.cu_seqlens, inputs.config),
+        "sliding": lambda: sliding_span(inputs.cu_seqlens, inputs.config),
+        "full": lambda: full_span(inputs.cu_seqlens),
+    }[op]()
+    q, k, v = op_inputs(op, inputs).values()
+    offsets, scale = inputs.cu_seqlens, case.key_width**-0.5
+    _, lse = span_forward(q, k, v, offsets, span, scale)
+    dout, delta, weights = dout.to(device), delta.to(device), weights.to(device)
+    got = span_gradients(dout, q, k, v, lse, delta, weights, offsets, span, scale)
+    for name, mine, right in zip(("dq", "dk", "dv"), got, wanted, strict=True):
+        assert_close(mine, right, f"weighted {op} {name}")
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("op", SPANS)
+def test_weights_of_rows_interpreted(op: str, dtype: torch.dtype) -> None:
+    check_weighted(op, Case((13, 0, 69), ODD, 2, 3, 48, 32), "cpu", dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", SPANS)
+def test_weights_of_rows(op: str, dtype: torch.dtype, device: str) -> None:
+    check_weighted(op, Case((1100, 31, 0, 530), PAPER, 2, 16, 128, 128), device, dtype)
+
+
 def backward(op: str, dout: Tensor, dlse: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
     """triton_backend's backward of op on (q, k, v, out, lse, cu_seqlens)."""
     scale = tensors[0].shape[-1] ** -0.5
@@ -167,6 +219,11 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
     return float((actual.double() - exact).norm() / exact.norm())
 
 
+# Public kernels that scale in fp32 after the dot reach 0.5 to 0.7 % in bf16; one that scales q in
+# bf16 before it reaches 6.2 % at a deviation of 60.
+MAX_DQ_ERROR = 0.007
+
+
 def dq_of(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, visible: Tensor, *, bf16: bool) -> Tensor:
     """Gradient of q [T, R, K] of one group, written out; `bf16` rounds where a tensor core or the
     stored output does: probabilities, output, gradient of the scores."""
@@ -188,7 +245,7 @@ def dq_of(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, visible: Tensor, *, bf1
 @pytest.mark.parametrize("deviation", [8.0, 24.0, 60.0])
 @pytest.mark.parametrize("op", SPANS)
 def test_dq_is_precise_at_large_logits(op: str, deviation: float, device: str) -> None:
-    """As precise as bf16 allows, 0.5 to 0.9 %; scaling q in bf16 before the dot costs 6 % at 60."""
+    """At 60 the rounding of probabilities and output alone may cost more than MAX_DQ_ERROR."""
     inputs = make_inputs(
         [2000], config=PAPER, groups=1, heads_per_group=4, key_width=128, value_width=128,
         dtype=torch.bfloat16, device=device,
@@ -209,8 +266,8 @@ def test_dq_is_precise_at_large_logits(op: str, deviation: float, device: str) -
     given = (q, k[:, 0], v[:, 0], dout)
     exact = dq_of(*(x.double() for x in given), visible=visible, bf16=False)
     attainable = dq_of(*(x.float() for x in given), visible=visible, bf16=True).bfloat16()
-    assert relative_error(dq, exact) <= 1.02 * relative_error(attainable, exact)
-    assert relative_error(dq, exact) < 0.01
+    bound = relative_error(attainable, exact) if deviation == 60.0 else MAX_DQ_ERROR
+    assert relative_error(dq, exact) <= bound
 
 
 LONG = 270_336
