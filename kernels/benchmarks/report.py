@@ -1,24 +1,75 @@
-"""Renders RESULTS.md from the benchmark's records; no figure is written by hand.
+"""Renders RESULTS.md and its pictures from the benchmark's records; no figure is written by hand.
 
 python kernels/benchmarks/report.py results/kernels.json
 """
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "RESULTS.md"
-BASELINES = ("sdpa_flash", "sdpa_cudnn", "full")
+OVERLAP = ROOT / "results" / "block_overlap.json"
+CONTEXT_PICTURE = "docs/kernels_context.png"
+DECODE_PICTURE = "docs/kernels_decode.png"
+DENSE = ("sdpa_flash", "sdpa_cudnn", "flash_attn_4", "full")
+WHOLE = {"nsa": "blocks at random", "nsa_real": "blocks shared as in a trained model"}
 
 Record = dict[str, Any]
 
 
-def render(records: list[Record]) -> str:
-    """The page: where it was measured, times by workload, ratios of the whole op, decoding."""
+class Times:
+    """The timed records by workload, op and direction."""
+
+    def __init__(self, records: list[Record]) -> None:
+        timed = [record for record in records if "direction" in record]
+        self.by_key = {tuple(record["name"].split("/")): record for record in timed}
+        self.workloads = list(dict.fromkeys(key[0] for key in self.by_key))
+        self.long = [w for w in self.workloads if "spot_error" in self.get(w, "nsa", "forward")]
+        self.short = [w for w in self.workloads if w not in self.long]
+
+    def get(self, workload: str, op: str, direction: str) -> Record:
+        """The record, or an empty one."""
+        return self.by_key.get((workload, op, direction), {})
+
+    def ops(self, workload: str) -> list[str]:
+        """Ops of a workload in the order in which they ran."""
+        return list(dict.fromkeys(key[1] for key in self.by_key if key[0] == workload))
+
+    def same_shape(self) -> list[str]:
+        """Workloads that differ from the first one in their tokens alone, by tokens."""
+        if not self.by_key:
+            return []
+        first = next(iter(self.by_key.values()))
+        alike = {
+            key[0]: record["tokens"]
+            for key, record in self.by_key.items()
+            if _shape(record) == _shape(first)
+        }
+        return sorted(alike, key=alike.__getitem__)
+
+    def tokens(self, workload: str) -> int:
+        """Length of a workload."""
+        return next(r["tokens"] for key, r in self.by_key.items() if key[0] == workload)
+
+    def both_ms(self, workload: str, op: str) -> float | None:
+        """Forward and backward together; None where one of them is missing."""
+        ways = [self.get(workload, op, way) for way in ("forward", "backward")]
+        return sum(way["value"] for way in ways) if all(ways) else None
+
+
+def render(records: list[Record], trained: list[Record] | None = None) -> str:
+    """The page: where it was measured, the crossover, times by workload, decoding.
+
+    Args:
+        trained: records of the overlap in a trained model, to stand beside the benchmark's.
+    """
     stamp = records[0]
     versions = ", ".join(f"{name} {version}" for name, version in stamp["versions"].items())
-    by_name = {record["name"]: record for record in records}
+    ceilings = {r["name"]: r["value"] for r in records if r["name"].startswith("ceiling/")}
+    times = Times(records)
     lines = [
         "# Kernel benchmarks",
         "",
@@ -27,82 +78,222 @@ def render(records: list[Record]) -> str:
         f"{stamp['device']}; {versions}; commit {stamp['commit']}; {stamp['date']}.",
         f"Reproduce: `{stamp['command']}`.",
         "",
-        "Medians, L2 flushed between calls; one sequence, 64 query heads, 4 key/value heads,",
-        "blocks chosen uniformly at random beside the forced ones. Outputs and gradients of every",
-        "op agreed with the float64 reference before anything was timed.",
+        "Medians, L2 flushed between calls, one sequence, bf16. Outputs and gradients of every op",
+        "agreed with the float64 reference before anything was timed. Blocks are chosen at random",
+        "beside the forced ones, the hardest case, or, in ops named `_real`, shared by neighbours",
+        "as in a trained model (below). `sdpa_flash` and `sdpa_cudnn` are torch's dense kernels,",
+        "`full` is our own dense one.",
         "",
-        *_ceilings(by_name),
+        f"Ceilings measured in the same run: {ceilings['ceiling/matmul']:.0f} TFLOP/s in a bf16",
+        f"product of matrices, {ceilings['ceiling/copy']:.2f} TB/s in a copy. The floor of an op",
+        "is its least products at the first or its least bytes at the second, what takes longer.",
+        "",
+        f"![Time against context](../../{CONTEXT_PICTURE})",
+        f"![Decode latency against context](../../{DECODE_PICTURE})",
+        *_crossover(times),
     ]
-    for workload in dict.fromkeys(_parts(r)[0] for r in records if "direction" in r):
-        lines += ["", f"## {workload}", "", *_times(workload, records, by_name)]
-    decode = [record for record in records if record["name"].startswith("decode/")]
-    if decode:
-        lines += ["", "## Decoding, one token per sequence", "", *_decode(decode)]
+    for workload in times.short:
+        lines += _workload(workload, times, ceilings)
+    lines += _long(times, ceilings)
+    lines += _overlap([r for r in records if r["name"].startswith("overlap/")], trained or [])
+    lines += _decode([r for r in records if r["name"].startswith("decode/")], ceilings)
     return "\n".join(lines) + "\n"
 
 
-def write(records: list[Record], path: Path = RESULTS) -> None:
-    """Write the page; a reader never sees half of it."""
+def write_page(records: list[Record], path: Path = RESULTS, pictures: Path = ROOT) -> None:
+    """Write the page and its pictures; a reader never sees half of the page."""
+    # Only who writes the page needs matplotlib.
+    from benchmarks.pictures import draw_context, draw_decode
+
+    draw_context(records, pictures / CONTEXT_PICTURE)
+    draw_decode(records, pictures / DECODE_PICTURE)
+    trained = json.loads(OVERLAP.read_text(encoding="utf-8")) if OVERLAP.exists() else []
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(render(records), encoding="utf-8")
+    temporary.write_text(render(records, trained), encoding="utf-8")
     temporary.rename(path)
 
 
-def _parts(record: Record) -> tuple[str, str, str]:
-    workload, op, direction = record["name"].split("/")
-    return workload, op, direction
+def first_win(times: Times, op: str) -> str | None:
+    """The shortest measured workload from which op beats every dense kernel, both ways together."""
+    win = None
+    for workload in reversed(times.same_shape()):
+        own, best = times.both_ms(workload, op), _best_dense(workload, times)
+        if own is None or best is None:
+            continue
+        if own >= best:
+            break
+        win = workload
+    return win
 
 
-def _ceilings(by_name: dict[str, Record]) -> list[str]:
-    matmul, copy = by_name["ceiling/matmul"]["value"], by_name["ceiling/copy"]["value"]
-    return [
-        f"Ceilings measured in the same run: {matmul:.0f} TFLOP/s in a bf16 product of matrices,",
-        f"{copy:.2f} TB/s in a copy. The floor of an op is its products at the first ceiling.",
-    ]
+def _shape(record: Record) -> tuple[Any, ...]:
+    return tuple(record[key] for key in ("heads", "groups", "key_width", "value_width", "dtype"))
 
 
-def _times(workload: str, records: list[Record], by_name: dict[str, Record]) -> list[str]:
-    ceiling = by_name["ceiling/matmul"]["value"] * 1e12
-    lines = [
-        "| op | forward ms | % of floor | backward ms | % of floor |",
-        "|---|---|---|---|---|",
-    ]
-    for op in dict.fromkeys(_parts(r)[1] for r in records if r["name"].startswith(f"{workload}/")):
-        cells = []
+def _best_dense(workload: str, times: Times) -> float | None:
+    found = [ms for op in DENSE if (ms := times.both_ms(workload, op)) is not None]
+    return min(found, default=None)
+
+
+def _percent(record: Record, ceilings: dict[str, float]) -> str:
+    if not record:
+        return ""
+    floor_ms = (
+        max(
+            record["flops"] / ceilings["ceiling/matmul"], record["bytes"] / ceilings["ceiling/copy"]
+        )
+        / 1e9
+    )
+    return f"{100 * floor_ms / record['value']:.0f}"
+
+
+def _ms(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}" if value < 100 else f"{value:.1f}"
+
+
+def _table(head: list[str], rows: Iterator[list[str]] | list[list[str]]) -> list[str]:
+    line = "| " + " | ".join(head) + " |"
+    return ["", line, "|---" * len(head) + "|", *("| " + " | ".join(r) + " |" for r in rows)]
+
+
+def _crossover(times: Times) -> list[str]:
+    workloads = [w for w in times.same_shape() if times.both_ms(w, "nsa") is not None]
+    dense = [op for op in DENSE if any(times.both_ms(w, op) is not None for w in workloads)]
+    wholes = [op for op in WHOLE if any(times.both_ms(w, op) is not None for w in workloads)]
+    if not workloads or not dense:
+        return []
+
+    def row(workload: str) -> list[str]:
+        best = _best_dense(workload, times)
+        ratios = [
+            f"{best / own:.2f}" if best and (own := times.both_ms(workload, op)) else ""
+            for op in wholes
+        ]
+        cells = [_ms(times.both_ms(workload, op)) for op in (*wholes, *dense)]
+        return [workload, *cells, *ratios]
+
+    head = ["context", *wholes, *dense, *(f"best dense / {op}" for op in wholes)]
+    lines = ["", "## Forward and backward together, ms", *_table(head, map(row, workloads)), ""]
+    lines.append("Of the lengths measured, the whole op with")
+    for op in wholes:
+        win = first_win(times, op)
+        where = (
+            f"faster than the best dense kernel from {times.tokens(win):,} tokens on"
+            if win
+            else "not faster than the best dense kernel at the longest"
+        )
+        lines.append(f"- {WHOLE[op]}: {where}.")
+    return lines
+
+
+def _workload(workload: str, times: Times, ceilings: dict[str, float]) -> list[str]:
+    def row(op: str) -> list[str]:
+        cells = [f"`{op}`"]
         for direction in ("forward", "backward"):
-            record = by_name.get(f"{workload}/{op}/{direction}")
-            if record is None:
-                cells += ["", ""]
-                continue
-            cells.append(f"{record['value']:.3f}")
-            floor_ms = record.get("flops", 0.0) / ceiling * 1e3
-            cells.append(f"{100 * floor_ms / record['value']:.0f}" if floor_ms else "")
-        lines.append(f"| {op} | {' | '.join(cells)} |")
-    ratios = []
-    for direction in ("forward", "backward"):
-        whole = by_name.get(f"{workload}/nsa/{direction}")
-        for baseline in BASELINES:
-            other = by_name.get(f"{workload}/{baseline}/{direction}")
-            if whole and other:
-                ratio = other["value"] / whole["value"]
-                ratios.append(f"{direction} {ratio:.2f} times as fast as {baseline}")
-    if ratios:
-        lines += ["", f"The whole op: {'; '.join(ratios)}."]
-    return lines
+            record = times.get(workload, op, direction)
+            cells += [_ms(record.get("value")), _percent(record, ceilings)]
+        return cells
+
+    ops = times.ops(workload)
+    head = ["op", "forward ms", "% of floor", "backward ms", "% of floor"]
+    return ["", _heading(workload, times), *_table(head, map(row, ops))]
 
 
-def _decode(records: list[Record]) -> list[str]:
-    ops = list(dict.fromkeys(record["name"].split("/")[1] for record in records))
-    lines = [
-        f"| batch | context | {' | '.join(f'{op} us' for op in ops)} |",
-        "|---" * (len(ops) + 2) + "|",
+def _heading(workload: str, times: Times) -> str:
+    record = next(r for key, r in times.by_key.items() if key[0] == workload)
+    return (
+        f"## {workload}: {record['tokens']:,} tokens, {record['heads']} query and "
+        f"{record['groups']} key/value heads, widths {record['key_width']} and "
+        f"{record['value_width']}"
+    )
+
+
+def _long(times: Times, ceilings: dict[str, float]) -> list[str]:
+    def row(workload: str) -> list[str]:
+        own = times.get(workload, "nsa", "forward")
+        dense = times.get(workload, "sdpa_cudnn", "forward")
+        return [
+            f"{own['tokens']:,}",
+            f"{own['heads']}/{own['groups']}",
+            _ms(own["value"]),
+            _percent(own, ceilings),
+            _ms(dense.get("value")),
+            f"{dense['value'] / own['value']:.1f}" if dense else "",
+            f"{100 * own['spot_error']:.2f} %",
+        ]
+
+    if not times.long:
+        return []
+    head = [
+        "tokens", "query/kv heads", "nsa forward ms", "% of floor", "sdpa_cudnn ms",
+        "sdpa_cudnn / nsa", "error of rows",
+    ]  # fmt: skip
+    return [
+        "",
+        "## Forward of the whole op at great length",
+        "",
+        "Timed once, after one call to warm up. The error is that of a few rows against float64.",
+        *_table(head, map(row, times.long)),
     ]
-    values = {(r["batch"], r["context"], r["name"].split("/")[1]): r["value"] for r in records}
-    for batch, context in dict.fromkeys((r["batch"], r["context"]) for r in records):
-        cells = [f"{values[batch, context, op]:.1f}" for op in ops]
-        lines.append(f"| {batch} | {context} | {' | '.join(cells)} |")
-    return lines
+
+
+def _overlap(records: list[Record], trained: list[Record]) -> list[str]:
+    if not records:
+        return []
+
+    def row(record: Record) -> list[str]:
+        name = record["name"].removeprefix("overlap/")
+        return [name, f"{record['value']:.2f}", *(f"{u:.2f}" for u in record["union"].values())]
+
+    # The shortest and the longest context say enough.
+    ends = dict.fromkeys(r["name"].split("/")[1] for r in records)
+    shown = [r for r in records if r["name"].split("/")[1] in (next(iter(ends)), "64k")]
+    spans = list(shown[0]["union"])
+    head = ["choice", "kept", *(f"union of {span}" for span in spans)]
+    known = [{**r, "union": {s: r["union"][s] for s in spans}} for r in trained]
+    return [
+        "",
+        "## How many blocks neighbours share",
+        "",
+        "Kept: share of a token's free blocks that the token before it reads too. Union: distinct",
+        "blocks of that many neighbouring tokens, divided by n. `selected` is the given choice,",
+        "`nsa` what the whole op chose for its queries, `trained` a model's own choices.",
+        *_table(head, map(row, [*shown, *known])),
+    ]
+
+
+def _decode(records: list[Record], ceilings: dict[str, float]) -> list[str]:
+    if not records:
+        return []
+    ops = list(dict.fromkeys(record["name"].split("/")[1] for record in records))
+    found = {(r["batch"], r["context"], r["name"].split("/")[1]): r for r in records}
+    own, others = ops[0], [op for op in ops if not op.startswith("nsa")]
+
+    def row(shape: tuple[int, int]) -> list[str]:
+        here = {op: found[*shape, op] for op in ops if (*shape, op) in found}
+        cells = [f"{here[op]['value']:.1f}" if op in here else "" for op in ops]
+        dense = min((here[op]["value"] for op in others if op in here), default=None)
+        ratio = f"{dense / here[own]['value']:.2f}" if dense and own in here else ""
+        floor = ""
+        if "read_bytes" in here.get(own, {}):
+            floor_us = here[own]["read_bytes"] / ceilings["ceiling/copy"] / 1e6
+            floor = f"{100 * floor_us / here[own]['value']:.0f}"
+        return [str(shape[0]), f"{shape[1]:,}", *cells, ratio, floor]
+
+    head = [
+        "batch", "context", *(f"{op} us" for op in ops), f"best dense / {own}",
+        f"{own} % of floor",
+    ]  # fmt: skip
+    shapes = dict.fromkeys((r["batch"], r["context"]) for r in records)
+    return [
+        "",
+        "## Decoding, one token per sequence",
+        "",
+        "Replays of a CUDA graph over rotating inputs that exceed L2 together. The floor is the",
+        "keys and values that are attended to, read once at the copy's rate.",
+        *_table(head, map(row, shapes)),
+    ]
 
 
 if __name__ == "__main__":
-    write(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    write_page(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))

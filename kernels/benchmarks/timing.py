@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton
 
 
@@ -10,3 +11,14 @@ def median_ms(run: Callable[[], Any], rep_ms: int = 100) -> float:
     """Milliseconds of the GPU's time; the call is repeated for about rep_ms."""
     median: Any = triton.testing.do_bench(run, rep=rep_ms, return_mode="median")
     return float(median)
+
+
+def second_ms(run: Callable[[], Any]) -> float:
+    """Milliseconds of the second of two calls: for calls that take seconds."""
+    run()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)

@@ -1,0 +1,185 @@
+"""Records of one workload: times of our ops and of their peers, forward and backward."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import nsa_kernels
+from benchmarks.counting import least_bytes, least_flops
+from benchmarks.exact import spot_error
+from benchmarks.gate import MAX_ERROR, RedGate, op_output, op_tensors
+from benchmarks.overlap import measure_overlap
+from benchmarks.peers import TORCH, Peer
+from benchmarks.timing import median_ms, second_ms
+from benchmarks.workloads import Choice, Tensors, Workload, make_tensors
+
+Record = dict[str, Any]
+
+
+def ceilings(device: str, size: int = 8192, copied: int = 2**30) -> Iterator[Record]:
+    """bf16 matrix products and memory copies: what the kernels could reach at most."""
+    a = torch.randn(size, size, dtype=torch.bfloat16, device=device)
+    ms = median_ms(lambda: a @ a)
+    yield {"name": "ceiling/matmul", "value": 2 * size**3 / ms / 1e9, "unit": "TFLOP/s"}
+    big = torch.empty(copied, dtype=torch.uint8, device=device)
+    ms = median_ms(big.clone)
+    yield {"name": "ceiling/copy", "value": 2 * copied / ms / 1e9, "unit": "TB/s"}
+
+
+def our_ops(workload: Workload, device: str, rep_ms: int, choice: Choice) -> Iterator[Record]:
+    """The workload's ops with this choice of blocks; a real one is told by the op's name."""
+    tensors = make_tensors(workload, device, choice=choice)
+    config, suffix = workload.config, "_real" if choice == "real" else ""
+    ops = workload.real_ops if choice == "real" else workload.ops
+    for op in (op for op in ops if op != "choosing"):
+        inputs = op_tensors(op, tensors)
+
+        def attend(op: str = op, inputs: list[Tensor] = inputs) -> Tensor:
+            return op_output(nsa_kernels, op, inputs, tensors.blocks, config)
+
+        yield from _both_ways(workload, op + suffix, op, attend, inputs, tensors.dout, rep_ms)
+    if "choosing" in ops:
+        yield from _choosing(workload, tensors, rep_ms)
+    if {"selected", "nsa"} & set(ops):
+        yield from _overlaps(workload, tensors, ops, suffix)
+
+
+def peers(
+    workload: Workload, device: str, rep_ms: int, choice: Choice, found: list[Peer]
+) -> Iterator[Record]:
+    """Peers of the workload's ops. Dense ones read no blocks: they run once, with the uniform."""
+    tensors = make_tensors(workload, device, choice=choice)
+    for peer in found:
+        if peer.op not in workload.peers or (choice == "real" and peer.op == "full"):
+            continue
+        suffix = "_real" if choice == "real" else ""
+        try:
+            attend, inputs, dout = peer.build(tensors, workload.config)
+            yield from _both_ways(
+                workload, peer.name + suffix, peer.op, attend, inputs, dout, rep_ms
+            )
+        except (RuntimeError, ValueError, AssertionError, NotImplementedError) as error:
+            _left_out(f"{workload.name}/{peer.name}", error)
+
+
+def long_forward(workload: Workload, device: str) -> Iterator[Record]:
+    """Forward of the whole op, once it is right on a few rows, and of torch's best dense kernel.
+
+    Raises:
+        RedGate: the rows are not right.
+    """
+    tensors = make_tensors(workload, device, choice="none")
+    rows = _spot_rows(workload.tokens, workload.config.selection_block_size)
+
+    def whole() -> Tensor:
+        inputs = op_tensors("nsa", tensors)
+        return op_output(nsa_kernels, "nsa", inputs, tensors.blocks, workload.config)
+
+    with torch.no_grad():
+        error = spot_error(whole(), tensors, workload.config, rows)
+        print(f"gate {workload.name} nsa, {len(rows)} rows {error:.4f}", flush=True)
+        if not error <= MAX_ERROR:
+            raise RedGate(f"{workload.name}: relative error of rows {rows}: {error} > {MAX_ERROR}")
+        yield _record(workload, "nsa", "nsa", "forward", second_ms(whole)) | {"spot_error": error}
+        attend, _, _ = TORCH[-1].build(tensors, workload.config)
+        try:
+            ms = second_ms(attend)
+        except RuntimeError as refusal:
+            _left_out(f"{workload.name}/{TORCH[-1].name}", refusal)
+            return
+    yield _record(workload, TORCH[-1].name, "full", "forward", ms)
+
+
+def _both_ways(
+    workload: Workload,
+    name: str,
+    op: str,
+    attend: Callable[[], Tensor],
+    inputs: list[Tensor],
+    dout: Tensor,
+    rep_ms: int,
+) -> Iterator[Record]:
+    """Forward without autograd, then backward alone."""
+    with torch.no_grad():
+        yield _record(workload, name, op, "forward", median_ms(attend, rep_ms))
+    for tensor in inputs:
+        tensor.requires_grad_(True)
+    try:
+        out = attend()
+        ms = median_ms(lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True), rep_ms)
+        yield _record(workload, name, op, "backward", ms)
+    finally:
+        for tensor in inputs:
+            tensor.requires_grad_(False)
+
+
+def _choosing(workload: Workload, tensors: Tensors, rep_ms: int) -> Iterator[Record]:
+    """Choosing blocks alone, and together with the branch whose scores it needs."""
+    config, inputs = workload.config, op_tensors("compressed", tensors)
+
+    def compress() -> Tensor:
+        return nsa_kernels.compressed_attention(*inputs, config=config)[1]
+
+    def select(lse: Tensor) -> Tensor:
+        return nsa_kernels.select_blocks(tensors.q, tensors.k_cmp, lse, config=config)
+
+    lse = compress()
+    for op, run in (
+        ("select_blocks", lambda: select(lse)),
+        ("compress_and_select", lambda: select(compress())),
+    ):
+        yield _record(workload, op, op, "forward", median_ms(run, rep_ms))
+
+
+def _overlaps(
+    workload: Workload, tensors: Tensors, ops: tuple[str, ...], suffix: str
+) -> Iterator[Record]:
+    """How many blocks neighbours share: in the given choice, and in the whole op's own."""
+    choices = {"selected": tensors.blocks}
+    if "nsa" in ops:
+        _, lse = nsa_kernels.compressed_attention(
+            *op_tensors("compressed", tensors), config=workload.config
+        )
+        choices["nsa"] = nsa_kernels.select_blocks(
+            tensors.q, tensors.k_cmp, lse, config=workload.config
+        )
+    for op, blocks in choices.items():
+        if op in ops:
+            found = measure_overlap(blocks, workload.config)
+            yield {
+                "name": f"overlap/{workload.name}/{op}{suffix}",
+                "value": found.kept,
+                "unit": "share",
+                "union": {str(span): size for span, size in found.union.items()},
+                "distance": found.distance,
+            }
+
+
+def _record(workload: Workload, name: str, op: str, direction: str, ms: float) -> Record:
+    return {
+        "name": f"{workload.name}/{name}/{direction}",
+        "value": ms,
+        "unit": "ms",
+        "direction": direction,
+        "flops": least_flops(workload, op, direction),
+        "bytes": least_bytes(workload, op, direction),
+        "tokens": workload.tokens,
+        "heads": workload.heads,
+        "groups": workload.groups,
+        "key_width": workload.key_width,
+        "value_width": workload.value_width,
+        "dtype": str(workload.dtype).removeprefix("torch."),
+    }
+
+
+def _spot_rows(tokens: int, block_size: int) -> list[int]:
+    """Rows at the start, in the middle, at the end, and on both sides of a block's edge."""
+    middle = tokens // 2 // block_size * block_size
+    return sorted({0, 40, middle - 1, middle, middle + 37, tokens - 70, tokens - 2, tokens - 1})
+
+
+def _left_out(name: str, error: BaseException) -> None:
+    first_line = (str(error).splitlines() or [type(error).__name__])[0]
+    print(f"{name}: left out, it refuses: {first_line}", flush=True)
