@@ -55,6 +55,10 @@ class NsaConfig:
                 f"num_selected_blocks={self.num_selected_blocks}"
             )
 
+    def sees_all(self, num_tokens: int) -> bool:
+        """Whether n blocks hold every block of a sequence of num_tokens: selection is attention."""
+        return num_tokens <= self.num_selected_blocks * self.selection_block_size
+
     @property
     def sizes(self) -> list[int]:
         """The fields in order, as the registered ops carry them; NsaConfig(*sizes) undoes it."""

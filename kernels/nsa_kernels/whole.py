@@ -6,50 +6,109 @@ import torch
 from torch import Tensor
 
 from nsa_kernels import checks
-from nsa_kernels.compressed import compressed_attention
+from nsa_kernels.branches import Branches, Gradients
 from nsa_kernels.dispatch import Backend, backend_module, resolve_backend
-from nsa_kernels.selected import selected_attention
-from nsa_kernels.selection import select_blocks
-from nsa_kernels.shapes import NsaConfig
-from nsa_kernels.sliding import sliding_attention
+from nsa_kernels.shapes import NsaConfig, compressed_cu_seqlens
+
+# out, and Branches in its order: what a pass returns to torch is a plain tuple of tensors.
+_Passed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("nsa_kernels::mix_branches", mutates_args=())
-def _mix(out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor, backend: str) -> Tensor:
-    return backend_module(backend).mix_forward(out_cmp, out_slc, out_win, gates)
+@torch.library.custom_op("nsa_kernels::nsa_attention", mutates_args=())
+def _forward(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    gates: Tensor,
+    cu_seqlens: Tensor,
+    sizes: list[int],
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    config = NsaConfig(*sizes)
+    checks.check_offsets(cu_seqlens, q.shape[0])
+    checks.check_compressed_rows(k_cmp, compressed_cu_seqlens(cu_seqlens, config)[-1])
+    out, branches = backend_module(backend).nsa_forward(
+        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, cu_seqlens, config, scale
+    )
+    return (out, *branches)
 
 
-@_mix.register_fake
-def _(out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor, backend: str) -> Tensor:
-    return torch.empty_like(out_cmp)
-
-
-@torch.library.custom_op("nsa_kernels::mix_branches_backward", mutates_args=())
-def _mix_backward(
-    dout: Tensor, out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return backend_module(backend).mix_backward(dout, out_cmp, out_slc, out_win, gates)
-
-
-@_mix_backward.register_fake
+@_forward.register_fake
 def _(
-    dout: Tensor, out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    like = torch.empty_like
-    return like(out_cmp), like(out_slc), like(out_win), like(gates)
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    gates: Tensor,
+    cu_seqlens: Tensor,
+    sizes: list[int],
+    scale: float,
+    backend: str,
+) -> _Passed:
+    config = NsaConfig(*sizes)
+    num_tokens, num_heads, _ = q.shape
+
+    def out() -> Tensor:
+        return q.new_empty(num_tokens, num_heads, v_cmp.shape[2])
+
+    def lse() -> Tensor:
+        return q.new_empty(num_tokens, num_heads, dtype=checks.accumulation_dtype(q.dtype))
+
+    chosen = 0 if config.sees_all(num_tokens) else num_tokens
+    blocks = cu_seqlens.new_empty(chosen, k_slc.shape[1], config.num_selected_blocks)
+    return out(), out(), lse(), out(), lse(), out(), lse(), blocks
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    # The branches save their outputs for their own backward: nothing is kept twice.
-    ctx.save_for_backward(*inputs[:4])
-    ctx.backend = inputs[4]
+@torch.library.custom_op("nsa_kernels::nsa_attention_backward", mutates_args=())
+def _backward(
+    dout: Tensor,
+    inputs: list[Tensor],
+    branches: list[Tensor],
+    cu_seqlens: Tensor,
+    sizes: list[int],
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    run = backend_module(backend).nsa_backward
+    return tuple(run(dout, *inputs, Branches(*branches), cu_seqlens, NsaConfig(*sizes), scale))
 
 
-def _gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_mix_backward(dout.contiguous(), *ctx.saved_tensors, ctx.backend), None)
+@_backward.register_fake
+def _(
+    dout: Tensor,
+    inputs: list[Tensor],
+    branches: list[Tensor],
+    cu_seqlens: Tensor,
+    sizes: list[int],
+    scale: float,
+    backend: str,
+) -> _Passed:
+    return Gradients(*map(torch.empty_like, inputs))
 
 
-_mix.register_autograd(_gradients, setup_context=_setup_context)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *_, ctx.sizes, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(*inputs[:9], *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _gradients(ctx: Any, dout: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    saved = list(ctx.saved_tensors)
+    gradients = _backward(
+        dout.contiguous(), saved[:8], saved[9:], saved[8], ctx.sizes, ctx.scale, ctx.backend
+    )
+    return (*gradients, None, None, None, None)
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
 def _check(
@@ -115,20 +174,16 @@ def nsa_attention(
         arXiv 2502.11089, Eq. 5.
     """
     _check(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
+    checks.check_config(config)
     offsets = checks.packed_offsets(cu_seqlens, q)
     chosen = resolve_backend(q, backend)
-    q = q.contiguous()
-    k_cmp = k_cmp.contiguous()
-    out_cmp, lse = compressed_attention(
-        q, k_cmp, v_cmp, config=config, cu_seqlens=offsets, scale=scale, backend=chosen
+    checks.check_limits(chosen, q, v_cmp.shape[2], k_cmp.shape[1])
+    given = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
+    out, *_ = _forward(
+        *(tensor.contiguous() for tensor in given),
+        offsets,
+        config.sizes,
+        checks.resolve_scale(scale, q),
+        chosen,
     )
-    blocks = select_blocks(
-        q, k_cmp, lse, config=config, cu_seqlens=offsets, scale=scale, backend=chosen
-    )
-    out_slc, _ = selected_attention(
-        q, k_slc, v_slc, blocks, config=config, cu_seqlens=offsets, scale=scale, backend=chosen
-    )
-    out_win, _ = sliding_attention(
-        q, k_win, v_win, config=config, cu_seqlens=offsets, scale=scale, backend=chosen
-    )
-    return _mix(out_cmp, out_slc, out_win, gates.contiguous(), chosen)
+    return out

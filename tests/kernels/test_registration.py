@@ -58,14 +58,17 @@ def test_selection_op() -> None:
     torch.library.opcheck(registered, args, test_utils=CHECKS)
 
 
-def test_mixing_ops() -> None:
-    outs = [torch.randn(9, 4, 16, requires_grad=True) for _ in range(3)]
-    gates = torch.rand(9, 4, 3, requires_grad=True)
+@pytest.mark.parametrize("lengths", [[30, 9], [70, 9]], ids=["dense", "sparse"])
+def test_whole_op(lengths: list[int]) -> None:
+    """As many tokens as every query's blocks hold, and more."""
+    inputs = make_inputs(lengths).require_grad()
+    rest = (inputs.cu_seqlens, SMALL.sizes, *OPTIONS)
     ops = torch.ops.nsa_kernels
-    torch.library.opcheck(ops.mix_branches.default, (*outs, gates, "torch"), test_utils=CHECKS)
-    detached = [tensor.detach() for tensor in (*outs, gates)]
-    args = (torch.randn(9, 4, 16), *detached, "torch")
-    torch.library.opcheck(ops.mix_branches_backward.default, args, test_utils=CHECKS)
+    torch.library.opcheck(ops.nsa_attention.default, (*inputs.tensors, *rest), test_utils=CHECKS)
+    detached = [tensor.detach() for tensor in inputs.tensors]
+    out, *branches = ops.nsa_attention(*detached, *rest)
+    args = (torch.randn_like(out), detached, branches, *rest)
+    torch.library.opcheck(ops.nsa_attention_backward.default, args, test_utils=CHECKS)
 
 
 def test_paged_ops() -> None:
@@ -88,9 +91,9 @@ def test_every_registered_op_is_checked_here() -> None:
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("nsa_kernels::")
     }
-    attention = {f"{op}_attention{suffix}" for op in FORWARD_OPS for suffix in ("", "_backward")}
-    rest = {"select_blocks", "mix_branches", "mix_branches_backward"}
-    assert names == attention | rest | {"nsa_paged_attention", "full_paged_attention"}
+    ops = (*FORWARD_OPS, "nsa")
+    attention = {f"{op}_attention{suffix}" for op in ops for suffix in ("", "_backward")}
+    assert names == attention | {"select_blocks", "nsa_paged_attention", "full_paged_attention"}
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

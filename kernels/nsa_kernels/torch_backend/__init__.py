@@ -12,6 +12,7 @@ from nsa_kernels.torch_backend.span import (
     sliding_backward,
     sliding_forward,
 )
+from nsa_kernels.torch_backend.whole import nsa_backward, nsa_forward
 
 __all__ = [
     "compressed_backward",
@@ -21,6 +22,8 @@ __all__ = [
     "full_paged_attention",
     "mix_backward",
     "mix_forward",
+    "nsa_backward",
+    "nsa_forward",
     "paged_attention",
     "select_blocks",
     "selected_backward",

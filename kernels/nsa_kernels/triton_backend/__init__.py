@@ -15,6 +15,7 @@ from nsa_kernels.triton_backend.span_forward import (
     full_forward,
     sliding_forward,
 )
+from nsa_kernels.triton_backend.whole import nsa_backward, nsa_forward
 
 __all__ = [
     "compressed_backward",
@@ -24,6 +25,8 @@ __all__ = [
     "full_paged_attention",
     "mix_backward",
     "mix_forward",
+    "nsa_backward",
+    "nsa_forward",
     "paged_attention",
     "select_blocks",
     "selected_backward",

@@ -29,23 +29,25 @@ def mix_forward(out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor
 
 def mix_backward(
     dout: Tensor, out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, gates: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of out_cmp, out_slc, out_win and gates."""
-    grads = (
-        torch.empty_like(out_cmp),
-        torch.empty_like(out_slc),
-        torch.empty_like(out_win),
-        torch.empty_like(gates),
-    )
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the branches' backward passes need instead of scaled copies of dout.
+
+    Returns:
+        dgates [T, H, 3]; weights fp32 [3, T, H], the gates, with which each branch multiplies dout;
+        deltas fp32 [3, T, H], each branch's row sum of its own dout times its out.
+    """
+    dgates = torch.empty_like(gates)
+    weights = gates.new_empty(3, *gates.shape[:2], dtype=torch.float32)
+    deltas = torch.empty_like(weights)
     num_rows, value_width = gates.numel() // 3, out_cmp.shape[-1]
     if num_rows == 0:
-        return grads
+        return dgates, weights, deltas
     tile = _tile_rows(value_width)
     mix_backward_kernel[(triton.cdiv(num_rows, tile),)](
-        dout, out_cmp, out_slc, out_win, gates, *grads, num_rows,
+        dout, out_cmp, out_slc, out_win, gates, dgates, weights, deltas, num_rows,
         TILE_ROWS=tile, **value_widths(value_width),
     )  # fmt: skip
-    return grads
+    return dgates, weights, deltas
 
 
 def _tile_rows(value_width: int) -> int:
@@ -82,42 +84,51 @@ def _branch_gradient(
     b_dout,
     out,
     gates,
-    dout,
     dgates,
+    weights,
+    deltas,
+    num_rows,
     o_row,
     m_row,
     BRANCH: tl.constexpr,
     V: tl.constexpr,
     V_PADDED: tl.constexpr,
 ):
-    """Write one branch's gradient, dout times its gate, and its gate's, the sum of dout * out."""
+    """Write one branch's gate as a weight, its gradient sum(dout * out), and their product."""
     b_out = load_rows(out, o_row * V, m_row, 0, V_PADDED, V, True).to(tl.float32)
     b_dgate = tl.sum(b_dout * b_out, 1)
+    b_gate = tl.load(gates + o_row * 3 + BRANCH, mask=m_row, other=0.0).to(tl.float32)
     tl.store(dgates + o_row * 3 + BRANCH, b_dgate.to(dgates.dtype.element_ty), mask=m_row)
-    gate = tl.load(gates + o_row * 3 + BRANCH, mask=m_row, other=0.0).to(tl.float32)
-    store_rows(dout, b_dout * gate[:, None], o_row * V, m_row, 0, V_PADDED, V)
+    o_branch = o_row + BRANCH * num_rows.to(tl.int64)
+    tl.store(weights + o_branch, b_gate, mask=m_row)
+    tl.store(deltas + o_branch, b_gate * b_dgate, mask=m_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def mix_backward_kernel(
     dout,
     out_cmp,
     out_slc,
     out_win,
     gates,
-    dout_cmp,
-    dout_slc,
-    dout_win,
     dgates,
+    weights,
+    deltas,
     num_rows,
     V: tl.constexpr,
     V_PADDED: tl.constexpr,
     TILE_ROWS: tl.constexpr,
 ):
-    """Gradients of the branches and gates over flat rows."""
+    """dgates, weights and deltas of the three branches over flat rows."""
     o_row = tl.program_id(0).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     m_row = o_row < num_rows
     b_dout = load_rows(dout, o_row * V, m_row, 0, V_PADDED, V, True).to(tl.float32)
-    _branch_gradient(b_dout, out_cmp, gates, dout_cmp, dgates, o_row, m_row, 0, V, V_PADDED)
-    _branch_gradient(b_dout, out_slc, gates, dout_slc, dgates, o_row, m_row, 1, V, V_PADDED)
-    _branch_gradient(b_dout, out_win, gates, dout_win, dgates, o_row, m_row, 2, V, V_PADDED)
+    _branch_gradient(
+        b_dout, out_cmp, gates, dgates, weights, deltas, num_rows, o_row, m_row, 0, V, V_PADDED
+    )
+    _branch_gradient(
+        b_dout, out_slc, gates, dgates, weights, deltas, num_rows, o_row, m_row, 1, V, V_PADDED
+    )
+    _branch_gradient(
+        b_dout, out_win, gates, dgates, weights, deltas, num_rows, o_row, m_row, 2, V, V_PADDED
+    )

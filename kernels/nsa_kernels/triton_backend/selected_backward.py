@@ -1,11 +1,16 @@
-"""Attention over the n selection blocks that a token's group chose, backward.
+"""Attention over the n selection blocks of a token's group, backward, in one pass by key blocks.
 
-dq is the forward's walk with the saved lse; dk and dv go by key blocks (selected_dkv). No atomics:
-equal inputs give equal bits.
+A program loads one selection block and walks a chunk of the list of choices that name it, so that
+scores and their gradients are computed once for dq, dk and dv. Its share of dq is left as a part of
+each choice, which a second kernel adds per token. dk and dv of a block grow in fp32 from range to
+range; a list of several chunks leaves partial sums that are added in the order of the list. No
+atomics: equal inputs give equal bits.
 """
 
 # Jitted functions and their launches have no types that a checker knows.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
+from dataclasses import replace
 
 import torch
 import triton
@@ -13,14 +18,21 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.shapes import NsaConfig
-from nsa_kernels.triton_backend.selected_dkv import selected_dkv
-from nsa_kernels.triton_backend.selected_forward import (
-    chosen_keys,
-    count_choices,
-    selected_tiles,
+from nsa_kernels.triton_backend.selected_by_block import (
+    CHUNK_TOKENS,
+    block_tile_keys,
+    count_masked,
+    find_block,
+    find_chunk,
+    is_long,
+    load_tokens,
+    range_span,
 )
+from nsa_kernels.triton_backend.selected_lists import list_choices
+from nsa_kernels.triton_backend.selected_merge import merge_sum
 from nsa_kernels.triton_backend.tiles import (
-    find_token_sequence,
+    Tiles,
+    fp32_tiles,
     key_widths,
     load_rows,
     log2_scale,
@@ -45,133 +57,348 @@ def selected_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of selected_forward; the choice of blocks is held fixed."""
-    if q.shape[0] == 0:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     delta = row_delta(out, dout, lse, dlse)
-    dq = selected_dq(dout, q, k, v, lse, delta, block_indices, cu_seqlens, config, scale)
-    dk, dv = selected_dkv(dout, q, k, v, lse, delta, block_indices, cu_seqlens, config, scale)
-    return dq, dk, dv
+    return selected_gradients(
+        dout, q, k, v, lse, delta, None, block_indices, cu_seqlens, config, scale
+    )
 
 
-def selected_dq(
+def selected_gradients(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     lse: Tensor,
     delta: Tensor,
+    weights: Tensor | None,
     block_indices: Tensor,
     cu_seqlens: Tensor,
     config: NsaConfig,
     scale: float,
-) -> Tensor:
-    """dq [T, H, K]; delta is tiles.row_delta's."""
+    *,
+    other_dq: tuple[Tensor, Tensor] | None = None,
+    span: int | None = None,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv where out's gradient is weights * dout.
+
+    Args:
+        delta: fp32 [T, H], tiles.row_delta's of that gradient.
+        weights: fp32 [T, H], None for 1.
+        other_dq: gradients of q from the other branches, to be added.
+        span: tokens of a range; None for what the buffer of parts holds.
+    """
     num_tokens, num_heads, key_width = q.shape
     _, num_groups, value_width = v.shape
+    if num_tokens == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     heads_per_group = num_heads // num_groups
-    block = config.selection_block_size
-    tiles = selected_tiles(q.dtype, key_width, value_width, heads_per_group, block)
     num_choices = block_indices.shape[-1]
+    block = config.selection_block_size
+    tiles = backward_tiles(q.dtype, key_width, value_width, heads_per_group, block)
+    tiles_per_block = triton.cdiv(block, tiles.keys)
+    parts_of_choice = num_choices * tiles_per_block
+    if span is None:
+        span = range_span(num_heads, parts_of_choice, key_width, q.itemsize)
+    lists = list_choices(block_indices, cu_seqlens, block, span, chunk_tokens)
     dq = torch.empty_like(q)
-    selected_backward_dq_kernel[(num_tokens, num_groups)](
-        q,
-        k,
-        v,
-        block_indices,
-        dout,
-        lse,
-        delta,
-        dq,
-        cu_seqlens,
-        cu_seqlens.numel() - 1,
-        log2_scale(scale),
-        scale,
-        G=num_groups,
-        R=heads_per_group,
-        N=num_choices,
-        N_PADDED=triton.next_power_of_2(num_choices),
-        SELECTION_BLOCK=block,
+    parts_q = q.new_empty(min(span, num_tokens) * num_heads * parts_of_choice, key_width)
+    sum_k, sum_v = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (k, v))
+    parts_k, parts_v = (sum_k.new_empty(lists.max_slots, block, t.shape[-1]) for t in (k, v))
+    num_sequences = cu_seqlens.numel() - 1
+    sizes = {
+        "G": num_groups,
+        "SELECTION_BLOCK": block,
         **key_widths(key_width),
         **value_widths(value_width),
-        PRECISION=tiles.precision,
-        TILE_ROWS=tiles.rows,
-        TILE_KEYS=tiles.keys,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-    )
-    return dq
+        "TILE_KEYS": tiles.keys,
+    }
+    for i_range in range(lists.num_ranges):
+        selected_backward_kernel[(lists.chunk_lists.shape[1], tiles_per_block)](
+            q, k, v, dout, lse, delta, weights, parts_q, sum_k, sum_v, parts_k, parts_v,
+            lists.tokens, lists.starts[i_range], lists.chunk_lists[i_range],
+            lists.chunk_starts[i_range], lists.slots[i_range], cu_seqlens, num_sequences,
+            lists.num_blocks, chunk_tokens, log2_scale(scale), scale,
+            R=heads_per_group,
+            **sizes,
+            IS_LONG=is_long(q, dout),
+            PRECISION=tiles.precision,
+            TILE_ROWS=tiles.rows,
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
+        )  # fmt: skip
+        selected_backward_sum_kernel[(lists.num_lists, tiles_per_block)](
+            sum_k, sum_v, parts_k, parts_v, lists.chunk_starts[i_range], lists.slots[i_range],
+            cu_seqlens, num_sequences, lists.num_blocks, **sizes,
+        )  # fmt: skip
+        some = slice(i_range * span, (i_range + 1) * span)
+        others = None if other_dq is None else (other_dq[0][some], other_dq[1][some])
+        merge_sum(parts_q, lists.places[some], tiles_per_block, dq[some], scale, others)
+    return dq, sum_k.to(k.dtype), sum_v.to(v.dtype)
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
-def selected_backward_dq_kernel(
+def backward_tiles(
+    dtype: torch.dtype, key_width: int, value_width: int, heads_per_group: int, block: int
+) -> Tiles:
+    """Tile sizes: k, v, dk and dv stay, the rows of several tokens stream."""
+    width = max(key_width, value_width)
+    keys = block_tile_keys(block)
+    least_rows = triton.next_power_of_2(heads_per_group)
+    if dtype == torch.float32:
+        tiles = fp32_tiles(key_width, value_width, max(32, heads_per_group))
+        return replace(tiles, keys=min(keys, tiles.keys))
+    if width <= 128:
+        return Tiles(64, keys, 4, 2)
+    return Tiles(max(64, least_rows), keys, 8, 2)
+
+
+@triton.jit
+def _grow(sums, b_tile, o_row, m_row, FIRST: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr):
+    """Add b_tile to rows of an fp32 sum that no other program of the launch touches."""
+    b_before = load_rows(sums, o_row, m_row, FIRST, SPAN, WIDTH, True)
+    store_rows(sums, b_before + b_tile, o_row, m_row, FIRST, SPAN, WIDTH)
+
+
+@triton.jit
+def _walk_tokens(
+    b_dk,
+    b_dk_tail,
+    b_dv,
+    b_k,
+    b_k_tail,
+    b_v,
+    p_q,
+    p_dout,
+    p_lse,
+    p_delta,
+    p_weights,
+    p_parts,
+    p_tokens,
+    first,
+    end,
+    count,
+    o_key,
+    scale_log2,
+    G: tl.constexpr,
+    R: tl.constexpr,
+    K: tl.constexpr,
+    K_MAIN: tl.constexpr,
+    K_TAIL: tl.constexpr,
+    V: tl.constexpr,
+    V_PADDED: tl.constexpr,
+    TILES: tl.constexpr,
+    IS_LONG: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Add the tokens [first, end) of a chunk to dk / scale and dv; write their parts of dq."""
+    TOKENS: tl.constexpr = TILE_ROWS // R
+    o_row = tl.arange(0, TILE_ROWS)
+    o_part = (o_row // R * (TILES * R) + o_row % R) * K
+    stride = tl.full([], TILES * R * K, tl.int64)
+    for i_entry in range(first, end, TOKENS):
+        b_token, o_head, m_row = load_tokens(p_tokens, i_entry, count, G, R, IS_LONG, TILE_ROWS)
+        b_q = load_rows(p_q, o_head * K, m_row, 0, K_MAIN, K, True)
+        b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_q_tail = b_q
+        if K_TAIL > 0:
+            b_q_tail = load_rows(p_q, o_head * K, m_row, K_MAIN, K_TAIL, K, True)
+            b_logits = tl.dot(b_q_tail, tl.trans(b_k_tail), b_logits, input_precision=PRECISION)
+        if MASKED:
+            b_logits = tl.where(b_token[:, None] >= o_key[None, :], b_logits, float("-inf"))
+        b_lse = log2_sum(p_lse, o_head, m_row)
+        b_delta = tl.load(p_delta + o_head, mask=m_row, other=0.0)
+        b_p = tl.exp2(b_logits * scale_log2 - b_lse[:, None])
+        b_dout = load_rows(p_dout, o_head * V, m_row, 0, V_PADDED, V, True)
+        b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
+        if p_weights is not None:
+            b_weight = tl.load(p_weights + o_head, mask=m_row, other=0.0)
+            b_ds = b_p * (b_dp * b_weight[:, None] - b_delta[:, None])
+            b_p = b_p * b_weight[:, None]
+        else:
+            b_ds = b_p * (b_dp - b_delta[:, None])
+        b_p = b_p.to(b_dout.dtype)
+        b_ds = b_ds.to(b_q.dtype)
+        b_dv = tl.dot(tl.trans(b_p), b_dout, b_dv, input_precision=PRECISION)
+        b_dk = tl.dot(tl.trans(b_ds), b_q, b_dk, input_precision=PRECISION)
+        b_dq = tl.dot(b_ds, b_k, input_precision=PRECISION)
+        p_part = p_parts + i_entry * stride
+        store_rows(p_part, b_dq, o_part, m_row, 0, K_MAIN, K, True)
+        if K_TAIL > 0:
+            b_dk_tail = tl.dot(tl.trans(b_ds), b_q_tail, b_dk_tail, input_precision=PRECISION)
+            b_dq_tail = tl.dot(b_ds, b_k_tail, input_precision=PRECISION)
+            store_rows(p_part, b_dq_tail, o_part, m_row, K_MAIN, K_TAIL, K, True)
+    return b_dk, b_dk_tail, b_dv
+
+
+@triton.jit(do_not_specialize=["num_sequences", "num_blocks"])
+def selected_backward_kernel(
     q,
     k,
     v,
-    block_indices,
     dout,
     lse,
     delta,
-    dq,
+    weights,
+    parts_q,
+    sum_k,
+    sum_v,
+    parts_k,
+    parts_v,
+    tokens,
+    starts,
+    chunk_lists,
+    chunk_starts,
+    slots,
     cu_seqlens,
     num_sequences,
+    num_blocks,
+    chunk_tokens,
     scale_log2,
     scale,
     G: tl.constexpr,
     R: tl.constexpr,
-    N: tl.constexpr,
-    N_PADDED: tl.constexpr,
     SELECTION_BLOCK: tl.constexpr,
     K: tl.constexpr,
     K_MAIN: tl.constexpr,
     K_TAIL: tl.constexpr,
     V: tl.constexpr,
     V_PADDED: tl.constexpr,
+    IS_LONG: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq of the heads of one group at one token."""
-    i_token = tl.program_id(0)
-    i_group = tl.program_id(1)
-    i_sequence = find_token_sequence(cu_seqlens, num_sequences, i_token)
-    start = tl.load(cu_seqlens + i_sequence)
-    position = i_token - start
-    o_row = tl.arange(0, TILE_ROWS)
-    m_row = o_row < R
-    row = (i_token.to(tl.int64) * G + i_group) * R
-    p_choice = block_indices + (i_token.to(tl.int64) * G + i_group) * N
+    """dk and dv of one key tile from one chunk of the tokens of its block, and their parts of dq.
 
-    b_q = load_rows(q + row * K, o_row * K, m_row, 0, K_MAIN, K, True)
-    b_dout = load_rows(dout + row * V, o_row * V, m_row, 0, V_PADDED, V, True)
-    b_lse = log2_sum(lse + row, o_row, m_row)
-    b_delta = tl.load(delta + row + o_row, mask=m_row, other=0.0)
-    b_dq = tl.zeros([TILE_ROWS, K_MAIN], tl.float32)
-    b_q_tail = b_q
-    b_dq_tail = b_dq
-    if K_TAIL > 0:
-        b_q_tail = load_rows(q + row * K, o_row * K, m_row, K_MAIN, K_TAIL, K, True)
-        b_dq_tail = tl.zeros([TILE_ROWS, K_TAIL], tl.float32)
-
-    o_tile = tl.arange(0, TILE_KEYS)
+    parts_q is laid out like by_block_forward_kernel's parts.
+    """
     TILES: tl.constexpr = (SELECTION_BLOCK + TILE_KEYS - 1) // TILE_KEYS
-    for i_tile in range(0, count_choices(p_choice, N, N_PADDED) * TILES):
-        first, m_key = chosen_keys(p_choice, i_tile, position, SELECTION_BLOCK, TILE_KEYS)
-        key_row = (start + first).to(tl.int64) * G + i_group
-        p_k = k + key_row * K
-        b_k = load_rows(p_k, o_tile * (G * K), m_key, 0, K_MAIN, K, True)
-        b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        if K_TAIL > 0:
-            b_k_tail = load_rows(p_k, o_tile * (G * K), m_key, K_MAIN, K_TAIL, K, True)
-            b_logits = tl.dot(b_q_tail, tl.trans(b_k_tail), b_logits, input_precision=PRECISION)
-        b_logits = tl.where(m_key[None, :], b_logits, float("-inf"))
-        b_p = tl.exp2(b_logits * scale_log2 - b_lse[:, None])
-        b_v = load_rows(v + key_row * V, o_tile * (G * V), m_key, 0, V_PADDED, V, True)
-        b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
-        b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k.dtype)
-        b_dq = tl.dot(b_ds, b_k, b_dq, input_precision=PRECISION)
-        if K_TAIL > 0:
-            b_dq_tail = tl.dot(b_ds, b_k_tail, b_dq_tail, input_precision=PRECISION)
-
-    store_rows(dq + row * K, b_dq * scale, o_row * K, m_row, 0, K_MAIN, K)
+    i_list, chunk, begin, count = find_chunk(
+        chunk_lists, chunk_starts, starts, tl.program_id(0), chunk_tokens, G * num_blocks
+    )
+    if count == 0:
+        return
+    i_group = i_list // num_blocks
+    start, first_key, key_end = find_block(
+        cu_seqlens, num_sequences, i_list % num_blocks, SELECTION_BLOCK, TILE_KEYS
+    )
+    o_tile = tl.arange(0, TILE_KEYS)
+    m_key = first_key + o_tile < key_end
+    key_row = (start + first_key).to(tl.int64) * G + i_group
+    b_k = load_rows(k + key_row * K, o_tile * (G * K), m_key, 0, K_MAIN, K, True)
+    b_v = load_rows(v + key_row * V, o_tile * (G * V), m_key, 0, V_PADDED, V, True)
+    b_dk = tl.zeros([TILE_KEYS, K_MAIN], tl.float32)
+    b_dv = tl.zeros([TILE_KEYS, V_PADDED], tl.float32)
+    b_k_tail = b_k
+    b_dk_tail = b_dk
     if K_TAIL > 0:
-        store_rows(dq + row * K, b_dq_tail * scale, o_row * K, m_row, K_MAIN, K_TAIL, K)
+        b_k_tail = load_rows(k + key_row * K, o_tile * (G * K), m_key, K_MAIN, K_TAIL, K, True)
+        b_dk_tail = tl.zeros([TILE_KEYS, K_TAIL], tl.float32)
+    # Keys that the block does not have lie after every token.
+    o_key = tl.where(m_key, start + first_key + o_tile, 0x7FFFFFFF)
+
+    p_tokens = tokens + begin
+    first_row = i_group * R
+    p_weights = weights
+    if weights is not None:
+        p_weights = weights + first_row
+    p_parts = parts_q + ((begin - tl.load(starts)) * TILES + tl.program_id(1)) * (R * K)
+    masked = count_masked(p_tokens, count, start + key_end, SELECTION_BLOCK, TILE_ROWS // R)
+    b_dk, b_dk_tail, b_dv = _walk_tokens(
+        b_dk, b_dk_tail, b_dv, b_k, b_k_tail, b_v, q + first_row * K, dout + first_row * V,
+        lse + first_row, delta + first_row, p_weights, p_parts, p_tokens, 0, masked, count, o_key,
+        scale_log2,
+        G, R, K, K_MAIN, K_TAIL, V, V_PADDED, TILES, IS_LONG, TILE_ROWS, PRECISION, True,
+    )  # fmt: skip
+    b_dk, b_dk_tail, b_dv = _walk_tokens(
+        b_dk, b_dk_tail, b_dv, b_k, b_k_tail, b_v, q + first_row * K, dout + first_row * V,
+        lse + first_row, delta + first_row, p_weights, p_parts, p_tokens, masked, count, count,
+        o_key, scale_log2,
+        G, R, K, K_MAIN, K_TAIL, V, V_PADDED, TILES, IS_LONG, TILE_ROWS, PRECISION, False,
+    )  # fmt: skip
+
+    slot = tl.load(slots + i_list)
+    b_dk = b_dk * scale
+    b_dk_tail = b_dk_tail * scale
+    if slot < 0:
+        _grow(sum_k + key_row * K, b_dk, o_tile * (G * K), m_key, 0, K_MAIN, K)
+        _grow(sum_v + key_row * V, b_dv, o_tile * (G * V), m_key, 0, V_PADDED, V)
+        if K_TAIL > 0:
+            _grow(sum_k + key_row * K, b_dk_tail, o_tile * (G * K), m_key, K_MAIN, K_TAIL, K)
+    else:
+        part = (slot + chunk).to(tl.int64) * SELECTION_BLOCK + tl.program_id(1) * TILE_KEYS
+        store_rows(parts_k + part * K, b_dk, o_tile * K, m_key, 0, K_MAIN, K)
+        store_rows(parts_v + part * V, b_dv, o_tile * V, m_key, 0, V_PADDED, V)
+        if K_TAIL > 0:
+            store_rows(parts_k + part * K, b_dk_tail, o_tile * K, m_key, K_MAIN, K_TAIL, K)
+
+
+@triton.jit
+def _sum_parts(
+    parts,
+    slot,
+    count,
+    o_tile,
+    m_key,
+    FIRST: tl.constexpr,
+    SPAN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SELECTION_BLOCK: tl.constexpr,
+    TILE_KEYS: tl.constexpr,
+):
+    """Partial sums of one key tile, added chunk after chunk."""
+    b_sum = tl.zeros([TILE_KEYS, SPAN], tl.float32)
+    stride = tl.full([], SELECTION_BLOCK * WIDTH, tl.int64)
+    p_first = parts + slot * stride + tl.program_id(1) * (TILE_KEYS * WIDTH)
+    for i_part in range(0, count):
+        p_part = p_first + i_part * stride
+        b_sum += load_rows(p_part, o_tile * WIDTH, m_key, FIRST, SPAN, WIDTH, True)
+    return b_sum
+
+
+@triton.jit(do_not_specialize=["num_sequences", "num_blocks"])
+def selected_backward_sum_kernel(
+    sum_k,
+    sum_v,
+    parts_k,
+    parts_v,
+    chunk_starts,
+    slots,
+    cu_seqlens,
+    num_sequences,
+    num_blocks,
+    G: tl.constexpr,
+    SELECTION_BLOCK: tl.constexpr,
+    K: tl.constexpr,
+    K_MAIN: tl.constexpr,
+    K_TAIL: tl.constexpr,
+    V: tl.constexpr,
+    V_PADDED: tl.constexpr,
+    TILE_KEYS: tl.constexpr,
+):
+    """dk and dv of one key tile whose list has several chunks in this range."""
+    i_list = tl.program_id(0)
+    slot = tl.load(slots + i_list)
+    if slot < 0:
+        return
+    count = tl.load(chunk_starts + i_list + 1) - tl.load(chunk_starts + i_list)
+    start, first_key, key_end = find_block(
+        cu_seqlens, num_sequences, i_list % num_blocks, SELECTION_BLOCK, TILE_KEYS
+    )
+    o_tile = tl.arange(0, TILE_KEYS)
+    m_key = first_key + o_tile < key_end
+    key_row = (start + first_key).to(tl.int64) * G + i_list // num_blocks
+    o_key = o_tile * (G * K)
+    b_dk = _sum_parts(parts_k, slot, count, o_tile, m_key, 0, K_MAIN, K, SELECTION_BLOCK, TILE_KEYS)
+    _grow(sum_k + key_row * K, b_dk, o_key, m_key, 0, K_MAIN, K)
+    b_dv = _sum_parts(
+        parts_v, slot, count, o_tile, m_key, 0, V_PADDED, V, SELECTION_BLOCK, TILE_KEYS
+    )
+    _grow(sum_v + key_row * V, b_dv, o_tile * (G * V), m_key, 0, V_PADDED, V)
+    if K_TAIL > 0:
+        b_tail = _sum_parts(
+            parts_k, slot, count, o_tile, m_key, K_MAIN, K_TAIL, K, SELECTION_BLOCK, TILE_KEYS
+        )
+        _grow(sum_k + key_row * K, b_tail, o_key, m_key, K_MAIN, K_TAIL, K)

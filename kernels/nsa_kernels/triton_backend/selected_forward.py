@@ -1,8 +1,9 @@
 """Attention over the n selection blocks that a token's group chose, forward.
 
-A program holds one token with the R heads of one group, which share their choice, and walks the
-chosen blocks (arXiv 2502.11089, section 3.4). Tokens run fastest in the grid, so that programs at
-work at the same time are neighbours of one group and find each other's blocks in L2.
+Large groups: a program holds a few neighbouring tokens with the R heads of one group and walks the
+union of their choices (selected_union), so that a block is loaded once for all that chose it.
+Small groups would need many tokens to fill a tile, whose union is wide: they go by key blocks
+(selected_by_block).
 """
 
 # Jitted functions and their launches have no types that a checker knows.
@@ -14,19 +15,32 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nsa_kernels.shapes import NsaConfig
+from nsa_kernels.triton_backend.selected_by_block import (
+    CHUNK_TOKENS,
+    block_tile_keys,
+    forward_by_block,
+    range_span,
+)
+from nsa_kernels.triton_backend.selected_lists import list_choices
+from nsa_kernels.triton_backend.selected_union import unite_choices
 from nsa_kernels.triton_backend.tiles import (
     LN_2,
     Tiles,
-    find_token_sequence,
+    find_tile,
     fp32_tiles,
+    has_copy_engine,
     key_widths,
     load_rows,
     log2_scale,
     store_rows,
     value_widths,
 )
+
+# Heads of a group from which a few tokens fill a matrix product.
+_LEAST_HEADS = 16
 
 
 def selected_forward(
@@ -39,30 +53,44 @@ def selected_forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """out [T, H, V] and natural lse [T, H]; block_indices int32 [T, G, n], any order, -1 none."""
+    num_tokens, num_heads, _ = q.shape
+    _, num_groups, value_width = v.shape
+    if num_tokens == 0:
+        return q.new_empty(0, num_heads, value_width), q.new_empty(q.shape[:2], dtype=torch.float32)
+    if num_heads // num_groups >= _LEAST_HEADS:
+        return forward_by_tile(q, k, v, block_indices, cu_seqlens, config, scale)
+    block = config.selection_block_size
+    parts_of_choice = triton.cdiv(block, block_tile_keys(block))
+    parts_of_token = block_indices.shape[-1] * parts_of_choice
+    span = range_span(num_heads, parts_of_token, value_width, q.itemsize)
+    lists = list_choices(block_indices, cu_seqlens, block, span, CHUNK_TOKENS)
+    return forward_by_block(q, k, v, block_indices, cu_seqlens, config, scale, lists)
+
+
+def forward_by_tile(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    cu_seqlens: Tensor,
+    config: NsaConfig,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """out and lse of selected attention, tile of tokens by tile of tokens."""
     num_tokens, num_heads, key_width = q.shape
     _, num_groups, value_width = v.shape
-    out = q.new_empty(num_tokens, num_heads, value_width)
-    lse = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=q.device)
-    if num_tokens == 0:
-        return out, lse
     heads_per_group = num_heads // num_groups
     block = config.selection_block_size
-    tiles = selected_tiles(q.dtype, key_width, value_width, heads_per_group, block)
-    num_choices = block_indices.shape[-1]
-    selected_forward_kernel[(num_tokens, num_groups)](
-        q,
-        k,
-        v,
-        block_indices,
-        out,
-        lse,
-        cu_seqlens,
-        cu_seqlens.numel() - 1,
-        log2_scale(scale),
+    tiles = by_tile_tiles(q.dtype, key_width, value_width, heads_per_group, block)
+    union = unite_choices(block_indices, cu_seqlens, block, tiles.rows // heads_per_group)
+    out = q.new_empty(num_tokens, num_heads, value_width)
+    lse = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=q.device)
+    selected_forward_kernel[union.counts.shape[:2]](
+        q, k, v, *descriptors(k, v, tiles), union.blocks, union.masks, union.counts, out, lse,
+        cu_seqlens, cu_seqlens.numel() - 1, log2_scale(scale),
         G=num_groups,
         R=heads_per_group,
-        N=num_choices,
-        N_PADDED=triton.next_power_of_2(num_choices),
+        PLACES=union.blocks.shape[2],
         SELECTION_BLOCK=block,
         **key_widths(key_width),
         **value_widths(value_width),
@@ -71,52 +99,117 @@ def selected_forward(
         TILE_KEYS=tiles.keys,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-    )
+    )  # fmt: skip
     return out, lse
 
 
-def block_tile_keys(selection_block: int) -> int:
-    """Keys of a tile inside a selection block: a power of two that tl.dot takes, at most 64."""
-    return int(min(64, max(16, triton.next_power_of_2(selection_block))))
+def descriptors(
+    k: Tensor, v: Tensor, tiles: Tiles
+) -> tuple[TensorDescriptor, TensorDescriptor] | tuple[None, None]:
+    """Key tiles of k and v as Hopper's copy engine reads them; none where there is none."""
+    if not has_copy_engine(k.device) or any(t.shape[2] & (t.shape[2] - 1) for t in (k, v)):
+        return None, None
+    k_rows, v_rows = (
+        TensorDescriptor.from_tensor(t.view(t.shape[0], -1), [tiles.keys, t.shape[2]])
+        for t in (k, v)
+    )
+    return k_rows, v_rows
 
 
-def selected_tiles(
+def by_tile_tiles(
     dtype: torch.dtype, key_width: int, value_width: int, heads_per_group: int, block: int
 ) -> Tiles:
-    """Tile sizes of the query-major passes. tl.dot wants 16 rows: fewer heads are padded.
-
-    16 rows feed one warp; a second one shares the accumulators of wide heads. Two stages keep the
-    shared memory of a program small, so that many run on a multiprocessor and hide each other's
-    waits for L2, which bounds these passes.
-    """
-    rows = max(16, triton.next_power_of_2(heads_per_group))
+    """Tile sizes of the walk over unions: four tokens of 16 heads fill the 64 rows of a product."""
     keys = block_tile_keys(block)
     if dtype == torch.float32:
-        tiles = fp32_tiles(key_width, value_width, rows)
+        tiles = fp32_tiles(key_width, value_width, heads_per_group)
         return replace(tiles, keys=min(keys, tiles.keys))
-    num_warps = rows // 16 * (1 if max(key_width, value_width) <= 128 else 2)
-    return Tiles(rows, keys, num_warps, 2)
+    rows = max(64, triton.next_power_of_2(heads_per_group))
+    return Tiles(rows, keys, 4 if max(key_width, value_width) <= 128 else 8, 2)
 
 
 @triton.jit
-def count_choices(p_choice, N: tl.constexpr, N_PADDED: tl.constexpr):
-    """Choices to walk: up to the last one that is not -1, so that trailing ones cost nothing."""
-    o_choice = tl.arange(0, N_PADDED)
-    b_choice = tl.load(p_choice + o_choice, mask=o_choice < N, other=-1)
-    return tl.max(tl.where(b_choice >= 0, o_choice + 1, 0), 0)
+def _attend_blocks(
+    b_out,
+    b_max,
+    b_sum,
+    b_q,
+    b_q_tail,
+    p_k,
+    p_v,
+    k_descriptor,
+    v_descriptor,
+    key_start,
+    i_group,
+    p_blocks,
+    p_masks,
+    first,
+    end,
+    length,
+    o_position,
+    i_token,
+    scale_log2,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    K_MAIN: tl.constexpr,
+    K_TAIL: tl.constexpr,
+    V: tl.constexpr,
+    V_PADDED: tl.constexpr,
+    SELECTION_BLOCK: tl.constexpr,
+    TILE_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Fold the key tiles [first, end) of the union into the running output, maximum and sum.
 
-
-@triton.jit
-def chosen_keys(p_choice, i_tile, position, SELECTION_BLOCK: tl.constexpr, TILE_KEYS: tl.constexpr):
-    """(first key, which keys are seen) of the i_tile-th key tile of a token's choices."""
+    Unless MASKED, the blocks lie before every token of the tile.
+    """
     TILES: tl.constexpr = (SELECTION_BLOCK + TILE_KEYS - 1) // TILE_KEYS
-    i_block = tl.load(p_choice + i_tile // TILES)
-    o_block = i_tile % TILES * TILE_KEYS + tl.arange(0, TILE_KEYS)
-    first = i_block * SELECTION_BLOCK + i_tile % TILES * TILE_KEYS
-    m_key = (i_block >= 0) & (i_block * SELECTION_BLOCK + o_block <= position)
-    if SELECTION_BLOCK % TILE_KEYS != 0:
-        m_key = m_key & (o_block < SELECTION_BLOCK)
-    return first, m_key
+    IS_RAGGED: tl.constexpr = MASKED or SELECTION_BLOCK % TILE_KEYS != 0
+    o_tile = tl.arange(0, TILE_KEYS)
+    k_stride = tl.full([], G * K, tl.int64)
+    v_stride = tl.full([], G * V, tl.int64)
+    HAS_DESCRIPTORS: tl.constexpr = not IS_RAGGED and k_descriptor is not None
+    for i_tile in range(first, end):
+        i_block = tl.load(p_blocks + i_tile // TILES)
+        mask = tl.load(p_masks + i_tile // TILES)
+        first_key = i_block * SELECTION_BLOCK + i_tile % TILES * TILE_KEYS
+        o_key = first_key + o_tile
+        m_key = (o_key < (i_block + 1) * SELECTION_BLOCK) & (o_key < length)
+        if HAS_DESCRIPTORS:
+            b_k = k_descriptor.load([key_start + first_key, i_group * K])
+        else:
+            b_k = load_rows(
+                p_k + first_key * k_stride, o_tile * (G * K), m_key, 0, K_MAIN, K, IS_RAGGED
+            )
+        b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        if K_TAIL > 0:
+            b_k_tail = load_rows(
+                p_k + first_key * k_stride, o_tile * (G * K), m_key, K_MAIN, K_TAIL, K, IS_RAGGED
+            )
+            b_logits = tl.dot(b_q_tail, tl.trans(b_k_tail), b_logits, input_precision=PRECISION)
+        m_seen = ((mask >> i_token) & 1 != 0)[:, None]
+        if IS_RAGGED:
+            m_seen = m_seen & m_key[None, :]
+        if MASKED:
+            m_seen = m_seen & (o_key[None, :] <= o_position[:, None])
+        b_logits = tl.where(m_seen, b_logits, float("-inf"))
+        b_new_max = tl.maximum(b_max, tl.max(b_logits, 1) * scale_log2)
+        # As long as a row has seen no key, -inf - -inf would come up.
+        b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
+        b_p = tl.exp2(b_logits * scale_log2 - b_shift[:, None])
+        b_decay = tl.exp2(b_max - b_shift)
+        b_sum = b_sum * b_decay + tl.sum(b_p, 1)
+        if HAS_DESCRIPTORS:
+            b_v = v_descriptor.load([key_start + first_key, i_group * V])
+        else:
+            b_v = load_rows(
+                p_v + first_key * v_stride, o_tile * (G * V), m_key, 0, V_PADDED, V, IS_RAGGED
+            )
+        b_out = b_out * b_decay[:, None]
+        b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
+        b_max = b_new_max
+    return b_out, b_max, b_sum
 
 
 @triton.jit(do_not_specialize=["num_sequences"])
@@ -124,7 +217,11 @@ def selected_forward_kernel(
     q,
     k,
     v,
-    block_indices,
+    k_descriptor,
+    v_descriptor,
+    blocks,
+    masks,
+    counts,
     out,
     lse,
     cu_seqlens,
@@ -132,8 +229,7 @@ def selected_forward_kernel(
     scale_log2,
     G: tl.constexpr,
     R: tl.constexpr,
-    N: tl.constexpr,
-    N_PADDED: tl.constexpr,
+    PLACES: tl.constexpr,
     SELECTION_BLOCK: tl.constexpr,
     K: tl.constexpr,
     K_MAIN: tl.constexpr,
@@ -144,48 +240,48 @@ def selected_forward_kernel(
     TILE_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out and lse of the heads of one group at one token."""
-    i_token = tl.program_id(0)
+    """out and lse of one tile of tokens of one group; late tiles, which choose most, come first."""
+    TOKENS: tl.constexpr = TILE_ROWS // R
+    TILES: tl.constexpr = (SELECTION_BLOCK + TILE_KEYS - 1) // TILE_KEYS
+    H: tl.constexpr = G * R
     i_group = tl.program_id(1)
-    i_sequence = find_token_sequence(cu_seqlens, num_sequences, i_token)
-    start = tl.load(cu_seqlens + i_sequence)
-    position = i_token - start
+    i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    _, start, length, t_first = find_tile(cu_seqlens, num_sequences, i_tile, TOKENS)
+    if t_first >= length:
+        return
     o_row = tl.arange(0, TILE_ROWS)
-    m_row = o_row < R
-    row = (i_token.to(tl.int64) * G + i_group) * R
-    p_choice = block_indices + (i_token.to(tl.int64) * G + i_group) * N
+    i_token = o_row // R
+    o_position = t_first + i_token
+    m_row = (o_position < length) & (o_row < TOKENS * R)
+    o_head = i_token * H + o_row % R
+    row = (start + t_first).to(tl.int64) * H + i_group * R
 
-    b_q = load_rows(q + row * K, o_row * K, m_row, 0, K_MAIN, K, True)
+    b_q = load_rows(q + row * K, o_head * K, m_row, 0, K_MAIN, K, True)
     b_q_tail = b_q
     if K_TAIL > 0:
-        b_q_tail = load_rows(q + row * K, o_row * K, m_row, K_MAIN, K_TAIL, K, True)
+        b_q_tail = load_rows(q + row * K, o_head * K, m_row, K_MAIN, K_TAIL, K, True)
     b_out = tl.zeros([TILE_ROWS, V_PADDED], tl.float32)
     b_max = tl.full([TILE_ROWS], float("-inf"), tl.float32)
     b_sum = tl.zeros([TILE_ROWS], tl.float32)
 
-    o_tile = tl.arange(0, TILE_KEYS)
-    TILES: tl.constexpr = (SELECTION_BLOCK + TILE_KEYS - 1) // TILE_KEYS
-    for i_tile in range(0, count_choices(p_choice, N, N_PADDED) * TILES):
-        first, m_key = chosen_keys(p_choice, i_tile, position, SELECTION_BLOCK, TILE_KEYS)
-        key_row = (start + first).to(tl.int64) * G + i_group
-        p_k = k + key_row * K
-        b_k = load_rows(p_k, o_tile * (G * K), m_key, 0, K_MAIN, K, True)
-        b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        if K_TAIL > 0:
-            b_k_tail = load_rows(p_k, o_tile * (G * K), m_key, K_MAIN, K_TAIL, K, True)
-            b_logits = tl.dot(b_q_tail, tl.trans(b_k_tail), b_logits, input_precision=PRECISION)
-        b_logits = tl.where(m_key[None, :], b_logits, float("-inf"))
-        b_new_max = tl.maximum(b_max, tl.max(b_logits, 1) * scale_log2)
-        # As long as no key was seen, -inf - -inf would come up.
-        b_shift = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
-        b_p = tl.exp2(b_logits * scale_log2 - b_shift[:, None])
-        b_decay = tl.exp2(b_max - b_shift)
-        b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-        b_v = load_rows(v + key_row * V, o_tile * (G * V), m_key, 0, V_PADDED, V, True)
-        b_out = b_out * b_decay[:, None]
-        b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
-        b_max = b_new_max
+    key_row = start.to(tl.int64) * G + i_group
+    p_k, p_v = k + key_row * K, v + key_row * V
+    i_union = i_tile.to(tl.int64) * G + i_group
+    p_blocks, p_masks = blocks + i_union * PLACES, masks + i_union * PLACES
+    open_blocks = tl.load(counts + i_union * 2)
+    all_blocks = tl.load(counts + i_union * 2 + 1)
+    b_out, b_max, b_sum = _attend_blocks(
+        b_out, b_max, b_sum, b_q, b_q_tail, p_k, p_v, k_descriptor, v_descriptor, start, i_group,
+        p_blocks, p_masks, 0, open_blocks * TILES, length, o_position, i_token, scale_log2,
+        G, K, K_MAIN, K_TAIL, V, V_PADDED, SELECTION_BLOCK, TILE_KEYS, PRECISION, False,
+    )  # fmt: skip
+    b_out, b_max, b_sum = _attend_blocks(
+        b_out, b_max, b_sum, b_q, b_q_tail, p_k, p_v, k_descriptor, v_descriptor, start, i_group,
+        p_blocks, p_masks, open_blocks * TILES, all_blocks * TILES, length, o_position, i_token,
+        scale_log2,
+        G, K, K_MAIN, K_TAIL, V, V_PADDED, SELECTION_BLOCK, TILE_KEYS, PRECISION, True,
+    )  # fmt: skip
 
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
-    store_rows(out + row * V, b_out / b_sum[:, None], o_row * V, m_row, 0, V_PADDED, V)
-    tl.store(lse + row + o_row, (b_max + tl.log2(b_sum)) * LN_2, mask=m_row)
+    store_rows(out + row * V, b_out / b_sum[:, None], o_head * V, m_row, 0, V_PADDED, V)
+    tl.store(lse + row + o_head, (b_max + tl.log2(b_sum)) * LN_2, mask=m_row)

@@ -86,6 +86,13 @@ def fp32_tiles(key_width: int, value_width: int, least_rows: int) -> Tiles:
     return Tiles(rows, 16 if is_wide else 32, num_warps, 1, precision)
 
 
+def has_copy_engine(device: torch.device) -> bool:
+    """Whether tensor descriptors load by hardware: NVIDIA GPUs from Hopper on."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def row_delta(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor) -> Tensor:
     """sum(dout * out) - dlse of every row, fp32 [T, H]: what p's gradient is measured against."""
     num_rows, value_width = lse.numel(), out.shape[-1]
@@ -127,13 +134,26 @@ def load_rows(
 
 @triton.jit
 def store_rows(
-    matrix, b_tile, o_row, m_row, FIRST: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr
+    matrix,
+    b_tile,
+    o_row,
+    m_row,
+    FIRST: tl.constexpr,
+    SPAN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STREAMED: tl.constexpr = False,
 ):
-    """Write b_tile [rows, SPAN] as columns [FIRST, FIRST + SPAN) of the rows of m_row."""
+    """Write b_tile [rows, SPAN] as columns [FIRST, FIRST + SPAN) of the rows of m_row.
+
+    STREAMED says that they are not read again soon and make way in L2 for what is shared there.
+    """
     o_column = FIRST + tl.arange(0, SPAN)
     p_tile = matrix + (o_row[:, None] + o_column[None, :])
     m_tile = m_row[:, None] & (o_column < WIDTH)[None, :]
-    tl.store(p_tile, b_tile.to(matrix.dtype.element_ty), mask=m_tile)
+    if STREAMED:
+        tl.store(p_tile, b_tile.to(matrix.dtype.element_ty), mask=m_tile, cache_modifier=".cs")
+    else:
+        tl.store(p_tile, b_tile.to(matrix.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit

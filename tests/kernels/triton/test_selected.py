@@ -9,8 +9,8 @@ from torch import Tensor
 
 import nsa_kernels
 from nsa_kernels import NsaConfig, reference, triton_backend
-from nsa_kernels.triton_backend.selected_dkv import selected_dkv
-from nsa_kernels.triton_backend.selected_inverse import invert_choice
+from nsa_kernels.triton_backend.selected_backward import selected_gradients
+from nsa_kernels.triton_backend.selected_lists import list_choices
 from nsa_kernels.triton_backend.tiles import row_delta
 from tests.kernels.cases import (
     DENSE_STRIDE,
@@ -168,8 +168,8 @@ def test_compiled(case: Case, dtype: torch.dtype, device: str) -> None:
     check(case, dtype, device)
 
 
-def check_chunks(lengths: list[int], groups: int, heads: int, chunk_rows: int, device: str) -> None:
-    """dk and dv with lists of any length in one chunk, and cut into chunks of chunk_rows rows.
+def check_chunks(lengths: list[int], groups: int, heads: int, chunk: int, device: str) -> None:
+    """Gradients in one range and one chunk a list, and in short ranges cut into short chunks.
 
     Every token chooses block 0, so its list is long.
     """
@@ -183,69 +183,101 @@ def check_chunks(lengths: list[int], groups: int, heads: int, chunk_rows: int, d
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(device)
     delta = row_delta(out, dout, lse, torch.zeros_like(lse))
     whole, several = (
-        selected_dkv(dout, *tensors, lse, delta, *rest, chunk_rows=rows)
-        for rows in (2**30, chunk_rows)
+        selected_gradients(dout, *tensors, lse, delta, None, *rest, span=span, chunk_tokens=count)
+        for span, count in ((2**20, 2**20), (2 * chunk, chunk))
     )
-    for name, one, many in zip("kv", whole, several, strict=True):
+    for name, one, many in zip("qkv", whole, several, strict=True):
         assert_close(many, one.cpu().double(), f"d{name}")
 
 
 @pytest.mark.usefixtures("interpreted")
 def test_cutting_long_lists_changes_no_gradient() -> None:
-    check_chunks([37, 3], groups=1, heads=2, chunk_rows=8, device="cpu")
+    check_chunks([37, 3], groups=1, heads=2, chunk=17, device="cpu")
 
 
 @pytest.mark.gpu
 def test_cutting_long_lists_changes_no_gradient_compiled(device: str) -> None:
-    check_chunks([5000, 300], groups=2, heads=4, chunk_rows=256, device=device)
+    check_chunks([5000, 300], groups=2, heads=4, chunk=64, device=device)
 
 
-def check_inverse(cu_seqlens: Tensor, blocks: Tensor, block: int, chunk_tokens: int) -> None:
+def check_weights(device: str, dtype: torch.dtype) -> None:
+    """Weights stand for a gradient of out that was multiplied with them before."""
+    inputs = make_inputs([37, 3], groups=1, heads_per_group=2, device=device, dtype=dtype)
+    blocks = random_blocks(inputs.cu_seqlens, 1, inputs.config, fewest=1)
+    tensors = (inputs.q, inputs.k_slc, inputs.v_slc)
+    rest = (blocks, inputs.cu_seqlens, inputs.config, 0.25)
+    out, lse = triton_backend.selected_forward(*tensors, *rest)
+    generator = torch.Generator().manual_seed(3)
+    dout = torch.randn(out.shape, generator=generator).to(device, dtype)
+    weights = torch.rand(lse.shape, generator=generator).to(device)
+    weighed = dout * weights[..., None]
+    delta = row_delta(out, weighed, lse, torch.zeros_like(lse))
+    wanted = selected_gradients(weighed, *tensors, lse, delta, None, *rest)
+    actual = selected_gradients(dout, *tensors, lse, delta, weights, *rest)
+    for name, one, other in zip("qkv", wanted, actual, strict=True):
+        assert_close(other, one.cpu().double(), f"d{name}")
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_weights_scale_the_gradient_of_out() -> None:
+    check_weights("cpu", torch.float32)
+
+
+@pytest.mark.gpu
+def test_weights_scale_the_gradient_of_out_compiled(device: str) -> None:
+    check_weights(device, torch.float32)
+
+
+def check_lists(cu_seqlens: Tensor, blocks: Tensor, block: int, span: int, chunk: int) -> None:
     """The lists against a plain loop over the choice; the chunks against the lists."""
-    inverse = invert_choice(blocks, cu_seqlens, block, chunk_tokens)
-    starts = cu_seqlens.tolist()
-    wanted: dict[int, list[int]] = {}
-    for b in range(len(starts) - 1):
-        for t in range(starts[b], starts[b + 1]):
+    lists = list_choices(blocks, cu_seqlens, block, span, chunk)
+    offsets_of = cu_seqlens.tolist()
+    wanted: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+    for b in range(len(offsets_of) - 1):
+        for t in range(offsets_of[b], offsets_of[b + 1]):
             for g in range(blocks.shape[1]):
-                for j in blocks[t, g].tolist():
-                    if 0 <= j <= (t - starts[b]) // block:
-                        number = g * inverse.num_blocks + starts[b] // block + b + j
-                        wanted.setdefault(number, []).append(t)
-    list_starts = inverse.list_starts.tolist()
-    tokens = inverse.tokens.tolist()
-    found = {
-        i: tokens[low:high] for i, (low, high) in enumerate(pairwise(list_starts)) if high > low
-    }
-    assert found == wanted
-    chunks = inverse.chunk_lists.tolist()
+                for c, j in enumerate(blocks[t, g].tolist()):
+                    if 0 <= j <= (t - offsets_of[b]) // block:
+                        number = g * lists.num_blocks + offsets_of[b] // block + b + j
+                        wanted.setdefault((t // span, number), []).append((t, g, c))
+                    else:
+                        assert lists.places[t, g, c] == -1
+    tokens = lists.tokens.tolist()
     slots = []
-    for i, slot in enumerate(inverse.slots.tolist()):
-        count = max(1, -(-len(wanted.get(i, [])) // chunk_tokens))
-        first = int(inverse.chunk_starts[i])
-        assert chunks[first : first + count] == [i] * count
-        assert (slot >= 0) == (count > 1)
-        slots += range(slot, slot + count) if slot >= 0 else []
-    assert chunks[int(inverse.chunk_starts[-1]) :] == [inverse.slots.numel()] * (
-        len(chunks) - int(inverse.chunk_starts[-1])
-    )
-    assert slots == list(range(len(slots)))
-    assert len(slots) <= inverse.max_slots
+    for r in range(lists.num_ranges):
+        starts, chunks = lists.starts[r].tolist(), lists.chunk_lists[r].tolist()
+        slots_of_range = []
+        for i, (low, high) in enumerate(pairwise(starts)):
+            entries = wanted.get((r, i), [])
+            assert tokens[low:high] == [t for t, _, _ in entries]
+            places = [int(lists.places[entry]) for entry in entries]
+            assert places == list(range(low - starts[0], high - starts[0]))
+            count = -(-(high - low) // chunk)
+            first, slot = int(lists.chunk_starts[r, i]), int(lists.slots[r, i])
+            assert chunks[first : first + count] == [i] * count
+            assert (slot >= 0) == (count > 1)
+            slots_of_range += range(slot, slot + count) if slot >= 0 else []
+        used = int(lists.chunk_starts[r, -1])
+        assert chunks[used:] == [lists.num_lists] * (len(chunks) - used)
+        assert slots_of_range == list(range(len(slots_of_range)))
+        slots.append(len(slots_of_range))
+    assert max(slots) <= lists.max_slots
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 3, 7, 1000])
+@pytest.mark.parametrize("chunk", [1, 3, 7, 1000])
+@pytest.mark.parametrize("span", [10, 1000])
 @pytest.mark.parametrize("lengths", [[40], [17, 0, 1, 33, 16], [0, 0, 5]])
-def test_inverse_lists_every_choice_once(lengths: list[int], chunk_tokens: int) -> None:
+def test_lists_hold_every_choice_once(lengths: list[int], span: int, chunk: int) -> None:
     cu_seqlens = offsets(lengths)
-    check_inverse(cu_seqlens, random_blocks(cu_seqlens, 2, SMALL), 16, chunk_tokens)
+    check_lists(cu_seqlens, random_blocks(cu_seqlens, 2, SMALL), 16, span, chunk)
 
 
-def test_inverse_leaves_out_blocks_that_nobody_sees() -> None:
+def test_lists_leave_out_blocks_that_nobody_sees() -> None:
     """A block after the token's own would be another sequence's in the packed numbering."""
     cu_seqlens = offsets([20, 20])
     blocks = torch.full((40, 1, 2), -1, dtype=torch.int32)
     blocks[3, 0] = torch.tensor([0, 2], dtype=torch.int32)
-    check_inverse(cu_seqlens, blocks, 16, 4)
+    check_lists(cu_seqlens, blocks, 16, 64, 4)
 
 
 @pytest.mark.gpu

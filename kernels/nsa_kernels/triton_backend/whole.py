@@ -1,0 +1,83 @@
+"""The whole op: three branches mixed by their gates (Eq. 5), forward and backward."""
+
+from torch import Tensor
+
+from nsa_kernels.branches import Branches, Gradients
+from nsa_kernels.shapes import NsaConfig
+from nsa_kernels.triton_backend.importance import select_blocks
+from nsa_kernels.triton_backend.mixing import mix_backward, mix_forward
+from nsa_kernels.triton_backend.selected_backward import selected_gradients
+from nsa_kernels.triton_backend.selected_forward import selected_forward
+from nsa_kernels.triton_backend.span_backward import span_gradients
+from nsa_kernels.triton_backend.span_forward import (
+    compressed_forward,
+    compressed_span,
+    full_forward,
+    full_span,
+    sliding_forward,
+    sliding_span,
+)
+
+
+def nsa_forward(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    gates: Tensor,
+    cu_seqlens: Tensor,
+    config: NsaConfig,
+    scale: float,
+) -> tuple[Tensor, Branches]:
+    """out [T, H, V] and what the backward pass needs of the branches."""
+    out_cmp, lse_cmp = compressed_forward(q, k_cmp, v_cmp, cu_seqlens, config, scale)
+    if config.sees_all(q.shape[0]):
+        blocks = cu_seqlens.new_empty(0, k_slc.shape[1], config.num_selected_blocks)
+        out_slc, lse_slc = full_forward(q, k_slc, v_slc, cu_seqlens, scale)
+    else:
+        blocks = select_blocks(q, k_cmp, lse_cmp, cu_seqlens, config, scale)
+        out_slc, lse_slc = selected_forward(q, k_slc, v_slc, blocks, cu_seqlens, config, scale)
+    out_win, lse_win = sliding_forward(q, k_win, v_win, cu_seqlens, config, scale)
+    branches = Branches(out_cmp, lse_cmp, out_slc, lse_slc, out_win, lse_win, blocks)
+    return mix_forward(out_cmp, out_slc, out_win, gates), branches
+
+
+def nsa_backward(
+    dout: Tensor,
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    gates: Tensor,
+    branches: Branches,
+    cu_seqlens: Tensor,
+    config: NsaConfig,
+    scale: float,
+) -> Gradients:
+    """Gradients of all inputs: each branch reads dout itself and weighs it by its gate."""
+    dgates, weights, deltas = mix_backward(
+        dout, branches.out_cmp, branches.out_slc, branches.out_win, gates
+    )
+    given = (cu_seqlens, compressed_span(cu_seqlens, config), scale)
+    saved = (branches.lse_cmp, deltas[0], weights[0])
+    dq_cmp, dk_cmp, dv_cmp = span_gradients(dout, q, k_cmp, v_cmp, *saved, *given)
+    given = (cu_seqlens, sliding_span(cu_seqlens, config), scale)
+    saved = (branches.lse_win, deltas[2], weights[2])
+    dq_win, dk_win, dv_win = span_gradients(dout, q, k_win, v_win, *saved, *given)
+    saved = (branches.lse_slc, deltas[1], weights[1])
+    if config.sees_all(q.shape[0]):
+        given = (cu_seqlens, full_span(cu_seqlens), scale)
+        dq, dk_slc, dv_slc = span_gradients(dout, q, k_slc, v_slc, *saved, *given)
+        dq += dq_cmp + dq_win
+    else:
+        dq, dk_slc, dv_slc = selected_gradients(
+            dout, q, k_slc, v_slc, *saved, branches.blocks, cu_seqlens, config, scale,
+            other_dq=(dq_cmp, dq_win),
+        )  # fmt: skip
+    return Gradients(dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates)
