@@ -86,7 +86,7 @@ def stamp(device: str, commit: str | None, command: str) -> Record:
         done = subprocess.run(git, capture_output=True, text=True, check=False)
         commit = done.stdout.strip() if done.returncode == 0 else "unknown"
     return {
-        "device": torch.cuda.get_device_name(device),
+        "device": torch.cuda.get_device_name(device) if device == "cuda" else "CPU",
         "versions": {
             "torch": torch.__version__,
             "triton": triton.__version__,

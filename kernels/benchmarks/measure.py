@@ -1,6 +1,7 @@
 """Records of one workload: times of our ops and of their peers, forward and backward."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from benchmarks.gate import MAX_ERROR, RedGate, op_output, op_tensors
 from benchmarks.overlap import measure_overlap
 from benchmarks.peers import TORCH, Peer
 from benchmarks.timing import median_ms, second_ms
-from benchmarks.workloads import Choice, Tensors, Workload, make_tensors
+from benchmarks.workloads import DRIFT, SHARING, Choice, Tensors, Workload, make_tensors
 
 Record = dict[str, Any]
 
@@ -148,13 +149,16 @@ def _overlaps(
     for op, blocks in choices.items():
         if op in ops:
             found = measure_overlap(blocks, workload.config)
-            yield {
+            record = {
                 "name": f"overlap/{workload.name}/{op}{suffix}",
                 "value": found.kept,
                 "unit": "share",
                 "union": {str(span): size for span, size in found.union.items()},
                 "distance": found.distance,
             }
+            if suffix:
+                record["parameters"] = asdict(SHARING if op == "selected" else DRIFT)
+            yield record
 
 
 def _record(workload: Workload, name: str, op: str, direction: str, ms: float) -> Record:

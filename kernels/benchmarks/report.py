@@ -246,12 +246,12 @@ def _overlap(records: list[Record], trained: list[Record]) -> list[str]:
         return [name, f"{record['value']:.2f}", *(f"{u:.2f}" for u in record["union"].values())]
 
     # The shortest and the longest context say enough.
-    ends = dict.fromkeys(r["name"].split("/")[1] for r in records)
-    shown = [r for r in records if r["name"].split("/")[1] in (next(iter(ends)), "64k")]
+    contexts = dict.fromkeys(r["name"].split("/")[1] for r in records)
+    shown = [r for r in records if r["name"].split("/")[1] in (next(iter(contexts)), "64k")]
     spans = list(shown[0]["union"])
     head = ["choice", "kept", *(f"union of {span}" for span in spans)]
     known = [{**r, "union": {s: r["union"][s] for s in spans}} for r in trained]
-    return [
+    lines = [
         "",
         "## How many blocks neighbours share",
         "",
@@ -259,7 +259,14 @@ def _overlap(records: list[Record], trained: list[Record]) -> list[str]:
         "blocks of that many neighbouring tokens, divided by n. `selected` is the given choice,",
         "`nsa` what the whole op chose for its queries, `trained` a model's own choices.",
         *_table(head, map(row, [*shown, *known])),
+        "",
     ]
+    chosen = {r["name"].split("/")[2]: r["parameters"] for r in shown if "parameters" in r}
+    for op, parameters in chosen.items():
+        values = ", ".join(f"{name} {value:g}" for name, value in parameters.items())
+        lines.append(f"- `{op}` is drawn with {values} (benchmarks/workloads.py).")
+    models = dict.fromkeys(r["model"] for r in trained)
+    return lines + [f"- The trained model: {model}." for model in models]
 
 
 def _decode(records: list[Record], ceilings: dict[str, float]) -> list[str]:

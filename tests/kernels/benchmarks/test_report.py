@@ -47,7 +47,8 @@ CEILINGS = [
 ]
 OVERLAP = {
     "name": "overlap/64k/nsa", "value": 0.031, "unit": "share",
-    "union": {"2": 1.76, "4": 3.1}, "distance": [0.2, 0.5, 0.7], **ABOUT,
+    "union": {"2": 1.76, "4": 3.1}, "distance": [0.2, 0.5, 0.7],
+    "parameters": {"share": 0.7, "life": 32}, **ABOUT,
 }  # fmt: skip
 RECORDS = [
     *CEILINGS,
@@ -71,7 +72,7 @@ RECORDS = [
 
 
 def test_page_shows_times_floors_and_ratios() -> None:
-    page = render(RECORDS, [{**OVERLAP, "name": "trained", "value": 0.72}])
+    page = render(RECORDS, [{**OVERLAP, "name": "overlap/trained", "value": 0.72, "model": "tiny"}])
     assert "a GPU; torch 1, triton 2; commit abc; 2026-01-01." in page
     assert "500 TFLOP/s" in page and "3.00 TB/s" in page
     # Forward and backward together: 10 ms beside 7, then 12 beside 11, then 90 beside 450.
@@ -86,6 +87,8 @@ def test_page_shows_times_floors_and_ratios() -> None:
     assert "| 270,336 | 64/4 | 200.0 | 0 | 2100.0 | 10.5 | 0.31 % |" in page
     assert "| 64k/nsa | 0.03 | 1.76 | 3.10 |" in page
     assert "| trained | 0.72 | 1.76 | 3.10 |" in page
+    assert "`nsa` is drawn with share 0.7, life 32" in page
+    assert "- The trained model: tiny." in page
     assert "| 8 | 65,536 | 10.0 | 80.0 | 75.0 | 7.50 | 40 |" in page
 
 
