@@ -27,7 +27,7 @@ from benchmarks import measure
 from benchmarks.decode import measure_decode
 from benchmarks.gate import RedGate, check_gate
 from benchmarks.peers import Peer, installed_peers
-from benchmarks.report import write_page
+from benchmarks.report import render, write_page
 from benchmarks.workloads import LONG, QUICK, WORKLOADS
 
 ROOT = Path(__file__).parents[2]
@@ -135,6 +135,7 @@ def main() -> int:
     records, broken = run(parts, about, arguments.json or default)
     if is_whole:
         write_page(records)
+    print(render(records))
     if broken:
         print(f"bench: {broken} parts broke; see above", file=sys.stderr)
     return 1 if broken else 0

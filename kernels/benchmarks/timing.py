@@ -13,9 +13,8 @@ def median_ms(run: Callable[[], Any], rep_ms: int = 100) -> float:
     return float(median)
 
 
-def second_ms(run: Callable[[], Any]) -> float:
-    """Milliseconds of the second of two calls: for calls that take seconds."""
-    run()
+def once_ms(run: Callable[[], Any]) -> float:
+    """Milliseconds of one call: for calls that take seconds, of kernels that ran before."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     run()

@@ -166,7 +166,7 @@ def still_clock(monkeypatch: pytest.MonkeyPatch) -> None:
         return 2.0
 
     monkeypatch.setattr(measure, "median_ms", clock)
-    monkeypatch.setattr(measure, "second_ms", clock)
+    monkeypatch.setattr(measure, "once_ms", clock)
     small = {"size": 64, "copied": 2**10}
     ceilings = measure.ceilings
     monkeypatch.setattr(measure, "ceilings", lambda device: ceilings(device, **small))
