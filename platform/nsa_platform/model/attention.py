@@ -18,7 +18,7 @@ from nsa_platform.model.cache import (
     read_rows,
     write_rows,
 )
-from nsa_platform.model.compression import Compression, gather_blocks, kernel_config
+from nsa_platform.model.compression import Compression, kernel_config
 from nsa_platform.model.probe import observe_gates, observe_selection
 from nsa_platform.model.rotary import Rotation, attention_scale
 from nsa_platform.model.step import PackedStep, PagedStep
@@ -73,38 +73,38 @@ class NsaAttention(nn.Module):
     def _project(self, x: Tensor, rotation: Rotation) -> _Projected:
         config = self.config
         heads, groups = config.query_heads, config.kv_heads
-        widths = [groups * config.key_width, groups * config.value_width]
+        key_width, value_width = groups * config.key_width, groups * config.value_width
         branches = 3 if config.branch_kv == "separate" else 1
 
         q = rotation.apply(self.query(x).unflatten(1, (heads, config.key_width)))
         gates = torch.sigmoid(self.gate(x)).unflatten(1, (heads, 3))
-        pairs = self.key_value(x).split([branches * width for width in widths], dim=1)
-        keys = pairs[0].unflatten(1, (branches, groups, config.key_width))
-        values = pairs[1].unflatten(1, (branches, groups, config.value_width)).unbind(1)
-        v_tail, v_slc, v_win = values if branches == 3 else values * 3
-
-        rotated = rotation.apply(keys.flatten(1, 2)).unflatten(1, (branches, groups))
-        k_tail = (rotated if config.compressed_rotary == "before" else keys)[:, 0]
-        k_slc, k_win = (rotated[:, 1], rotated[:, 2]) if branches == 3 else (rotated[:, 0],) * 2
+        # Split once: the gradients of all parts then meet in one concatenation. Only what a branch
+        # reads rotated is rotated, branch by branch, so that the op finds it contiguous.
+        num_raw = int(branches == 3 and config.compressed_rotary != "before")
+        raw, keys, *values = self.key_value(x).split(
+            [num_raw * key_width, (branches - num_raw) * key_width, *[value_width] * branches],
+            dim=1,
+        )
+        keys = keys.unflatten(1, (branches - num_raw, groups, config.key_width)).transpose(0, 1)
+        rotated = rotation.apply(keys).unbind(0)
+        v_tail, v_slc, v_win = [v.unflatten(1, (groups, -1)) for v in values] * (3 // branches)
+        if config.compressed_rotary == "before":
+            k_tail = rotated[0]
+        else:
+            k_tail = raw.unflatten(1, (groups, -1)) if num_raw else keys[0]
+        k_slc, k_win = (rotated * 2)[-2:]
         return _Projected(q, gates, k_tail, v_tail, k_slc, v_slc, k_win, v_win)
 
-    def _compress(
-        self, k_blocks: Tensor, v_blocks: Tensor, rotation: Rotation
-    ) -> tuple[Tensor, Tensor]:
-        """Blocks [G, C, l, K] and [G, C, l, V] to compressed keys and values [C, G, K or V]."""
-        k_cmp = self.compress_key(k_blocks).to(k_blocks.dtype)
-        if self.config.compressed_rotary == "block_start":
-            k_cmp = rotation.apply(k_cmp)
-        return k_cmp, self.compress_value(v_blocks).to(v_blocks.dtype)
+    def _place(self, k_cmp: Tensor, rotation: Rotation) -> Tensor:
+        """Compressed keys [C, G, K], rotated to their blocks' starts when the config says so."""
+        return rotation.apply(k_cmp) if self.config.compressed_rotary == "block_start" else k_cmp
 
     def _attend_packed(self, projected: _Projected, step: PackedStep) -> Tensor:
         q, gates, k_tail, v_tail, k_slc, v_slc, k_win, v_win = projected
         assert step.blocks is not None and step.block_rotation is not None
-        k_cmp, v_cmp = self._compress(
-            gather_blocks(k_tail, step.blocks),
-            gather_blocks(v_tail, step.blocks),
-            step.block_rotation,
-        )
+        k_cmp = self.compress_key.fold_packed(k_tail, step.blocks).to(q.dtype)
+        k_cmp = self._place(k_cmp, step.block_rotation)
+        v_cmp = self.compress_value.fold_packed(v_tail, step.blocks).to(q.dtype)
         if step.probe is not None:
             observe_selection(
                 step.probe,
@@ -146,11 +146,10 @@ class NsaAttention(nn.Module):
             write_rows(cache.k_win, step.window_rows, k_win)
             write_rows(cache.v_win, step.window_rows, v_win)
 
-        k_cmp, v_cmp = self._compress(
-            read_rows(cache.k_tail, new.tail_rows).permute(2, 0, 1, 3),
-            read_rows(cache.v_tail, new.tail_rows).permute(2, 0, 1, 3),
-            new.rotation,
-        )
+        k_blocks = read_rows(cache.k_tail, new.tail_rows).permute(2, 0, 1, 3)
+        v_blocks = read_rows(cache.v_tail, new.tail_rows).permute(2, 0, 1, 3)
+        k_cmp = self._place(self.compress_key(k_blocks).to(q.dtype), new.rotation)
+        v_cmp = self.compress_value(v_blocks).to(q.dtype)
         write_rows(cache.k_cmp, new.rows, k_cmp)
         write_rows(cache.v_cmp, new.rows, v_cmp)
         return nsa_paged_attention(

@@ -7,6 +7,7 @@ holds no buffers that a meta device would lose.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,11 +25,48 @@ class Rotation:
     """fp32 (fp64 for an fp64 model) [T, K / 2]"""
 
     def apply(self, x: Tensor) -> Tensor:
-        """Rotate x [T, heads, K]; the result has x's dtype."""
+        """Rotate x [..., T, heads, K]; the result is contiguous and has x's dtype."""
         cos, sin = self.cos[:, None], self.sin[:, None]
-        first, second = x.to(cos.dtype).chunk(2, dim=-1)
-        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        return turned.to(x.dtype)
+        if torch.compiler.is_compiling():
+            return _turn(x, cos, sin).contiguous()
+        turned = _Turn.apply(x, cos, sin)
+        assert isinstance(turned, Tensor)
+        return turned
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The formula, which a compiler makes one pass over x of, forward and backward."""
+    first, second = x.to(cos.dtype).chunk(2, dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(x.dtype)
+
+
+class _Turn(torch.autograd.Function):
+    """The same without a compiler: four passes over half of x where the formula takes nine.
+
+    The gradient is turned back by the same angles; nothing of x is kept for it.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return _turn_eagerly(x, cos, sin, direction=1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1], inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _turn_eagerly(grad, *ctx.saved_tensors, direction=-1), None, None
+
+
+def _turn_eagerly(x: Tensor, cos: Tensor, sin: Tensor, *, direction: int) -> Tensor:
+    """Each half in two operations; the second rounds to x's dtype and writes where it belongs."""
+    turned = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    (first, second), half = x.chunk(2, dim=-1), x.shape[-1] // 2
+    torch.addcmul(first * cos, second, sin, value=-direction, out=turned[..., :half])
+    torch.addcmul(second * cos, first, sin, value=direction, out=turned[..., half:])
+    return turned
 
 
 def rotation_of(positions: Tensor, config: ModelConfig, *, dtype: torch.dtype) -> Rotation:

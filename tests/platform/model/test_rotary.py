@@ -41,6 +41,40 @@ def test_rotation_keeps_the_dtype(make_config):
     assert rotation.apply(torch.randn(4, 2, 16).bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rotation_and_its_gradient_against_complex_numbers(make_config, dtype):
+    """Also with axes before the tokens and from a tensor that is a part of another."""
+    rotation = rotation_of(torch.tensor([0, 3, 70, 1000]), make_config(), dtype=dtype)
+    whole = torch.randn(4, 7, 16, dtype=dtype, requires_grad=True)
+    weight = torch.randn(3, 4, 2, 16, dtype=dtype)
+
+    turned = rotation.apply(whole[:, 1:].unflatten(1, (3, 2)).transpose(0, 1))
+    assert turned.shape == weight.shape and turned.dtype == dtype and turned.is_contiguous()
+    (grad,) = torch.autograd.grad((turned * weight).sum(), whole)
+
+    exact = whole.detach().double().requires_grad_(True)
+    first, second = exact[:, 1:].unflatten(1, (3, 2)).transpose(0, 1).chunk(2, -1)
+    angle = torch.complex(rotation.cos.double(), rotation.sin.double())[:, None]
+    wanted = torch.view_as_real(torch.complex(first, second) * angle).movedim(-1, -2).flatten(-2)
+    (wanted_grad,) = torch.autograd.grad((wanted * weight.double()).sum(), exact)
+    torch.testing.assert_close(turned, wanted.to(dtype))
+    torch.testing.assert_close(grad, wanted_grad.to(dtype))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiled_rotation_is_the_same(make_config):
+    rotation = rotation_of(torch.arange(5), make_config(), dtype=torch.bfloat16)
+    x = torch.randn(5, 2, 16).bfloat16().requires_grad_(True)
+    weight = torch.randn(5, 2, 16).bfloat16()
+    plain = rotation.apply(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(rotation.apply, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(compiled, plain)
+    (wanted,) = torch.autograd.grad((plain * weight).sum(), x)
+    (grad,) = torch.autograd.grad((compiled * weight).sum(), x)
+    torch.testing.assert_close(grad, wanted)
+
+
 def test_yarn_leaves_fast_pairs_interpolates_slow_ones_and_ramps_between(make_config):
     factor, original = 4.0, 256
     config = make_config(yarn={"factor": factor, "original_context": original})
