@@ -21,7 +21,7 @@ from nsa_kernels import (
 )
 
 BATCHES = (1, 8, 32)
-CONTEXTS = (8192, 16384, 32768, 65536)
+CONTEXTS = (8192, 16384, 32768, 65536, 131072, 262144)
 # Five times the L2 cache of an H100; the largest sets are that large alone, but rotate too.
 _ROTATING_BYTES = 256 * 2**20
 _REPLAYS = 20
@@ -177,7 +177,7 @@ def measure_decode(
 ) -> Iterator[dict[str, Any]]:
     """Yield one record per op, batch and context: name, value, unit, and what it was measured on.
 
-    Needs a CUDA device. Two input sets of the largest shape take about 20 GB there.
+    Needs a CUDA device. Two input sets of the largest shape take about 40 GB there.
     """
     for batch in batches:
         for context in contexts:

@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from nsa_kernels.shapes import NsaConfig
+from nsa_kernels.triton_backend.paged_decode import decode_attention, is_decode, make_plan
 from nsa_kernels.triton_backend.paged_importance import paged_importance_kernel
 from nsa_kernels.triton_backend.paged_merge import paged_merge_kernel
 from nsa_kernels.triton_backend.paged_rows import Rows, locate_rows
@@ -226,7 +227,9 @@ def _merge(parts: Parts, gates: Tensor | None, rows: Rows, out: Tensor) -> None:
         gates,
         rows.positions,
         rows.packed,
+        None,
         out,
+        0,
         out.shape[1],
         **value_widths(out.shape[2]),
         SPLITS_CMP=parts.splits.compressed,
@@ -271,13 +274,23 @@ def paged_attention(
 
     Tokens past the last sequence, as a captured batch may have, get 0.
     """
-    num_tokens, num_heads, _ = q.shape
+    num_tokens, num_heads, key_width = q.shape
     page, num_groups, value_width = v_slc.shape[1:]
-    out = q.new_zeros(num_tokens, num_heads, value_width)
     if num_tokens == 0:
-        return out
-    rows, programs = _locate(q, cu_seqlens, context_lens, num_groups)
+        return q.new_empty(0, num_heads, value_width)
     context = page_table.shape[1] * page
+    num_sequences = context_lens.shape[0]
+    if is_decode(num_tokens, num_sequences, context // config.selection_block_size, config):
+        plan = make_plan(
+            num_tokens, num_sequences, num_groups, num_heads // num_groups,
+            max(key_width, value_width), q.dtype, context, config,
+        )  # fmt: skip
+        return decode_attention(
+            q, (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win), gates, page_table, window_page_table,
+            cu_seqlens, context_lens, config, scale, plan,
+        )  # fmt: skip
+    out = q.new_zeros(num_tokens, num_heads, value_width)
+    rows, programs = _locate(q, cu_seqlens, context_lens, num_groups)
     chosen = min(config.num_selected_blocks * config.selection_block_size, context)
     splits = Splits(
         num_splits(context // config.compression_stride, programs),

@@ -22,7 +22,9 @@ def paged_merge_kernel(
     gates,
     row_positions,
     row_tokens,
+    cu_seqlens,
     out,
+    num_sequences,
     H,
     V: tl.constexpr,
     V_PADDED: tl.constexpr,
@@ -30,17 +32,30 @@ def paged_merge_kernel(
     SPLITS_SLC: tl.constexpr,
     SPLITS_WIN: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
-    """Write one row and head of out [T, H, V]; without gates all parts are of one branch."""
+    """Write one row and head of out [T, H, V]; without gates all parts are of one branch.
+
+    row_positions and row_tokens say where a row belongs. Without them rows are the packed tokens,
+    of which those past the last sequence get 0.
+    """
     i_row = tl.program_id(0).to(tl.int64)
     i_head = tl.program_id(1)
-    if tl.load(row_positions + i_row) < 0:
-        return
-    i_out = tl.load(row_tokens + i_row).to(tl.int64) * H + i_head
     ALL_SPLITS: tl.constexpr = SPLITS_CMP + SPLITS_SLC + SPLITS_WIN
-
     o_split = tl.arange(0, SPLITS_PADDED)
     o_v = tl.arange(0, V_PADDED)
+    if row_positions is None:
+        i_out = i_row * H + i_head
+        if i_row >= tl.load(cu_seqlens + num_sequences):
+            b_zero = tl.zeros([V_PADDED], tl.float32)
+            tl.store(out + i_out * V + o_v, b_zero.to(out.dtype.element_ty), o_v < V)
+            return
+    else:
+        if tl.load(row_positions + i_row) < 0:
+            return
+        i_out = tl.load(row_tokens + i_row).to(tl.int64) * H + i_head
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     o_part = (i_row * H + i_head) * ALL_SPLITS + o_split
     b_lse = tl.load(partial_lse + o_part, o_split < ALL_SPLITS, -float("inf"))
     # Parts without keys were never written.

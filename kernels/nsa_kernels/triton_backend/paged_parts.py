@@ -37,6 +37,19 @@ def score_split(b_q, b_q_tail, b_k, b_k_tail, K_TAIL: tl.constexpr):
 
 
 @triton.jit
+def soften(score, largest):
+    """One step of a running softmax in base 2: (grown maximum, p, decay).
+
+    The maximum is rounded up to a whole number, so that weights taken against different maxima
+    differ by powers of two alone and equal scores stay equal, bit for bit, wherever they were seen.
+    """
+    grown = tl.maximum(largest, tl.ceil(tl.max(score, 1)))
+    # A tile may hold no key at all; -inf minus -inf would be NaN.
+    shift = tl.where(grown == -float("inf"), 0.0, grown)
+    return grown, tl.exp2(score - shift[:, None]), tl.exp2(largest - shift)
+
+
+@triton.jit
 def attend_keys(
     b_q,
     b_q_tail,
@@ -57,19 +70,16 @@ def attend_keys(
 ):
     """Fold the cache rows o_row (int64, counted in keys) into a running softmax in base 2.
 
-    m_row says which of them may be read, seen [queries or 1, keys] which query sees which.
+    m_row says which of them may be read, seen [queries or 1, keys] which query sees which. Returns
+    (maximum, total, acc, p against that maximum).
     """
     b_k, b_k_tail = load_split(k, o_row * K, m_row, K, K_MAIN, K_TAIL)
+    b_v = load_rows(v, o_row * V, m_row, 0, V_PADDED, V, True)
     score = score_split(b_q, b_q_tail, b_k, b_k_tail, K_TAIL) * scale_log2
     score = tl.where(seen, score, -float("inf"))
-    grown = tl.maximum(largest, tl.max(score, 1))
-    # A tile may hold no key at all; -inf minus -inf would be NaN.
-    shift = tl.where(grown == -float("inf"), 0.0, grown)
-    b_p = tl.exp2(score - shift[:, None])
-    decay = tl.exp2(largest - shift)
-    b_v = load_rows(v, o_row * V, m_row, 0, V_PADDED, V, True)
+    grown, b_p, decay = soften(score, largest)
     acc = tl.dot(b_p.to(b_v.dtype), b_v, acc * decay[:, None], input_precision="ieee")
-    return grown, total * decay + tl.sum(b_p, 1), acc
+    return grown, total * decay + tl.sum(b_p, 1), acc, b_p
 
 
 @triton.jit
@@ -86,10 +96,13 @@ def store_partial(
     V: tl.constexpr,
     V_PADDED: tl.constexpr,
 ):
-    """Write one part: partial_out [rows, H, ALL_SPLITS, V] normalised, partial_lse natural."""
+    """Write one part: partial_out [rows, H, ALL_SPLITS, V] normalised, partial_lse natural.
+
+    A part without keys leaves its lse alone, -inf.
+    """
     o_part = o_head * ALL_SPLITS + i_split
     is_empty = total == 0.0
     out = acc / tl.where(is_empty, 1.0, total)[:, None]
     lse = (largest + tl.log2(tl.where(is_empty, 1.0, total))) * LN_2
     tl.store(partial_lse + o_part, tl.where(is_empty, -float("inf"), lse), m_head)
-    store_rows(partial_out, out, o_part * V, m_head, 0, V_PADDED, V)
+    store_rows(partial_out, out, o_part * V, m_head & (total > 0.0), 0, V_PADDED, V)

@@ -39,6 +39,34 @@ class Rows:
 
 
 @triton.jit
+def find_new_tokens(
+    cu_seqlens, context_lens, num_sequences, i_tile, TOKENS: tl.constexpr, TILE_B: tl.constexpr
+):
+    """(sequence, first packed token, its position, number of tokens) of a tile of new tokens.
+
+    Tiles of one token are the packed tokens themselves, larger ones are numbered as in packing.py.
+    The number is not positive where the tile has no token. All sequences are asked at once: steps
+    of a search would each wait for the one before.
+    """
+    i_sequence = i_tile * 0
+    for first in range(1, num_sequences, TILE_B):
+        o_sequence = first + tl.arange(0, TILE_B)
+        first_tile = tl.load(cu_seqlens + o_sequence, o_sequence < num_sequences, 0)
+        if TOKENS > 1:
+            first_tile = first_tile // TOKENS + o_sequence
+        is_before = (o_sequence < num_sequences) & (first_tile <= i_tile)
+        i_sequence += tl.sum(is_before.to(tl.int32), 0)
+    start = tl.load(cu_seqlens + i_sequence)
+    length = tl.load(cu_seqlens + i_sequence + 1) - start
+    context = tl.load(context_lens + i_sequence)
+    offset = i_tile - start
+    if TOKENS > 1:
+        offset = (i_tile - (start // TOKENS + i_sequence)) * TOKENS
+    count = tl.minimum(length - offset, TOKENS)
+    return i_sequence, start + offset, context - length + offset, count
+
+
+@triton.jit
 def locate_rows_kernel(
     cu_seqlens,
     context_lens,

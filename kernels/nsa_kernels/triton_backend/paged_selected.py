@@ -83,7 +83,7 @@ def paged_selected_sliding_forward_kernel(
             m_key = m_slot & (o_key <= position)
             page = tl.load(p_table + o_key // PAGE_ROWS, m_key, 0).to(tl.int64)
             o_row = (page * PAGE_ROWS + o_key % PAGE_ROWS) * G + i_group
-            largest, total, acc = attend_keys(
+            largest, total, acc, _ = attend_keys(
                 b_q, b_q_tail, k_slc, v_slc, o_row, m_key, m_key[None, :], largest, total, acc,
                 scale_log2, K, K_MAIN, K_TAIL, V, V_PADDED,
             )  # fmt: skip
@@ -99,7 +99,7 @@ def paged_selected_sliding_forward_kernel(
             m_key = o_key < last_key
             page = tl.load(p_table + o_key // PAGE_ROWS, m_key, 0).to(tl.int64)
             o_row = (page * PAGE_ROWS + o_key % PAGE_ROWS) * G + i_group
-            largest, total, acc = attend_keys(
+            largest, total, acc, _ = attend_keys(
                 b_q, b_q_tail, k_win, v_win, o_row, m_key, m_key[None, :], largest, total, acc,
                 scale_log2, K, K_MAIN, K_TAIL, V, V_PADDED,
             )  # fmt: skip

@@ -79,7 +79,7 @@ def paged_span_forward_kernel(
         page = tl.load(p_table + o_key // PAGE_ROWS, m_key, 0).to(tl.int64)
         o_cache = (page * PAGE_ROWS + o_key % PAGE_ROWS) * G + i_group
         seen = m_key[None, :] & (o_key[None, :] < num_seen[:, None])
-        largest, total, acc = attend_keys(
+        largest, total, acc, _ = attend_keys(
             b_q, b_q_tail, k, v, o_cache, m_key, seen, largest, total, acc, scale_log2,
             K, K_MAIN, K_TAIL, V, V_PADDED,
         )  # fmt: skip

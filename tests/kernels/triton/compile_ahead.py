@@ -75,8 +75,8 @@ PARTS: dict[str, tuple[str, list[Shape]]] = {
             Shape(torch.bfloat16, 256, 256, 16, ("full", "selected", "select_blocks", "decode")),
         ],
     ),
-    "sm_80": ("sm_80", [Shape(torch.bfloat16, 64, 64, 16, ONE_SPAN)]),
-    "gfx942": ("gfx942", [Shape(torch.bfloat16, 64, 64, 16, ONE_SPAN)]),
+    "sm_80": ("sm_80", [Shape(torch.bfloat16, 64, 64, 16, (*ONE_SPAN, "prefill"))]),
+    "gfx942": ("gfx942", [Shape(torch.bfloat16, 64, 64, 16, (*ONE_SPAN, "prefill"))]),
 }
 
 

@@ -1,17 +1,21 @@
 """Paged attention in Triton equals the one-shot op at every position, whatever the pages."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from nsa_kernels import (
     NsaConfig,
+    compressed_cu_seqlens,
     full_attention,
     nsa_attention,
     reference,
 )
 from nsa_kernels.triton_backend import paged as paged_module
+from nsa_kernels.triton_backend import paged_decode as decode_module
 from tests.kernels.cases import DENSE_STRIDE, EQUAL_BLOCKS, PAPER, SMALL, assert_close
-from tests.kernels.triton.pages import PagedBatch, make_paged
+from tests.kernels.triton.pages import PagedBatch, lay_out, make_paged
 
 ODD = NsaConfig(
     compression_block_size=12,
@@ -22,6 +26,23 @@ ODD = NsaConfig(
     num_local_blocks=1,
     window_size=10,
 )
+# Three strides to a selection block: tiles of keys have columns without a key.
+UNEVEN = NsaConfig(
+    compression_block_size=16,
+    compression_stride=8,
+    selection_block_size=24,
+    num_selected_blocks=4,
+    num_initial_blocks=0,
+    num_local_blocks=1,
+    window_size=30,
+)
+
+
+@pytest.fixture(params=["few", "many"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """As for few new tokens (splits, three launches) or as for many (chunks), whatever they are."""
+    monkeypatch.setattr(paged_module, "is_decode", lambda *sizes: request.param == "few")
+    return request.param
 
 
 def assert_equals_reference(batch: PagedBatch) -> None:
@@ -48,6 +69,7 @@ def test_decode_at_every_boundary(pages_of: int) -> None:
     assert_equals_reference(make_paged(BOUNDARIES, ones, config=SMALL, page=page, groups=1))
 
 
+@pytest.mark.usefixtures("way")
 def test_chunks_verify_and_decode_in_one_batch() -> None:
     batch = make_paged(
         [333, 40, 1, 66, 9],
@@ -59,25 +81,34 @@ def test_chunks_verify_and_decode_in_one_batch() -> None:
     assert_equals_reference(batch)
 
 
+@pytest.mark.parametrize("new_tokens", [[2, 2], [5, 5], [16, 16], [1, 16], [16, 3]], ids=str)
+def test_few_new_tokens(new_tokens: list[int]) -> None:
+    batch = make_paged([301, 95], new_tokens, config=SMALL, groups=1, heads_per_group=16)
+    assert_equals_reference(batch)
+
+
+@pytest.mark.usefixtures("way")
 def test_whole_prompt() -> None:
     assert_equals_reference(make_paged([50], [50], config=SMALL, groups=1, heads_per_group=1))
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
     ("config", "groups", "heads_per_group", "key_width", "value_width"),
     [
         (EQUAL_BLOCKS, 3, 1, 48, 16),
         (DENSE_STRIDE, 1, 16, 16, 32),
         (ODD, 2, 3, 32, 16),
-        (PAPER, 1, 4, 192, 128),
+        (UNEVEN, 1, 4, 16, 16),
+        (NsaConfig(num_selected_blocks=4), 1, 4, 192, 128),
     ],
-    ids=["equal", "dense", "odd", "paper"],
+    ids=["equal", "dense", "odd", "uneven", "wide"],
 )
 def test_sizes(
     config: NsaConfig, groups: int, heads_per_group: int, key_width: int, value_width: int
 ) -> None:
     batch = make_paged(
-        [333, 64],
+        [433, 64],
         [1, 2],
         config=config,
         page=2 * config.selection_block_size,
@@ -101,17 +132,37 @@ def test_empty_sequences_and_no_tokens() -> None:
 
 
 def test_tokens_in_chunks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = make_paged([90, 30], [7, 2], config=SMALL, groups=1)
+    batch = make_paged([90, 30], [40, 30], config=SMALL, groups=1)
     whole = batch.attend()
     monkeypatch.setattr(paged_module, "_BUFFER_BYTES", 4 * 5000)
     assert torch.equal(batch.attend(), whole)
 
 
+@pytest.mark.usefixtures("way")
 def test_splits_of_the_keys_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = make_paged([600, 30], [1, 1], config=PAPER, groups=1, heads_per_group=2)
+    batch = make_paged([1200, 30], [1, 1], config=PAPER, groups=1, heads_per_group=2)
     split = batch.attend()
-    monkeypatch.setattr(paged_module, "_MOST_SPLITS", 1)
+    for module in (paged_module, decode_module):
+        monkeypatch.setattr(module, "_MOST_SPLITS", 1)
     torch.testing.assert_close(batch.attend(), split, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("period", [1, 8])
+def test_ties_go_to_the_lower_block(period: int) -> None:
+    """Integer keys repeat every `period` blocks, over many tiles and splits: exact ties."""
+    batch = make_paged([1601, 1030], [1, 2], config=SMALL, groups=1, heads_per_group=3)
+    strides = SMALL.selection_block_size // SMALL.compression_stride
+    generator = torch.Generator().manual_seed(period)
+    key = torch.randint(-1, 2, (period * strides, 1, 16), generator=generator).float()
+    batch.whole.q = (batch.whole.q * 2).round()
+    repeats = -(-batch.whole.k_cmp.shape[0] // key.shape[0])
+    starts = compressed_cu_seqlens(batch.whole.cu_seqlens, SMALL).tolist()
+    for start, stop in pairwise(starts):
+        batch.whole.k_cmp[start:stop] = key.repeat(repeats, 1, 1)[: stop - start]
+    pages = batch.caches["k_cmp"].shape
+    batch.caches["k_cmp"] = lay_out(batch.whole.k_cmp, starts, batch.page_table, pages[1], pages[0])
+    assert_equals_reference(batch)
 
 
 def indexed(batch: PagedBatch) -> dict[str, torch.Tensor]:
@@ -127,6 +178,7 @@ def indexed(batch: PagedBatch) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.usefixtures("way")
 def test_a_token_of_no_sequence_gets_zero() -> None:
     batch = make_paged([40, 20], [2, 1], config=SMALL, groups=1)
     expected = batch.attend()

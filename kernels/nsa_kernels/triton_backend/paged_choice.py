@@ -1,0 +1,123 @@
+"""The n most important selection blocks of one new token and group, inside a kernel (Eq. 9-11).
+
+What the parts of the compressed branch left is brought to a common maximum, normalised and summed
+over the heads. The n-th largest sum is then found three bits at a time, as in topn.py: importances
+are not negative, so that their bits keep their order as integers.
+"""
+
+import triton
+import triton.language as tl
+
+# Above every importance: the bits of infinity.
+FORCED = tl.constexpr(0x7F800000)
+
+
+@triton.jit
+def head_norms(
+    partial_lse,
+    o_head,
+    m_head,
+    SPLITS: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr,
+    ALL_SPLITS: tl.constexpr,
+):
+    """(top, norm) of heads: exp2(x - top) * norm is the probability of a logit x in base 2.
+
+    top is a whole number, so that exp2 of a part's maximum less top is exact.
+    """
+    o_split = tl.arange(0, SPLITS_PADDED)
+    p_lse = partial_lse + o_head[:, None] * ALL_SPLITS + o_split[None, :]
+    b_lse = tl.load(p_lse, m_head[:, None] & (o_split < SPLITS)[None, :], -float("inf"))
+    largest = tl.max(b_lse, 1)
+    largest = tl.where(m_head, largest, 0.0)
+    total = tl.sum(tl.exp(b_lse - largest[:, None]), 1)
+    lse = largest * 1.4426950408889634 + tl.log2(tl.where(m_head, total, 1.0))
+    top = tl.ceil(lse)
+    return top, tl.where(m_head, tl.exp2(top - lse), 0.0)
+
+
+@triton.jit
+def store_importance(
+    shares,
+    rests,
+    maxima,
+    partial_lse,
+    importance,
+    o_head,
+    num_seen,
+    N,
+    R: tl.constexpr,
+    R_PADDED: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_S: tl.constexpr,
+    TILE_STRIDES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr,
+    ALL_SPLITS: tl.constexpr,
+):
+    """Write the importance [N, TILE_S] of the blocks, summed over R heads from o_head on.
+
+    TILE_N tiles of compressed keys at a time, up to the tile into which the last key seen reaches.
+    Every block is summed in the same order with factors that differ by powers of two alone: equal
+    scores give equal importances, which the rule for ties rests on.
+    """
+    o_r = tl.arange(0, R_PADDED)
+    m_r = (o_r < R)[:, None, None]
+    top, norm = head_norms(partial_lse, o_head + o_r, o_r < R, SPLITS, SPLITS_PADDED, ALL_SPLITS)
+    top, norm = top[:, None, None], norm[:, None, None]
+    o_block = tl.arange(0, TILE_S)[None, None, :]
+    o_row = (o_head + o_r)[:, None, None] * N
+    for first in range(0, num_seen // TILE_STRIDES + 1, TILE_N):
+        o_tile = first + tl.arange(0, TILE_N)[None, :, None]
+        m_tile = m_r & (o_tile * TILE_STRIDES < num_seen)
+        m_before = m_r & (o_tile > 0) & ((o_tile - 1) * TILE_STRIDES < num_seen)
+        b_share = tl.load(shares + (o_row + o_tile) * TILE_S + o_block, m_tile, 0.0)
+        b_max = tl.load(maxima + o_row + o_tile, m_tile, -float("inf"))
+        before = tl.load(maxima + o_row + o_tile - 1, m_before, -float("inf"))
+        rest = tl.load(rests + o_row + o_tile - 1, m_before, 0.0) * tl.exp2(before - top)
+        b_share = b_share * tl.exp2(b_max - top) + tl.where(o_block == 0, rest, 0.0)
+        b_sum = tl.sum(b_share * norm, 0)
+        o_tile = first + tl.arange(0, TILE_N)[:, None]
+        o_out = o_tile * TILE_S + tl.arange(0, TILE_S)[None, :]
+        tl.store(importance + o_out, b_sum, o_tile < N)
+
+
+@triton.jit
+def store_chosen(
+    importance,
+    chosen_blocks,
+    num_candidates,
+    CHOSEN: tl.constexpr,
+    INITIAL: tl.constexpr,
+    LOCAL: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+):
+    """Write the CHOSEN most important of num_candidates > CHOSEN blocks, ascending.
+
+    The first INITIAL and the last LOCAL are among them; of equal ones the lower come first.
+    """
+    o_block = tl.arange(0, NUM_BLOCKS)
+    b_importance = tl.load(importance + o_block, o_block < num_candidates, 0.0)
+    keys = tl.minimum(b_importance.to(tl.int32, bitcast=True), FORCED - 1)
+    is_forced = (o_block < INITIAL) | (o_block >= num_candidates - LOCAL)
+    keys = tl.where(o_block < num_candidates, tl.where(is_forced, FORCED, keys), -1)
+    o_digit = tl.arange(0, 8)
+    threshold = num_candidates * 0
+    shift = 28
+    num_left = num_candidates
+    # At least CHOSEN keys reach the threshold; with no more than that it is found.
+    while (shift >= -2) & (num_left > CHOSEN):
+        trial = threshold + (o_digit << tl.maximum(shift, 0))
+        counts = tl.sum((keys[None, :] >= trial[:, None]).to(tl.int32), 1)
+        is_reached = counts >= CHOSEN
+        num_left = tl.min(tl.where(is_reached, counts, num_candidates), 0)
+        threshold = tl.max(tl.where(is_reached, trial, 0), 0)
+        shift -= 3
+    is_above = (keys > threshold).to(tl.int32)
+    is_equal = (keys == threshold).to(tl.int32)
+    room = CHOSEN - tl.sum(is_above, 0)
+    both = tl.cumsum(is_above * 65536 + is_equal, 0)
+    num_above = both // 65536
+    num_equal = both % 65536
+    is_chosen = (is_above > 0) | ((is_equal > 0) & (num_equal <= room))
+    tl.store(chosen_blocks + num_above + tl.minimum(num_equal, room) - 1, o_block, is_chosen)
