@@ -9,7 +9,7 @@ from torch import Tensor
 
 import nsa_kernels
 from benchmarks.counting import least_bytes, least_flops
-from benchmarks.exact import spot_error
+from benchmarks.exact import ROWS, spot_error
 from benchmarks.gate import MAX_ERROR, RedGate, op_output, op_tensors
 from benchmarks.overlap import measure_overlap
 from benchmarks.peers import TORCH, Peer
@@ -40,6 +40,9 @@ def our_ops(workload: Workload, device: str, rep_ms: int, choice: Choice) -> Ite
         def attend(op: str = op, inputs: list[Tensor] = inputs) -> Tensor:
             return op_output(nsa_kernels, op, inputs, tensors.blocks, config)
 
+        if op in ROWS:
+            with torch.no_grad():
+                _check_rows(workload, op, attend(), tensors)
         yield from _both_ways(workload, op + suffix, op, attend, inputs, tensors.dout, rep_ms)
     if "choosing" in ops:
         yield from _choosing(workload, tensors, rep_ms)
@@ -72,7 +75,6 @@ def long_forward(workload: Workload, device: str) -> Iterator[Record]:
         RedGate: the rows are not right.
     """
     tensors = make_tensors(workload, device, choice="none")
-    rows = _spot_rows(workload.tokens, workload.config.selection_block_size)
 
     def whole() -> Tensor:
         inputs = op_tensors("nsa", tensors)
@@ -82,10 +84,7 @@ def long_forward(workload: Workload, device: str) -> Iterator[Record]:
     attend, _, _ = dense.build(tensors, workload.config)
     ms: dict[str, float] = {}
     with torch.no_grad():
-        error = spot_error(whole(), tensors, workload.config, rows)
-        print(f"gate {workload.name} nsa, {len(rows)} rows {error:.4f}", flush=True)
-        if not error <= MAX_ERROR:
-            raise RedGate(f"{workload.name}: relative error of rows {rows}: {error} > {MAX_ERROR}")
+        error = _check_rows(workload, "nsa", whole(), tensors)
         ms["nsa"] = once_ms(whole)
         try:
             ms["full"] = once_ms(attend)
@@ -182,10 +181,22 @@ def _record(workload: Workload, name: str, op: str, direction: str, ms: float) -
     }
 
 
-def _spot_rows(tokens: int, block_size: int) -> list[int]:
-    """Rows at the start, in the middle, at the end, and on both sides of a block's edge."""
-    middle = tokens // 2 // block_size * block_size
-    return sorted({0, 40, middle - 1, middle, middle + 37, tokens - 70, tokens - 2, tokens - 1})
+def _check_rows(workload: Workload, op: str, out: Tensor, tensors: Tensors) -> float:
+    """Relative error of a few rows at the length that is timed, where the gate is too short.
+
+    They lie at the start, in the middle, at the end, and on both sides of a block's edge.
+
+    Raises:
+        RedGate: it is more than MAX_ERROR.
+    """
+    last, size = workload.tokens - 1, workload.config.selection_block_size
+    middle = last // 2 // size * size
+    rows = sorted({0, 40, middle - 1, middle, middle + 37, last - 69, last - 1, last})
+    error = spot_error(op, out, tensors, workload.config, rows)
+    print(f"gate {workload.name} {op}, {len(rows)} rows".ljust(40), f"{error:.4f}", flush=True)
+    if not error <= MAX_ERROR:
+        raise RedGate(f"{workload.name} {op}: relative error {error} > {MAX_ERROR}, rows {rows}")
+    return error
 
 
 def _left_out(name: str, error: BaseException) -> None:

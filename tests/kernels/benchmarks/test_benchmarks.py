@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+import nsa_kernels
 from benchmarks import bench, gate, measure
 from benchmarks.choices import uniform_blocks
 from benchmarks.counting import attended_pairs, least_bytes, least_flops
-from benchmarks.exact import exact_row, spot_error
+from benchmarks.exact import selected_row, spot_error, whole_row
 from benchmarks.gate import RedGate, check_gate
 from benchmarks.overlap import measure_overlap
 from benchmarks.peers import TORCH
@@ -23,7 +24,7 @@ from benchmarks.workloads import (
     drifting_queries,
     make_tensors,
 )
-from nsa_kernels import NsaConfig, compressed_attention, nsa_attention, reference, select_blocks
+from nsa_kernels import NsaConfig, compressed_attention, reference, select_blocks
 
 CONFIG = NsaConfig(8, 4, 16, 4, 1, 2, 24)
 SMALL = Workload(
@@ -119,14 +120,24 @@ def test_drifting_queries_choose_alike() -> None:
 
 def test_exact_rows_are_those_of_the_reference() -> None:
     """In float64, at rows with no compressed block, few and many blocks, on both sides of edges."""
-    tensors = make_tensors(replace(SMALL, dtype=torch.float64), "cpu", choice="none")
-    inputs = gate.op_tensors("nsa", tensors)
-    whole = nsa_attention(*inputs, config=CONFIG)
+    tensors = make_tensors(replace(SMALL, dtype=torch.float64), "cpu")
+    whole = gate.op_output(
+        nsa_kernels, "nsa", gate.op_tensors("nsa", tensors), tensors.blocks, CONFIG
+    )
+    selected = gate.op_output(
+        nsa_kernels, "selected", gate.op_tensors("selected", tensors), tensors.blocks, CONFIG
+    )
     rows = [0, 6, 7, 8, 15, 16, 63, 64, 100, 127, 128, 199]
     for t in rows:
-        torch.testing.assert_close(whole[t], exact_row(tensors, t, CONFIG))
-    assert spot_error(whole, tensors, CONFIG, rows) < 1e-12
-    assert spot_error(whole * 1.5, tensors, CONFIG, rows) > 0.3
+        exact = whole_row(tensors, t, CONFIG)
+        assert exact is not None
+        torch.testing.assert_close(whole[t], exact)
+        torch.testing.assert_close(selected[t], selected_row(tensors, t, CONFIG))
+    assert spot_error("nsa", whole, tensors, CONFIG, rows) < 1e-12
+    assert spot_error("selected", selected, tensors, CONFIG, rows) < 1e-12
+    assert spot_error("nsa", whole * 1.5, tensors, CONFIG, rows) > 0.3
+    alike = replace(tensors, q=torch.zeros_like(tensors.q))
+    assert whole_row(alike, 199, CONFIG) is None and whole_row(alike, 63, CONFIG) is not None
 
 
 def test_gate_refuses_a_wrong_op(monkeypatch: pytest.MonkeyPatch) -> None:
