@@ -49,7 +49,7 @@ test-gpu: ## tests that need a CUDA GPU, with the python that is on PATH
 	@PYTHONPATH=platform:kernels:.:$$PYTHONPATH $(PYTHON) -m pytest -m gpu -n 4 -p no:benchmark tests/kernels tests/platform
 
 bench: ## measure the kernels on this machine's GPU and rewrite kernels/benchmarks/RESULTS.md
-	@PYTHONPATH=platform:kernels:.:$$PYTHONPATH $(PYTHON) kernels/benchmarks/bench.py
+	@PYTHONPATH=platform:kernels:.:$$PYTHONPATH $(PYTHON) kernels/benchmarks/bench.py $(ARGS)
 
 serve: $(READY) ## serve the quickstart's champion: OpenAI's API and a chat page, until Ctrl-C
 	@$(BIN)/python -m deployments.serve --config deployments/configs/quickstart.yaml --set http_options.port=$${PORT:-8000}
