@@ -108,6 +108,18 @@ def check_gates(gates: Tensor, q: Tensor) -> None:
     _expect_device("gates", gates, q)
 
 
+def check_gate_values(gates: Tensor) -> None:
+    """Check the values of gates where reading them costs no device sync (on the CPU).
+
+    Raises:
+        ValueError: one is negative.
+    """
+    if gates.device.type != "cpu" or not gates.numel():
+        return
+    least = float(gates.min())
+    _expect(not least < 0.0, f"gates must not be negative, as sigmoids are not; found {least:.3g}")
+
+
 def check_int32(name: str, tensor: Tensor, q: Tensor) -> None:
     """An index tensor: int32, on q's device."""
     _expect(tensor.dtype == torch.int32, f"{name} must be int32, got {tensor.dtype}")

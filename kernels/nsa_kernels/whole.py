@@ -32,6 +32,7 @@ def _forward(
     config = NsaConfig(*sizes)
     checks.check_offsets(cu_seqlens, q.shape[0])
     checks.check_compressed_rows(k_cmp, compressed_cu_seqlens(cu_seqlens, config)[-1])
+    checks.check_gate_values(gates)
     out, branches = backend_module(backend).nsa_forward(
         q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, cu_seqlens, config, scale
     )
@@ -159,7 +160,9 @@ def nsa_attention(
         v_slc: [T, G, V].
         k_win: [T, G, K].
         v_win: [T, G, V].
-        gates: [T, H, 3], weights of the branches in the order cmp, slc, win; q's dtype or float32.
+        gates: [T, H, 3], weights of the branches in the order cmp, slc, win, none negative; q's
+            dtype or float32. A negative one is refused on the CPU; on a GPU, where reading the
+            values would stop it, its gradients are NaN.
         cu_seqlens: int32 [B+1], where each sequence starts, then T; None for one sequence.
         scale: factor on q.k, 1/sqrt(K) unless given.
         backend: "triton" or "torch"; None leaves it to the device (see dispatch.py).

@@ -193,6 +193,8 @@ def test_gates() -> None:
     refused("nsa", given, "gates must have shape [T, H, 3] = [40, 4, 3], got [40, 4, 2]")
     given["gates"] = torch.zeros(40, 4, 3, dtype=torch.float16)
     refused("nsa", given, "gates have dtype torch.float16", "torch.float32")
+    given["gates"] = torch.full((40, 4, 3), -0.5)
+    refused("nsa", given, "gates must not be negative", "-0.5")
 
 
 def test_block_indices() -> None:

@@ -58,9 +58,7 @@ def selected_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of selected_forward; the choice of blocks is held fixed."""
     delta = row_delta(out, dout, lse, dlse)
-    return selected_gradients(
-        dout, q, k, v, lse, delta, None, block_indices, cu_seqlens, config, scale
-    )
+    return selected_gradients(dout, q, k, v, lse, delta, block_indices, cu_seqlens, config, scale)
 
 
 def selected_gradients(
@@ -70,7 +68,6 @@ def selected_gradients(
     v: Tensor,
     lse: Tensor,
     delta: Tensor,
-    weights: Tensor | None,
     block_indices: Tensor,
     cu_seqlens: Tensor,
     config: NsaConfig,
@@ -80,11 +77,11 @@ def selected_gradients(
     span: int | None = None,
     chunk_tokens: int = CHUNK_TOKENS,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv where out's gradient is weights * dout.
+    """dq, dk, dv; where out's gradient is w * dout, give lse - log(w) and delta / w.
 
     Args:
-        delta: fp32 [T, H], tiles.row_delta's of that gradient.
-        weights: fp32 [T, H], None for 1.
+        lse: natural, as selected_forward returned it.
+        delta: fp32 [T, H], tiles.row_delta's.
         other_dq: gradients of q from the other branches, to be added.
         span: tokens of a range; None for what the buffer of parts holds.
     """
@@ -115,7 +112,7 @@ def selected_gradients(
     }
     for i_range in range(lists.num_ranges):
         selected_backward_kernel[(lists.chunk_lists.shape[1], tiles_per_block)](
-            q, k, v, dout, lse, delta, weights, parts_q, sum_k, sum_v, parts_k, parts_v,
+            q, k, v, dout, lse, delta, parts_q, sum_k, sum_v, parts_k, parts_v,
             lists.tokens, lists.starts[i_range], lists.chunk_lists[i_range],
             lists.chunk_starts[i_range], lists.slots[i_range], cu_seqlens, num_sequences,
             lists.num_blocks, chunk_tokens, log2_scale(scale), scale,
@@ -171,7 +168,6 @@ def _walk_tokens(
     p_dout,
     p_lse,
     p_delta,
-    p_weights,
     p_parts,
     p_tokens,
     first,
@@ -212,23 +208,17 @@ def _walk_tokens(
         b_p = tl.exp2(b_logits * scale_log2 - b_lse[:, None])
         b_dout = load_rows(p_dout, o_head * V, m_row, 0, V_PADDED, V, True)
         b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
-        if p_weights is not None:
-            b_weight = tl.load(p_weights + o_head, mask=m_row, other=0.0)
-            b_ds = b_p * (b_dp * b_weight[:, None] - b_delta[:, None])
-            b_p = b_p * b_weight[:, None]
-        else:
-            b_ds = b_p * (b_dp - b_delta[:, None])
+        b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_q.dtype)
         b_p = b_p.to(b_dout.dtype)
-        b_ds = b_ds.to(b_q.dtype)
         b_dv = tl.dot(tl.trans(b_p), b_dout, b_dv, input_precision=PRECISION)
         b_dk = tl.dot(tl.trans(b_ds), b_q, b_dk, input_precision=PRECISION)
         b_dq = tl.dot(b_ds, b_k, input_precision=PRECISION)
         p_part = p_parts + i_entry * stride
-        store_rows(p_part, b_dq, o_part, m_row, 0, K_MAIN, K, True)
+        store_rows(p_part, b_dq, o_part, m_row, 0, K_MAIN, K)
         if K_TAIL > 0:
             b_dk_tail = tl.dot(tl.trans(b_ds), b_q_tail, b_dk_tail, input_precision=PRECISION)
             b_dq_tail = tl.dot(b_ds, b_k_tail, input_precision=PRECISION)
-            store_rows(p_part, b_dq_tail, o_part, m_row, K_MAIN, K_TAIL, K, True)
+            store_rows(p_part, b_dq_tail, o_part, m_row, K_MAIN, K_TAIL, K)
     return b_dk, b_dk_tail, b_dv
 
 
@@ -240,7 +230,6 @@ def selected_backward_kernel(
     dout,
     lse,
     delta,
-    weights,
     parts_q,
     sum_k,
     sum_v,
@@ -275,6 +264,7 @@ def selected_backward_kernel(
     parts_q is laid out like by_block_forward_kernel's parts.
     """
     TILES: tl.constexpr = (SELECTION_BLOCK + TILE_KEYS - 1) // TILE_KEYS
+    IS_RAGGED: tl.constexpr = SELECTION_BLOCK % TILE_KEYS != 0
     i_list, chunk, begin, count = find_chunk(
         chunk_lists, chunk_starts, starts, tl.program_id(0), chunk_tokens, G * num_blocks
     )
@@ -301,22 +291,19 @@ def selected_backward_kernel(
 
     p_tokens = tokens + begin
     first_row = i_group * R
-    p_weights = weights
-    if weights is not None:
-        p_weights = weights + first_row
     p_parts = parts_q + ((begin - tl.load(starts)) * TILES + tl.program_id(1)) * (R * K)
     masked = count_masked(p_tokens, count, start + key_end, SELECTION_BLOCK, TILE_ROWS // R)
     b_dk, b_dk_tail, b_dv = _walk_tokens(
         b_dk, b_dk_tail, b_dv, b_k, b_k_tail, b_v, q + first_row * K, dout + first_row * V,
-        lse + first_row, delta + first_row, p_weights, p_parts, p_tokens, 0, masked, count, o_key,
+        lse + first_row, delta + first_row, p_parts, p_tokens, 0, masked, count, o_key,
         scale_log2,
         G, R, K, K_MAIN, K_TAIL, V, V_PADDED, TILES, IS_LONG, TILE_ROWS, PRECISION, True,
     )  # fmt: skip
     b_dk, b_dk_tail, b_dv = _walk_tokens(
         b_dk, b_dk_tail, b_dv, b_k, b_k_tail, b_v, q + first_row * K, dout + first_row * V,
-        lse + first_row, delta + first_row, p_weights, p_parts, p_tokens, masked, count, count,
+        lse + first_row, delta + first_row, p_parts, p_tokens, masked, count, count,
         o_key, scale_log2,
-        G, R, K, K_MAIN, K_TAIL, V, V_PADDED, TILES, IS_LONG, TILE_ROWS, PRECISION, False,
+        G, R, K, K_MAIN, K_TAIL, V, V_PADDED, TILES, IS_LONG, TILE_ROWS, PRECISION, IS_RAGGED,
     )  # fmt: skip
 
     slot = tl.load(slots + i_list)

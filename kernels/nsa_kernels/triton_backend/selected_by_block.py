@@ -31,7 +31,7 @@ from nsa_kernels.triton_backend.tiles import (
 )
 
 # Bytes of parts alive at once: ranges of tokens go through one after the other.
-_PART_BYTES = 2**30
+_PART_BYTES = 2**31
 # Choices of a chunk: a small share of the work of one multiprocessor, yet many times what loading
 # the block costs.
 CHUNK_TOKENS = 256
@@ -220,7 +220,7 @@ def _attend_tokens(
             b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
         b_out = tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION) * (1.0 / b_sum)[:, None]
         first_part = i_entry * stride
-        store_rows(p_parts + first_part * V, b_out, o_part * V, m_row, 0, V_PADDED, V, True)
+        store_rows(p_parts + first_part * V, b_out, o_part * V, m_row, 0, V_PADDED, V)
         tl.store(p_part_lse + first_part + o_part, b_max + tl.log2(b_sum), mask=m_row)
 
 
@@ -259,6 +259,7 @@ def by_block_forward_kernel(
     row (p * tiles of a block + i) * R + r.
     """
     TILES: tl.constexpr = (SELECTION_BLOCK + TILE_KEYS - 1) // TILE_KEYS
+    IS_RAGGED: tl.constexpr = SELECTION_BLOCK % TILE_KEYS != 0
     i_list, _, begin, count = find_chunk(
         chunk_lists, chunk_starts, starts, tl.program_id(0), chunk_tokens, G * num_blocks
     )
@@ -291,5 +292,5 @@ def by_block_forward_kernel(
     _attend_tokens(
         b_k, b_k_tail, b_v, p_q, p_parts, p_part_lse, p_tokens, masked, count, count, o_key,
         scale_log2,
-        G, R, K, K_MAIN, K_TAIL, V, V_PADDED, TILES, IS_LONG, TILE_ROWS, PRECISION, False,
+        G, R, K, K_MAIN, K_TAIL, V, V_PADDED, TILES, IS_LONG, TILE_ROWS, PRECISION, IS_RAGGED,
     )  # fmt: skip

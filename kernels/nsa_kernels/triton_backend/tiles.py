@@ -141,19 +141,12 @@ def store_rows(
     FIRST: tl.constexpr,
     SPAN: tl.constexpr,
     WIDTH: tl.constexpr,
-    STREAMED: tl.constexpr = False,
 ):
-    """Write b_tile [rows, SPAN] as columns [FIRST, FIRST + SPAN) of the rows of m_row.
-
-    STREAMED says that they are not read again soon and make way in L2 for what is shared there.
-    """
+    """Write b_tile [rows, SPAN] as columns [FIRST, FIRST + SPAN) of the rows of m_row."""
     o_column = FIRST + tl.arange(0, SPAN)
     p_tile = matrix + (o_row[:, None] + o_column[None, :])
     m_tile = m_row[:, None] & (o_column < WIDTH)[None, :]
-    if STREAMED:
-        tl.store(p_tile, b_tile.to(matrix.dtype.element_ty), mask=m_tile, cache_modifier=".cs")
-    else:
-        tl.store(p_tile, b_tile.to(matrix.dtype.element_ty), mask=m_tile)
+    tl.store(p_tile, b_tile.to(matrix.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit

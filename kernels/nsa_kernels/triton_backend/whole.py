@@ -60,24 +60,24 @@ def nsa_backward(
     config: NsaConfig,
     scale: float,
 ) -> Gradients:
-    """Gradients of all inputs: each branch reads dout itself and weighs it by its gate."""
-    dgates, weights, deltas = mix_backward(
-        dout, branches.out_cmp, branches.out_slc, branches.out_win, gates
+    """Gradients of all inputs: each branch reads dout itself, its gate is in its lse."""
+    outs = (branches.out_cmp, branches.out_slc, branches.out_win)
+    lses = (branches.lse_cmp, branches.lse_slc, branches.lse_win)
+    dgates, lses, deltas = mix_backward(dout, outs, lses, gates)
+    span = compressed_span(cu_seqlens, config)
+    dq_cmp, dk_cmp, dv_cmp = span_gradients(
+        dout, q, k_cmp, v_cmp, lses[0], deltas[0], None, cu_seqlens, span, scale
     )
-    given = (cu_seqlens, compressed_span(cu_seqlens, config), scale)
-    saved = (branches.lse_cmp, deltas[0], weights[0])
-    dq_cmp, dk_cmp, dv_cmp = span_gradients(dout, q, k_cmp, v_cmp, *saved, *given)
-    given = (cu_seqlens, sliding_span(cu_seqlens, config), scale)
-    saved = (branches.lse_win, deltas[2], weights[2])
-    dq_win, dk_win, dv_win = span_gradients(dout, q, k_win, v_win, *saved, *given)
-    saved = (branches.lse_slc, deltas[1], weights[1])
+    span = sliding_span(cu_seqlens, config)
+    dq_win, dk_win, dv_win = span_gradients(
+        dout, q, k_win, v_win, lses[2], deltas[2], None, cu_seqlens, span, scale
+    )
+    given = (dout, q, k_slc, v_slc, lses[1], deltas[1])
     if config.sees_all(q.shape[0]):
-        given = (cu_seqlens, full_span(cu_seqlens), scale)
-        dq, dk_slc, dv_slc = span_gradients(dout, q, k_slc, v_slc, *saved, *given)
+        dq, dk_slc, dv_slc = span_gradients(*given, None, cu_seqlens, full_span(cu_seqlens), scale)
         dq += dq_cmp + dq_win
     else:
         dq, dk_slc, dv_slc = selected_gradients(
-            dout, q, k_slc, v_slc, *saved, branches.blocks, cu_seqlens, config, scale,
-            other_dq=(dq_cmp, dq_win),
-        )  # fmt: skip
+            *given, branches.blocks, cu_seqlens, config, scale, other_dq=(dq_cmp, dq_win)
+        )
     return Gradients(dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates)

@@ -23,12 +23,19 @@ def check(
     assert isinstance(mixed, torch.Tensor)
     out_cmp, out_slc, out_win = branches
     assert_close(mix_forward(out_cmp, out_slc, out_win, gates), mixed, "out")
-    dgates, weights, deltas = mix_backward(dout, out_cmp, out_slc, out_win, gates)
-    douts = torch.autograd.grad(mixed, exact, dout.double().cpu())
-    assert_close(dgates, douts[3], "dgates")
+    # Rows without a key, and closed gates.
+    lses = [draw(tokens, heads).float().to(device) for _ in range(3)]
+    for lse in lses:
+        lse[::5] = float("-inf")
+    gates[::3] = 0.0
+    dgates, gated, deltas = mix_backward(dout, (out_cmp, out_slc, out_win), tuple(lses), gates)
+    wanted = torch.autograd.grad(mixed, exact, dout.double().cpu())
+    assert_close(dgates, wanted[3], "dgates")
     for branch in range(3):
-        assert torch.equal(weights[branch], gates[..., branch].float())
-        delta = (douts[branch] * exact[branch].detach()).sum(-1)
+        exact_lse = lses[branch].double().cpu() - gates[..., branch].double().cpu().log()
+        exact_lse[exact_lse.isnan()] = float("inf")
+        assert_close(gated[branch], exact_lse, f"lse of branch {branch}")
+        delta = (dout.double().cpu() * exact[branch].detach()).sum(-1)
         assert_close(deltas[branch], delta, f"delta of branch {branch}")
 
 

@@ -75,6 +75,7 @@ INTERPRETED = [
     Case((47,), DENSE_STRIDE, heads_per_group=16, key_width=32),
     Case((13, 26), ODD, groups=2, heads_per_group=3, key_width=48, value_width=48),
     Case((100,), WIDE_BLOCKS, heads_per_group=2),
+    Case((230,), WIDE_BLOCKS, heads_per_group=1),
 ]
 COMPILED = [
     *INTERPRETED,
@@ -183,7 +184,7 @@ def check_chunks(lengths: list[int], groups: int, heads: int, chunk: int, device
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(device)
     delta = row_delta(out, dout, lse, torch.zeros_like(lse))
     whole, several = (
-        selected_gradients(dout, *tensors, lse, delta, None, *rest, span=span, chunk_tokens=count)
+        selected_gradients(dout, *tensors, lse, delta, *rest, span=span, chunk_tokens=count)
         for span, count in ((2**20, 2**20), (2 * chunk, chunk))
     )
     for name, one, many in zip("qkv", whole, several, strict=True):
@@ -200,32 +201,32 @@ def test_cutting_long_lists_changes_no_gradient_compiled(device: str) -> None:
     check_chunks([5000, 300], groups=2, heads=4, chunk=64, device=device)
 
 
-def check_weights(device: str, dtype: torch.dtype) -> None:
-    """Weights stand for a gradient of out that was multiplied with them before."""
-    inputs = make_inputs([37, 3], groups=1, heads_per_group=2, device=device, dtype=dtype)
+def check_weight(device: str) -> None:
+    """A weight on out's gradient may be given inside lse and delta instead."""
+    inputs = make_inputs([37, 3], groups=1, heads_per_group=2, device=device)
     blocks = random_blocks(inputs.cu_seqlens, 1, inputs.config, fewest=1)
     tensors = (inputs.q, inputs.k_slc, inputs.v_slc)
     rest = (blocks, inputs.cu_seqlens, inputs.config, 0.25)
     out, lse = triton_backend.selected_forward(*tensors, *rest)
     generator = torch.Generator().manual_seed(3)
-    dout = torch.randn(out.shape, generator=generator).to(device, dtype)
+    dout = torch.randn(out.shape, generator=generator).to(device)
     weights = torch.rand(lse.shape, generator=generator).to(device)
+    delta = row_delta(out, dout, lse, torch.zeros_like(lse))
     weighed = dout * weights[..., None]
-    delta = row_delta(out, weighed, lse, torch.zeros_like(lse))
-    wanted = selected_gradients(weighed, *tensors, lse, delta, None, *rest)
-    actual = selected_gradients(dout, *tensors, lse, delta, weights, *rest)
+    wanted = selected_gradients(weighed, *tensors, lse, delta * weights, *rest)
+    actual = selected_gradients(dout, *tensors, lse - weights.log(), delta, *rest)
     for name, one, other in zip("qkv", wanted, actual, strict=True):
         assert_close(other, one.cpu().double(), f"d{name}")
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_weights_scale_the_gradient_of_out() -> None:
-    check_weights("cpu", torch.float32)
+def test_lse_may_hold_a_weight() -> None:
+    check_weight("cpu")
 
 
 @pytest.mark.gpu
-def test_weights_scale_the_gradient_of_out_compiled(device: str) -> None:
-    check_weights(device, torch.float32)
+def test_lse_may_hold_a_weight_compiled(device: str) -> None:
+    check_weight(device)
 
 
 def check_lists(cu_seqlens: Tensor, blocks: Tensor, block: int, span: int, chunk: int) -> None:
