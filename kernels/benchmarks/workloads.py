@@ -83,8 +83,8 @@ class Drift:
 
 # Set so that neighbours share blocks as they do in a trained nsa-150m at 64k (RESULTS.md shows
 # both); the first for a choice that is given, the second for queries that choose for themselves.
-SHARING = Sharing(keep=0.4, home=0.8)
-DRIFT = Drift(share=0.7, life=32)
+SHARING = Sharing(keep=0.0, home=0.6, home_life=1024, nearness=1.12)
+DRIFT = Drift(share=0.2, life=128)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,12 @@ from nsa_kernels.triton_backend.selected_by_block import (
     load_tokens,
     range_span,
 )
-from nsa_kernels.triton_backend.selected_lists import list_choices
+from nsa_kernels.triton_backend.selected_key_sums import (
+    KeySums,
+    grow_rows,
+    selected_backward_sum_kernel,
+)
+from nsa_kernels.triton_backend.selected_lists import ChoiceLists, list_choices
 from nsa_kernels.triton_backend.selected_merge import merge_sum
 from nsa_kernels.triton_backend.tiles import (
     Tiles,
@@ -86,52 +91,70 @@ def selected_gradients(
         span: tokens of a range; None for what the buffer of parts holds.
     """
     num_tokens, num_heads, key_width = q.shape
-    _, num_groups, value_width = v.shape
     if num_tokens == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    heads_per_group = num_heads // num_groups
-    num_choices = block_indices.shape[-1]
     block = config.selection_block_size
-    tiles = backward_tiles(q.dtype, key_width, value_width, heads_per_group, block)
+    heads_per_group = num_heads // k.shape[1]
+    tiles = backward_tiles(q.dtype, key_width, v.shape[2], heads_per_group, block)
     tiles_per_block = triton.cdiv(block, tiles.keys)
-    parts_of_choice = num_choices * tiles_per_block
+    parts_of_token = num_heads * block_indices.shape[-1] * tiles_per_block
     if span is None:
-        span = range_span(num_heads, parts_of_choice, key_width, q.itemsize)
+        span = range_span(parts_of_token, key_width, q.itemsize)
     lists = list_choices(block_indices, cu_seqlens, block, span, chunk_tokens)
     dq = torch.empty_like(q)
-    parts_q = q.new_empty(min(span, num_tokens) * num_heads * parts_of_choice, key_width)
-    sum_k, sum_v = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (k, v))
-    parts_k, parts_v = (sum_k.new_empty(lists.max_slots, block, t.shape[-1]) for t in (k, v))
-    num_sequences = cu_seqlens.numel() - 1
+    parts_q = q.new_empty(min(span, num_tokens) * parts_of_token, key_width)
+    sums = KeySums.empty(k, v, lists.max_slots, block)
+    saved = (q, k, v, dout, lse, delta)
+    for i_range in range(lists.num_ranges):
+        some = slice(i_range * span, (i_range + 1) * span)
+        _add_range(
+            saved, parts_q, sums, lists, i_range, cu_seqlens, block, chunk_tokens, scale, tiles
+        )
+        others = None if other_dq is None else (other_dq[0][some], other_dq[1][some])
+        merge_sum(parts_q, lists.places[some], tiles_per_block, dq[some], scale, others)
+    return dq, sums.k.to(k.dtype), sums.v.to(v.dtype)
+
+
+def _add_range(
+    saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    parts_q: Tensor,
+    sums: KeySums,
+    lists: ChoiceLists,
+    i_range: int,
+    cu_seqlens: Tensor,
+    block: int,
+    chunk_tokens: int,
+    scale: float,
+    tiles: Tiles,
+) -> None:
+    """Add a range of tokens to dk and dv, and write its parts of dq."""
+    q, k, v, dout, _, _ = saved
+    num_groups, num_sequences = k.shape[1], cu_seqlens.numel() - 1
     sizes = {
         "G": num_groups,
         "SELECTION_BLOCK": block,
-        **key_widths(key_width),
-        **value_widths(value_width),
+        **key_widths(k.shape[2]),
+        **value_widths(v.shape[2]),
         "TILE_KEYS": tiles.keys,
     }
-    for i_range in range(lists.num_ranges):
-        selected_backward_kernel[(lists.chunk_lists.shape[1], tiles_per_block)](
-            q, k, v, dout, lse, delta, parts_q, sum_k, sum_v, parts_k, parts_v,
-            lists.tokens, lists.starts[i_range], lists.chunk_lists[i_range],
-            lists.chunk_starts[i_range], lists.slots[i_range], cu_seqlens, num_sequences,
-            lists.num_blocks, chunk_tokens, log2_scale(scale), scale,
-            R=heads_per_group,
-            **sizes,
-            IS_LONG=is_long(q, dout),
-            PRECISION=tiles.precision,
-            TILE_ROWS=tiles.rows,
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
-        )  # fmt: skip
-        selected_backward_sum_kernel[(lists.num_lists, tiles_per_block)](
-            sum_k, sum_v, parts_k, parts_v, lists.chunk_starts[i_range], lists.slots[i_range],
-            cu_seqlens, num_sequences, lists.num_blocks, **sizes,
-        )  # fmt: skip
-        some = slice(i_range * span, (i_range + 1) * span)
-        others = None if other_dq is None else (other_dq[0][some], other_dq[1][some])
-        merge_sum(parts_q, lists.places[some], tiles_per_block, dq[some], scale, others)
-    return dq, sum_k.to(k.dtype), sum_v.to(v.dtype)
+    tiles_per_block = triton.cdiv(block, tiles.keys)
+    chunk_starts, slots = lists.chunk_starts[i_range], lists.slots[i_range]
+    all_sums = (sums.k, sums.v, sums.parts_k, sums.parts_v)
+    selected_backward_kernel[(lists.chunk_lists.shape[1], tiles_per_block)](
+        *saved, parts_q, *all_sums, lists.tokens, lists.starts[i_range],
+        lists.chunk_lists[i_range], chunk_starts, slots, cu_seqlens, num_sequences,
+        lists.num_blocks, chunk_tokens, log2_scale(scale), scale,
+        R=q.shape[1] // num_groups,
+        **sizes,
+        IS_LONG=is_long(q, dout),
+        PRECISION=tiles.precision,
+        TILE_ROWS=tiles.rows,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )  # fmt: skip
+    selected_backward_sum_kernel[(lists.num_lists, tiles_per_block)](
+        *all_sums, chunk_starts, slots, cu_seqlens, num_sequences, lists.num_blocks, **sizes
+    )
 
 
 def backward_tiles(
@@ -147,13 +170,6 @@ def backward_tiles(
     if width <= 128:
         return Tiles(64, keys, 4, 2)
     return Tiles(max(64, least_rows), keys, 8, 2)
-
-
-@triton.jit
-def _grow(sums, b_tile, o_row, m_row, FIRST: tl.constexpr, SPAN: tl.constexpr, WIDTH: tl.constexpr):
-    """Add b_tile to rows of an fp32 sum that no other program of the launch touches."""
-    b_before = load_rows(sums, o_row, m_row, FIRST, SPAN, WIDTH, True)
-    store_rows(sums, b_before + b_tile, o_row, m_row, FIRST, SPAN, WIDTH)
 
 
 @triton.jit
@@ -310,82 +326,13 @@ def selected_backward_kernel(
     b_dk = b_dk * scale
     b_dk_tail = b_dk_tail * scale
     if slot < 0:
-        _grow(sum_k + key_row * K, b_dk, o_tile * (G * K), m_key, 0, K_MAIN, K)
-        _grow(sum_v + key_row * V, b_dv, o_tile * (G * V), m_key, 0, V_PADDED, V)
+        grow_rows(sum_k + key_row * K, b_dk, o_tile * (G * K), m_key, 0, K_MAIN, K)
+        grow_rows(sum_v + key_row * V, b_dv, o_tile * (G * V), m_key, 0, V_PADDED, V)
         if K_TAIL > 0:
-            _grow(sum_k + key_row * K, b_dk_tail, o_tile * (G * K), m_key, K_MAIN, K_TAIL, K)
+            grow_rows(sum_k + key_row * K, b_dk_tail, o_tile * (G * K), m_key, K_MAIN, K_TAIL, K)
     else:
         part = (slot + chunk).to(tl.int64) * SELECTION_BLOCK + tl.program_id(1) * TILE_KEYS
         store_rows(parts_k + part * K, b_dk, o_tile * K, m_key, 0, K_MAIN, K)
         store_rows(parts_v + part * V, b_dv, o_tile * V, m_key, 0, V_PADDED, V)
         if K_TAIL > 0:
             store_rows(parts_k + part * K, b_dk_tail, o_tile * K, m_key, K_MAIN, K_TAIL, K)
-
-
-@triton.jit
-def _sum_parts(
-    parts,
-    slot,
-    count,
-    o_tile,
-    m_key,
-    FIRST: tl.constexpr,
-    SPAN: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SELECTION_BLOCK: tl.constexpr,
-    TILE_KEYS: tl.constexpr,
-):
-    """Partial sums of one key tile, added chunk after chunk."""
-    b_sum = tl.zeros([TILE_KEYS, SPAN], tl.float32)
-    stride = tl.full([], SELECTION_BLOCK * WIDTH, tl.int64)
-    p_first = parts + slot * stride + tl.program_id(1) * (TILE_KEYS * WIDTH)
-    for i_part in range(0, count):
-        p_part = p_first + i_part * stride
-        b_sum += load_rows(p_part, o_tile * WIDTH, m_key, FIRST, SPAN, WIDTH, True)
-    return b_sum
-
-
-@triton.jit(do_not_specialize=["num_sequences", "num_blocks"])
-def selected_backward_sum_kernel(
-    sum_k,
-    sum_v,
-    parts_k,
-    parts_v,
-    chunk_starts,
-    slots,
-    cu_seqlens,
-    num_sequences,
-    num_blocks,
-    G: tl.constexpr,
-    SELECTION_BLOCK: tl.constexpr,
-    K: tl.constexpr,
-    K_MAIN: tl.constexpr,
-    K_TAIL: tl.constexpr,
-    V: tl.constexpr,
-    V_PADDED: tl.constexpr,
-    TILE_KEYS: tl.constexpr,
-):
-    """dk and dv of one key tile whose list has several chunks in this range."""
-    i_list = tl.program_id(0)
-    slot = tl.load(slots + i_list)
-    if slot < 0:
-        return
-    count = tl.load(chunk_starts + i_list + 1) - tl.load(chunk_starts + i_list)
-    start, first_key, key_end = find_block(
-        cu_seqlens, num_sequences, i_list % num_blocks, SELECTION_BLOCK, TILE_KEYS
-    )
-    o_tile = tl.arange(0, TILE_KEYS)
-    m_key = first_key + o_tile < key_end
-    key_row = (start + first_key).to(tl.int64) * G + i_list // num_blocks
-    o_key = o_tile * (G * K)
-    b_dk = _sum_parts(parts_k, slot, count, o_tile, m_key, 0, K_MAIN, K, SELECTION_BLOCK, TILE_KEYS)
-    _grow(sum_k + key_row * K, b_dk, o_key, m_key, 0, K_MAIN, K)
-    b_dv = _sum_parts(
-        parts_v, slot, count, o_tile, m_key, 0, V_PADDED, V, SELECTION_BLOCK, TILE_KEYS
-    )
-    _grow(sum_v + key_row * V, b_dv, o_tile * (G * V), m_key, 0, V_PADDED, V)
-    if K_TAIL > 0:
-        b_tail = _sum_parts(
-            parts_k, slot, count, o_tile, m_key, K_MAIN, K_TAIL, K, SELECTION_BLOCK, TILE_KEYS
-        )
-        _grow(sum_k + key_row * K, b_tail, o_key, m_key, K_MAIN, K_TAIL, K)

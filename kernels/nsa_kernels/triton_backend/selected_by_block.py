@@ -37,9 +37,9 @@ _PART_BYTES = 2**31
 CHUNK_TOKENS = 256
 
 
-def range_span(num_heads: int, num_choices: int, width: int, itemsize: int) -> int:
-    """Tokens whose parts, one row of `width` for each head and choice, fit into the buffer."""
-    return max(64, _PART_BYTES // (num_heads * num_choices * width * itemsize))
+def range_span(parts_of_token: int, width: int, itemsize: int) -> int:
+    """Tokens whose parts, rows of `width` elements, fit into the buffer."""
+    return max(64, _PART_BYTES // (parts_of_token * width * itemsize))
 
 
 def block_tile_keys(selection_block: int) -> int:

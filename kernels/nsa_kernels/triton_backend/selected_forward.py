@@ -60,9 +60,8 @@ def selected_forward(
     if num_heads // num_groups >= _LEAST_HEADS:
         return forward_by_tile(q, k, v, block_indices, cu_seqlens, config, scale)
     block = config.selection_block_size
-    parts_of_choice = triton.cdiv(block, block_tile_keys(block))
-    parts_of_token = block_indices.shape[-1] * parts_of_choice
-    span = range_span(num_heads, parts_of_token, value_width, q.itemsize)
+    parts_of_choice = num_heads * triton.cdiv(block, block_tile_keys(block))
+    span = range_span(parts_of_choice * block_indices.shape[-1], value_width, q.itemsize)
     lists = list_choices(block_indices, cu_seqlens, block, span, CHUNK_TOKENS)
     return forward_by_block(q, k, v, block_indices, cu_seqlens, config, scale, lists)
 
