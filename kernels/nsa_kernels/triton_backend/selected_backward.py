@@ -34,7 +34,7 @@ from nsa_kernels.triton_backend.selected_key_sums import (
     selected_backward_sum_kernel,
 )
 from nsa_kernels.triton_backend.selected_lists import ChoiceLists, list_choices
-from nsa_kernels.triton_backend.selected_merge import merge_sum
+from nsa_kernels.triton_backend.selected_merge import QueryParts, merge_sum
 from nsa_kernels.triton_backend.tiles import (
     Tiles,
     fp32_tiles,
@@ -102,7 +102,7 @@ def selected_gradients(
         span = range_span(parts_of_token, key_width, q.itemsize)
     lists = list_choices(block_indices, cu_seqlens, block, span, chunk_tokens)
     dq = torch.empty_like(q)
-    parts_q = q.new_empty(min(span, num_tokens) * parts_of_token, key_width)
+    parts_q = QueryParts.empty(q, min(span, num_tokens) * parts_of_token)
     sums = KeySums.empty(k, v, lists.max_slots, block)
     saved = (q, k, v, dout, lse, delta)
     for i_range in range(lists.num_ranges):
@@ -117,7 +117,7 @@ def selected_gradients(
 
 def _add_range(
     saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
-    parts_q: Tensor,
+    parts_q: QueryParts,
     sums: KeySums,
     lists: ChoiceLists,
     i_range: int,
@@ -141,7 +141,7 @@ def _add_range(
     chunk_starts, slots = lists.chunk_starts[i_range], lists.slots[i_range]
     all_sums = (sums.k, sums.v, sums.parts_k, sums.parts_v)
     selected_backward_kernel[(lists.chunk_lists.shape[1], tiles_per_block)](
-        *saved, parts_q, *all_sums, lists.tokens, lists.starts[i_range],
+        *saved, parts_q.rows, parts_q.peaks, *all_sums, lists.tokens, lists.starts[i_range],
         lists.chunk_lists[i_range], chunk_starts, slots, cu_seqlens, num_sequences,
         lists.num_blocks, chunk_tokens, log2_scale(scale), scale,
         R=q.shape[1] // num_groups,
@@ -185,6 +185,7 @@ def _walk_tokens(
     p_lse,
     p_delta,
     p_parts,
+    p_peaks,
     p_tokens,
     first,
     end,
@@ -207,8 +208,8 @@ def _walk_tokens(
     """Add the tokens [first, end) of a chunk to dk / scale and dv; write their parts of dq."""
     TOKENS: tl.constexpr = TILE_ROWS // R
     o_row = tl.arange(0, TILE_ROWS)
-    o_part = (o_row // R * (TILES * R) + o_row % R) * K
-    stride = tl.full([], TILES * R * K, tl.int64)
+    o_part = o_row // R * (TILES * R) + o_row % R
+    stride = tl.full([], TILES * R, tl.int64)
     for i_entry in range(first, end, TOKENS):
         b_token, o_head, m_row = load_tokens(p_tokens, i_entry, count, G, R, IS_LONG, TILE_ROWS)
         b_q = load_rows(p_q, o_head * K, m_row, 0, K_MAIN, K, True)
@@ -229,12 +230,25 @@ def _walk_tokens(
         b_dv = tl.dot(tl.trans(b_p), b_dout, b_dv, input_precision=PRECISION)
         b_dk = tl.dot(tl.trans(b_ds), b_q, b_dk, input_precision=PRECISION)
         b_dq = tl.dot(b_ds, b_k, input_precision=PRECISION)
-        p_part = p_parts + i_entry * stride
-        store_rows(p_part, b_dq, o_part, m_row, 0, K_MAIN, K)
+        first_part = i_entry * stride
+        if p_peaks is not None:
+            b_peak = tl.max(tl.abs(b_dq), 1)
         if K_TAIL > 0:
             b_dk_tail = tl.dot(tl.trans(b_ds), b_q_tail, b_dk_tail, input_precision=PRECISION)
             b_dq_tail = tl.dot(b_ds, b_k_tail, input_precision=PRECISION)
-            store_rows(p_part, b_dq_tail, o_part, m_row, K_MAIN, K_TAIL, K)
+            if p_peaks is not None:
+                b_peak = tl.maximum(b_peak, tl.max(tl.abs(b_dq_tail), 1))
+        if p_peaks is not None:
+            tl.store(p_peaks + first_part + o_part, b_peak, mask=m_row)
+            # A peak so small that its inverse overflows is none in 16 bits either.
+            b_inverse = tl.where(b_peak > 1e-37, 1.0 / tl.maximum(b_peak, 1e-37), 0.0)[:, None]
+            b_dq = b_dq * b_inverse
+            if K_TAIL > 0:
+                b_dq_tail = b_dq_tail * b_inverse
+        p_part = p_parts + first_part * K
+        store_rows(p_part, b_dq, o_part * K, m_row, 0, K_MAIN, K)
+        if K_TAIL > 0:
+            store_rows(p_part, b_dq_tail, o_part * K, m_row, K_MAIN, K_TAIL, K)
     return b_dk, b_dk_tail, b_dv
 
 
@@ -247,6 +261,7 @@ def selected_backward_kernel(
     lse,
     delta,
     parts_q,
+    peaks_q,
     sum_k,
     sum_v,
     parts_k,
@@ -277,7 +292,7 @@ def selected_backward_kernel(
 ):
     """dk and dv of one key tile from one chunk of the tokens of its block, and their parts of dq.
 
-    parts_q is laid out like by_block_forward_kernel's parts.
+    parts_q is laid out like by_block_forward_kernel's parts; peaks_q is what its rows lack.
     """
     TILES: tl.constexpr = (SELECTION_BLOCK + TILE_KEYS - 1) // TILE_KEYS
     IS_RAGGED: tl.constexpr = SELECTION_BLOCK % TILE_KEYS != 0
@@ -307,17 +322,21 @@ def selected_backward_kernel(
 
     p_tokens = tokens + begin
     first_row = i_group * R
-    p_parts = parts_q + ((begin - tl.load(starts)) * TILES + tl.program_id(1)) * (R * K)
+    first_part = ((begin - tl.load(starts)) * TILES + tl.program_id(1)) * R
+    p_parts = parts_q + first_part * K
+    p_peaks = None
+    if peaks_q is not None:
+        p_peaks = peaks_q + first_part
     masked = count_masked(p_tokens, count, start + key_end, SELECTION_BLOCK, TILE_ROWS // R)
     b_dk, b_dk_tail, b_dv = _walk_tokens(
         b_dk, b_dk_tail, b_dv, b_k, b_k_tail, b_v, q + first_row * K, dout + first_row * V,
-        lse + first_row, delta + first_row, p_parts, p_tokens, 0, masked, count, o_key,
+        lse + first_row, delta + first_row, p_parts, p_peaks, p_tokens, 0, masked, count, o_key,
         scale_log2,
         G, R, K, K_MAIN, K_TAIL, V, V_PADDED, TILES, IS_LONG, TILE_ROWS, PRECISION, True,
     )  # fmt: skip
     b_dk, b_dk_tail, b_dv = _walk_tokens(
         b_dk, b_dk_tail, b_dv, b_k, b_k_tail, b_v, q + first_row * K, dout + first_row * V,
-        lse + first_row, delta + first_row, p_parts, p_tokens, masked, count, count,
+        lse + first_row, delta + first_row, p_parts, p_peaks, p_tokens, masked, count, count,
         o_key, scale_log2,
         G, R, K, K_MAIN, K_TAIL, V, V_PADDED, TILES, IS_LONG, TILE_ROWS, PRECISION, IS_RAGGED,
     )  # fmt: skip

@@ -7,6 +7,9 @@ order of block_indices, so that equal inputs give equal bits.
 # Jitted functions and their launches have no types that a checker knows.
 # pyright: reportArgumentType=false, reportCallIssue=false
 
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -33,17 +36,41 @@ def merge_softmax(
     merge_softmax_kernel[grid](parts, part_lse, places, out, lse, **sizes)
 
 
+@dataclass(frozen=True, slots=True)
+class QueryParts:
+    """Parts of a gradient of queries: what each choice adds to each head.
+
+    Those of 16-bit inputs are float16 with a largest entry of 1 in each row, the rest of it in
+    `peaks`: as small as the inputs' own type, but their sum keeps 11 bits, whatever its range.
+    """
+
+    rows: Tensor
+    """[choices * tiles * R, K]"""
+    peaks: Tensor | None
+    """fp32, one for each row; None where rows are fp32 as they are."""
+
+    @classmethod
+    def empty(cls, q: Tensor, count: int) -> "QueryParts":
+        """Room for `count` rows of q's width."""
+        if q.dtype == torch.float32:
+            return cls(q.new_empty(count, q.shape[2]), None)
+        peaks = q.new_empty(count, dtype=torch.float32)
+        return cls(q.new_empty(count, q.shape[2], dtype=torch.float16), peaks)
+
+
 def merge_sum(
-    parts: Tensor,
+    parts: QueryParts,
     places: Tensor,
     tiles: int,
     out: Tensor,
     scale: float,
     others: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Write out [T, H, width]: the parts of every choice added up, times scale, plus `others`."""
+    """Write out [T, H, K]: the parts of every choice added up, times scale, plus `others`."""
     grid, sizes = _launch(places, tiles, out)
-    merge_sum_kernel[grid](parts, places, *(others or (None, None)), out, scale, **sizes)
+    merge_sum_kernel[grid](
+        parts.rows, parts.peaks, places, *(others or (None, None)), out, scale, **sizes
+    )
 
 
 def _launch(places: Tensor, tiles: int, out: Tensor) -> tuple[tuple[int], dict[str, int]]:
@@ -108,6 +135,7 @@ def merge_softmax_kernel(
 @triton.jit
 def merge_sum_kernel(
     parts,
+    peaks,
     places,
     one,
     other,
@@ -131,7 +159,10 @@ def merge_sum_kernel(
         o_part = (place * TILES + i_part % TILES) * R + o_row
         m_part = m_row & (place >= 0)
         b_part = load_rows(parts, o_part * WIDTH, m_part, 0, WIDTH_PADDED, WIDTH, True)
-        b_out += b_part.to(tl.float32)
+        b_part = b_part.to(tl.float32)
+        if peaks is not None:
+            b_part = b_part * tl.load(peaks + o_part, mask=m_part, other=0.0)[:, None]
+        b_out += b_part
     b_out = b_out * scale
     o_out = (i_row * R + o_row) * WIDTH
     if one is not None:
