@@ -14,10 +14,11 @@ import argparse
 import asyncio
 import json
 import sysconfig
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import Progress
@@ -32,6 +33,9 @@ from jobs.serving_load import (
     summary,
     tokens_of,
 )
+
+# Without a terminal, a line at most this often.
+LINE_EVERY_S = 5.0
 
 LINES = {
     "Successful requests": "completed",
@@ -49,8 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Send the load, print and record what it took."""
     options = _parser().parse_args(argv)
     console = Console(highlight=False, soft_wrap=True)
-    with interruptible():
+    with interruptible("interrupted; nothing was recorded"):
         try:
+            _check_place(options.result_filename)
             result, samples = _measure(options, console)
         except (LoadError, OSError) as error:
             fail(str(error), status=EXIT_BAD_CONFIG)
@@ -59,10 +64,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sample.error:
             console.print(f"failed: {sample.error}", markup=False)
     if options.result_filename is not None:
-        options.result_filename.parent.mkdir(parents=True, exist_ok=True)
-        options.result_filename.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        try:
+            text = json.dumps(result, indent=1) + "\n"
+            options.result_filename.write_text(text, encoding="utf-8")
+        except OSError as error:
+            fail(f"--result-filename: {error}")
         console.print(f"{options.result_filename}", markup=False)
     return 1 if result["failed"] else 0
+
+
+def _check_place(path: Path | None) -> None:
+    """Before anything is measured: the record will have a place."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise LoadError(f"--result-filename: {path} is a folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _measure(options: argparse.Namespace, console: Console) -> tuple[dict[str, Any], list[Sample]]:
@@ -72,6 +89,7 @@ def _measure(options: argparse.Namespace, console: Console) -> tuple[dict[str, A
         raise LoadError(
             f"--input-len + --output-len = {total} exceed the model's max_model_len={max_model_len}"
         )
+    console.print(f"reading text for {model}", markup=False)
     ids = tokens_of(
         options.base_url,
         model,
@@ -83,26 +101,22 @@ def _measure(options: argparse.Namespace, console: Console) -> tuple[dict[str, A
     prompts = draw_prompts(ids, length=options.input_len, count=warm + count, seed=options.seed)
     load = {"output_len": options.output_len, "seed": options.seed}
     concurrency = options.max_concurrency or count
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("warming up", total=warm + count)
-
-        def on_done(sample: Sample) -> None:
-            progress.update(bar, advance=1, description="measuring")
-
-        inf = float("inf")
+    inf = float("inf")
+    with _Answers(warm + count, console) as answers:
         asyncio.run(
             run_load(
                 options.base_url, model, prompts[:warm], max_concurrency=concurrency,
-                request_rate=inf, on_done=on_done, **load,
+                request_rate=inf, on_done=answers.add, **load,
             )
         )  # fmt: skip
         samples, duration = asyncio.run(
             run_load(
                 options.base_url, model, prompts[warm:], max_concurrency=concurrency,
-                request_rate=options.request_rate, on_done=on_done, **load,
+                request_rate=options.request_rate, on_done=answers.add, **load,
             )
         )  # fmt: skip
     result = {
+        **dict(options.metadata),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "backend": "openai",
         "model_id": model,
@@ -111,10 +125,34 @@ def _measure(options: argparse.Namespace, console: Console) -> tuple[dict[str, A
         "output_len": options.output_len,
         "request_rate": "inf" if options.request_rate == inf else options.request_rate,
         "max_concurrency": options.max_concurrency,
-        **dict(options.metadata),
         **summary(samples, duration),
     }
     return result, samples
+
+
+class _Answers:
+    """How many answers have come: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, total: int, console: Console) -> None:
+        self._total, self._console = total, console
+        self._bar = Progress(console=console, disable=not console.is_terminal)
+        self._done, self._told_s = 0, time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        self._task = self._bar.add_task("answers", total=self._total)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def add(self, sample: Sample) -> None:
+        """Count one answer."""
+        self._done += 1
+        self._bar.update(self._task, completed=self._done)
+        if self._bar.disable and time.monotonic() - self._told_s >= LINE_EVERY_S:
+            self._told_s = time.monotonic()
+            self._console.print(f"{self._done} of {self._total} answers", markup=False)
 
 
 def _texts(path: Path | None) -> list[Path]:

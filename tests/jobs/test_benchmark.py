@@ -65,6 +65,17 @@ def test_a_server_that_is_not_there_is_named(capsys) -> None:
     assert f"{address} does not answer" in capsys.readouterr().err
 
 
+def test_a_record_without_a_place_is_refused_before_anything_is_asked(
+    tmp_path: Path, capsys
+) -> None:
+    (tmp_path / "file").touch()
+    for place, message in ((tmp_path, "is a folder"), (tmp_path / "file" / "x", "File exists")):
+        with pytest.raises(SystemExit) as end:
+            benchmark.main([f"--result-filename={place}"])
+        assert end.value.code == 2
+        assert message in capsys.readouterr().err
+
+
 def test_too_little_text_is_counted(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     with pytest.raises(LoadError, match="0 tokens of text, and 10 are needed"):
