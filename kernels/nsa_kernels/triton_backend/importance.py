@@ -93,7 +93,8 @@ def span_importance_kernel(
     blocks.
 
     A compressed block counts for the selection block in which it starts, and with the strides that
-    reach beyond it for the next one: the importance of block j is importance[j] + carry[j - 1].
+    reach beyond it for the next one: the importance of block j is importance[j] + carry[j], the
+    first of them without a carry.
     Only blocks that a query of the tile may choose are written, and none while each query chooses
     every block it has. The first column of programs also writes each row's position (-1: no query)
     and packed token. Programs that run together share their queries, which are the larger part.
@@ -149,7 +150,8 @@ def span_importance_kernel(
     o_out = (o_row.to(tl.int64) * G + i_group)[:, None] * S + o_block[None, :]
     m_out = m_row[:, None] & (o_block < S)[None, :]
     tl.store(importance + o_out, tl.sum(b_sum * own[None, None, :], 2), m_out)
-    tl.store(carry + o_out, tl.sum(b_sum * beyond[None, None, :], 2), m_out)
+    m_next = m_row[:, None] & (o_block + 1 < S)[None, :]
+    tl.store(carry + o_out + 1, tl.sum(b_sum * beyond[None, None, :], 2), m_next)
 
 
 def importance_tiles(key_width: int, dtype: torch.dtype) -> Tiles:
@@ -174,7 +176,7 @@ class Scores:
     importance: Tensor
     """fp32 [rows, G, S]"""
     carry: Tensor
-    """fp32 [rows, G, S]; entry j belongs to block j + 1."""
+    """fp32 [rows, G, S], what block j - 1 carries into block j; entry 0 is not written."""
     positions: Tensor
     """int32 [rows], the query's place in its sequence, -1: no query."""
     tokens: Tensor
@@ -214,7 +216,8 @@ def select_blocks(
     if num_tokens == 0:
         return block_indices
     tiles = importance_tiles(key_width, q.dtype)
-    num_blocks = triton.cdiv(num_tokens, config.selection_block_size)
+    # A multiple of 16, so that rows are read in whole vectors.
+    num_blocks = triton.cdiv(triton.cdiv(num_tokens, config.selection_block_size), 16) * 16
     total = num_tiles(num_tokens, cu_seqlens.shape[0] - 1, tiles.rows)
     # Importances of a part of the queries at a time: those of all would not fit at long contexts.
     chunk = max(1, min(total, _BUFFER_BYTES // (8 * tiles.rows * num_groups * num_blocks)))

@@ -181,6 +181,23 @@ def test_top_blocks_against_sorting(
                 assert got == top_by_sorting(importance[row, group], position, config)
 
 
+@pytest.mark.parametrize("most_blocks", [16384, 32], ids=["one tile", "tile by tile"])
+def test_importances_that_are_not_numbers_stay_in_their_row(
+    most_blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of logits that overflow: NaN, whatever its bits, counts as infinite."""
+    monkeypatch.setattr(topn, "_MAX_TILE_BLOCKS", most_blocks)
+    blocks = 70
+    bits = torch.tensor([0x7FFFFFFF, 0x7FC00000, 0x7F800001], dtype=torch.int32)
+    importance = torch.zeros(3, 1, blocks)
+    importance[1, 0] = bits.repeat(24)[:blocks].view(torch.float32)
+    importance[2, 0, 40] = torch.nan
+    positions = torch.full((3,), blocks * ODD.selection_block_size - 1, dtype=torch.int32)
+    chosen = torch.full((3, 1, ODD.num_selected_blocks), -7, dtype=torch.int32)
+    topn.top_blocks(importance, positions, None, chosen, ODD)
+    assert chosen[:, 0].tolist() == [[0, 1, 2, 3, 69], [0, 1, 2, 3, 69], [0, 1, 2, 40, 69]]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("heads_per_group", "key_width"), [(16, 128), (4, 192), (1, 64), (5, 256)])
