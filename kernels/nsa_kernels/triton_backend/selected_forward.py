@@ -85,11 +85,11 @@ def forward_by_tile(
     out = q.new_empty(num_tokens, num_heads, value_width)
     lse = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=q.device)
     selected_forward_kernel[union.counts.shape[:2]](
-        q, k, v, *descriptors(k, v, tiles), union.blocks, union.masks, union.counts, out, lse,
+        q, k, v, *descriptors(k, v, tiles), union.entries, union.counts, out, lse,
         cu_seqlens, cu_seqlens.numel() - 1, log2_scale(scale),
         G=num_groups,
         R=heads_per_group,
-        PLACES=union.blocks.shape[2],
+        PLACES=union.entries.shape[2],
         SELECTION_BLOCK=block,
         **key_widths(key_width),
         **value_widths(value_width),
@@ -118,13 +118,18 @@ def descriptors(
 def by_tile_tiles(
     dtype: torch.dtype, key_width: int, value_width: int, heads_per_group: int, block: int
 ) -> Tiles:
-    """Tile sizes of the walk over unions: four tokens of 16 heads fill the 64 rows of a product."""
+    """Tile sizes of the walk over unions: four tokens of 16 heads fill the 64 rows of a product.
+
+    Three stages have the keys of two blocks on their way, and at width 128 leave room for a second
+    program on a multiprocessor.
+    """
     keys = block_tile_keys(block)
     if dtype == torch.float32:
         tiles = fp32_tiles(key_width, value_width, heads_per_group)
         return replace(tiles, keys=min(keys, tiles.keys))
-    rows = max(64, triton.next_power_of_2(heads_per_group))
-    return Tiles(rows, keys, 4 if max(key_width, value_width) <= 128 else 8, 2)
+    if max(key_width, value_width) <= 128:
+        return Tiles(64, keys, 4, 3)
+    return Tiles(64, keys, 8, 2)
 
 
 @triton.jit
@@ -140,14 +145,14 @@ def _attend_blocks(
     v_descriptor,
     key_start,
     i_group,
-    p_blocks,
-    p_masks,
+    p_entries,
     first,
     end,
     length,
     o_position,
     i_token,
     scale_log2,
+    TOKENS: tl.constexpr,
     G: tl.constexpr,
     K: tl.constexpr,
     K_MAIN: tl.constexpr,
@@ -169,9 +174,13 @@ def _attend_blocks(
     k_stride = tl.full([], G * K, tl.int64)
     v_stride = tl.full([], G * V, tl.int64)
     HAS_DESCRIPTORS: tl.constexpr = not IS_RAGGED and k_descriptor is not None
-    for i_tile in range(first, end):
-        i_block = tl.load(p_blocks + i_tile // TILES)
-        mask = tl.load(p_masks + i_tile // TILES)
+    # Known an iteration early, so that the loads of keys need not wait for their own address.
+    next_entry = tl.load(p_entries + first // TILES, mask=first < end, other=0)
+    # The masked blocks are few: what they would prefetch takes a program's place.
+    for i_tile in tl.range(first, end, num_stages=2 if MASKED else None):
+        entry = next_entry
+        next_entry = tl.load(p_entries + (i_tile + 1) // TILES, mask=i_tile + 1 < end, other=0)
+        i_block = entry >> TOKENS
         first_key = i_block * SELECTION_BLOCK + i_tile % TILES * TILE_KEYS
         o_key = first_key + o_tile
         m_key = (o_key < (i_block + 1) * SELECTION_BLOCK) & (o_key < length)
@@ -187,7 +196,7 @@ def _attend_blocks(
                 p_k + first_key * k_stride, o_tile * (G * K), m_key, K_MAIN, K_TAIL, K, IS_RAGGED
             )
             b_logits = tl.dot(b_q_tail, tl.trans(b_k_tail), b_logits, input_precision=PRECISION)
-        m_seen = ((mask >> i_token) & 1 != 0)[:, None]
+        m_seen = ((entry >> i_token) & 1 != 0)[:, None]
         if IS_RAGGED:
             m_seen = m_seen & m_key[None, :]
         if MASKED:
@@ -218,8 +227,7 @@ def selected_forward_kernel(
     v,
     k_descriptor,
     v_descriptor,
-    blocks,
-    masks,
+    entries,
     counts,
     out,
     lse,
@@ -266,19 +274,19 @@ def selected_forward_kernel(
     key_row = start.to(tl.int64) * G + i_group
     p_k, p_v = k + key_row * K, v + key_row * V
     i_union = i_tile.to(tl.int64) * G + i_group
-    p_blocks, p_masks = blocks + i_union * PLACES, masks + i_union * PLACES
+    p_entries = entries + i_union * PLACES
     open_blocks = tl.load(counts + i_union * 2)
     all_blocks = tl.load(counts + i_union * 2 + 1)
     b_out, b_max, b_sum = _attend_blocks(
         b_out, b_max, b_sum, b_q, b_q_tail, p_k, p_v, k_descriptor, v_descriptor, start, i_group,
-        p_blocks, p_masks, 0, open_blocks * TILES, length, o_position, i_token, scale_log2,
-        G, K, K_MAIN, K_TAIL, V, V_PADDED, SELECTION_BLOCK, TILE_KEYS, PRECISION, False,
+        p_entries, 0, open_blocks * TILES, length, o_position, i_token, scale_log2,
+        TOKENS, G, K, K_MAIN, K_TAIL, V, V_PADDED, SELECTION_BLOCK, TILE_KEYS, PRECISION, False,
     )  # fmt: skip
     b_out, b_max, b_sum = _attend_blocks(
         b_out, b_max, b_sum, b_q, b_q_tail, p_k, p_v, k_descriptor, v_descriptor, start, i_group,
-        p_blocks, p_masks, open_blocks * TILES, all_blocks * TILES, length, o_position, i_token,
+        p_entries, open_blocks * TILES, all_blocks * TILES, length, o_position, i_token,
         scale_log2,
-        G, K, K_MAIN, K_TAIL, V, V_PADDED, SELECTION_BLOCK, TILE_KEYS, PRECISION, True,
+        TOKENS, G, K, K_MAIN, K_TAIL, V, V_PADDED, SELECTION_BLOCK, TILE_KEYS, PRECISION, True,
     )  # fmt: skip
 
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)

@@ -23,11 +23,10 @@ class ChoiceUnion:
     """The blocks of every tile of `tokens` tokens and group; tiles are those of packing.py."""
 
     tokens: int
-    blocks: Tensor
-    """int32 [tiles, G, tokens * n], blocks within the sequence: those that end before the
-    tile's first token, then the others, as they are named; behind them nothing."""
-    masks: Tensor
-    """int32 likewise; bit i < tokens: the tile's token i chose the block."""
+    entries: Tensor
+    """int32 [tiles, G, tokens * n]: a block within the sequence times 2^tokens, plus bit i if the
+    tile's token i chose it. First those that end before the tile's first token, then the others, as
+    they are named; behind them nothing."""
     counts: Tensor
     """int32 [tiles, G, 2], blocks that end before the tile's first token, and all blocks."""
 
@@ -41,26 +40,24 @@ def unite_choices(
     tiles = num_tiles(num_tokens, num_sequences, tokens)
     places = tokens * num_choices
     device = block_indices.device
-    blocks = torch.empty(tiles, num_groups, places, dtype=torch.int32, device=device)
-    masks = torch.empty_like(blocks)
+    entries = torch.empty(tiles, num_groups, places, dtype=torch.int32, device=device)
     counts = torch.empty(tiles, num_groups, 2, dtype=torch.int32, device=device)
     unite_choices_kernel[(tiles, num_groups)](
-        block_indices, cu_seqlens, blocks, masks, counts, num_sequences, num_groups,
+        block_indices, cu_seqlens, entries, counts, num_sequences, num_groups,
         N=num_choices,
         TOKENS=tokens,
         SELECTION_BLOCK=selection_block,
         PLACES_PADDED=triton.next_power_of_2(places),
         num_warps=4 if places <= 64 else 8,
     )  # fmt: skip
-    return ChoiceUnion(tokens, blocks, masks, counts)
+    return ChoiceUnion(tokens, entries, counts)
 
 
 @triton.jit(do_not_specialize=["num_sequences"])
 def unite_choices_kernel(
     block_indices,
     cu_seqlens,
-    blocks,
-    masks,
+    entries,
     counts,
     num_sequences,
     G,
@@ -69,7 +66,7 @@ def unite_choices_kernel(
     SELECTION_BLOCK: tl.constexpr,
     PLACES_PADDED: tl.constexpr,
 ):
-    """Blocks, masks and counts of one tile and group: all places compared with all."""
+    """Entries and counts of one tile and group: all places compared with all."""
     i_tile = tl.program_id(0)
     i_group = tl.program_id(1)
     _, start, length, t_first = find_tile(cu_seqlens, num_sequences, i_tile, TOKENS)
@@ -100,8 +97,7 @@ def unite_choices_kernel(
     num_open = tl.sum(is_open, 0)
     place = tl.where(is_open > 0, tl.cumsum(is_open, 0), num_open + tl.cumsum(is_closed, 0)) - 1
     row = (i_tile.to(tl.int64) * G + i_group) * (TOKENS * N)
-    tl.store(blocks + row + place, b_block, mask=is_first)
-    tl.store(masks + row + place, b_found, mask=is_first)
+    tl.store(entries + row + place, (b_block << TOKENS) + b_found, mask=is_first)
     p_count = counts + (i_tile.to(tl.int64) * G + i_group) * 2
     tl.store(p_count, num_open)
     tl.store(p_count + 1, num_open + tl.sum(is_closed, 0))
