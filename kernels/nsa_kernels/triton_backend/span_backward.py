@@ -83,7 +83,7 @@ def span_backward(
     if q.shape[0] == 0 or k.shape[0] == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     delta = row_delta(out, dout, lse, dlse)
-    return span_gradients(dout, q, k, v, lse, delta, None, cu_seqlens, span, scale)
+    return span_gradients(dout, q, k, v, lse, delta, cu_seqlens, span, scale)
 
 
 def span_gradients(
@@ -93,22 +93,19 @@ def span_gradients(
     v: Tensor,
     lse: Tensor,
     delta: Tensor,
-    weights: Tensor | None,
     cu_seqlens: Tensor,
     span: Span,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of rows whose output enters what dout is the gradient of times a weight.
+    """dq, dk, dv; where out's gradient is w * dout, give lse - log(w) and delta / w.
 
     Args:
-        dout: [T, H, V], gradient of the weighted output.
-        lse: fp32 [T, H], natural, of the forward.
-        delta: fp32 [T, H], weight * sum(dout * out) - dlse of every row, 0 where it saw no key.
-        weights: fp32 [T, H]; None: 1.
+        lse: fp32 [T, H], natural, as span_forward returned it.
+        delta: fp32 [T, H], tiles.row_delta's.
     """
     if q.shape[0] == 0 or k.shape[0] == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    given = (dout, q, k, v, lse, delta, weights, cu_seqlens, span, scale)
+    given = (dout, q, k, v, lse, delta, cu_seqlens, span, scale)
     dq = span_dq(*given)
     dk, dv = span_dkv(*given)
     return dq, dk, dv

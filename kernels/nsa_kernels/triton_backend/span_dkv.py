@@ -43,7 +43,6 @@ def span_dkv(
     v: Tensor,
     lse: Tensor,
     delta: Tensor,
-    weights: Tensor | None,
     cu_seqlens: Tensor,
     span: Span,
     scale: float,
@@ -63,7 +62,7 @@ def span_dkv(
     dk = make(*shape, *k.shape, dtype=dtype, device=k.device)
     dv = make(*shape, *v.shape, dtype=dtype, device=v.device)
     span_backward_dkv_kernel[(num_key_tiles, parts, num_groups)](
-        q, k, v, dout, lse, delta, weights, dk, dv, cu_seqlens, span.cu_keys, num_sequences,
+        q, k, v, dout, lse, delta, dk, dv, cu_seqlens, span.cu_keys, num_sequences,
         num_keys, log2_scale(scale), scale,
         G=num_groups,
         R=heads_per_group,
@@ -109,7 +108,6 @@ def _walk_queries(
     p_dout,
     p_lse,
     p_delta,
-    p_weights,
     first,
     end,
     i_part,
@@ -161,13 +159,8 @@ def _walk_queries(
         b_delta = tl.load(p_delta + row + o_head, mask=m_row, other=0.0)
         b_p = tl.exp2(b_logits * scale_log2 - b_lse[None, :])
         b_dout = load_rows(p_dout + row * V, o_head * V, m_row, 0, V_PADDED, V, IS_RAGGED)
-        b_weighted = b_p
         b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION)
-        if p_weights is not None:
-            b_weight = tl.load(p_weights + row + o_head, mask=m_row, other=0.0)
-            b_weighted = b_p * b_weight[None, :]
-            b_dp = b_dp * b_weight[None, :]
-        b_dv = tl.dot(b_weighted.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
+        b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
         b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
         b_dk = tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION)
         if K_TAIL > 0:
@@ -183,7 +176,6 @@ def span_backward_dkv_kernel(
     dout,
     lse,
     delta,
-    weights,
     dk,
     dv,
     cu_seqlens,
@@ -234,9 +226,6 @@ def span_backward_dkv_kernel(
     start = tl.load(cu_seqlens + i_sequence)
     length = tl.load(cu_seqlens + i_sequence + 1) - start
     row = start.to(tl.int64) * H + i_group * R
-    p_weights = None
-    if weights is not None:
-        p_weights = weights + row
     # Query tiles [low, high) see the key tile; all of [open_low, open_high) see all of it.
     last_key = tl.minimum(first_key + TILE_KEYS, key_length) - 1
     o_begin = o_key * STRIDE + (BLOCK - 1)
@@ -253,17 +242,17 @@ def span_backward_dkv_kernel(
     open_high = tl.maximum(open_end // TOKENS, open_low)
     b_dk, b_dk_tail, b_dv = _walk_queries(
         b_dk, b_dk_tail, b_dv, b_k, b_k_tail, b_v, q + row * K, dout + row * V, lse + row,
-        delta + row, p_weights, open_high, high, i_part, length, o_begin, o_key, scale_log2,
+        delta + row, open_high, high, i_part, length, o_begin, o_key, scale_log2,
         G, R, PARTS, K, K_MAIN, K_TAIL, V, V_PADDED, WINDOW, TILE_ROWS, PRECISION, True,
     )  # fmt: skip
     b_dk, b_dk_tail, b_dv = _walk_queries(
         b_dk, b_dk_tail, b_dv, b_k, b_k_tail, b_v, q + row * K, dout + row * V, lse + row,
-        delta + row, p_weights, open_low, open_high, i_part, length, o_begin, o_key, scale_log2,
+        delta + row, open_low, open_high, i_part, length, o_begin, o_key, scale_log2,
         G, R, PARTS, K, K_MAIN, K_TAIL, V, V_PADDED, WINDOW, TILE_ROWS, PRECISION, False,
     )  # fmt: skip
     b_dk, b_dk_tail, b_dv = _walk_queries(
         b_dk, b_dk_tail, b_dv, b_k, b_k_tail, b_v, q + row * K, dout + row * V, lse + row,
-        delta + row, p_weights, low, open_low, i_part, length, o_begin, o_key, scale_log2,
+        delta + row, low, open_low, i_part, length, o_begin, o_key, scale_log2,
         G, R, PARTS, K, K_MAIN, K_TAIL, V, V_PADDED, WINDOW, TILE_ROWS, PRECISION, True,
     )  # fmt: skip
 

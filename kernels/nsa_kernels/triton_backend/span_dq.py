@@ -32,7 +32,6 @@ def span_dq(
     v: Tensor,
     lse: Tensor,
     delta: Tensor,
-    weights: Tensor | None,
     cu_seqlens: Tensor,
     span: Span,
     scale: float,
@@ -46,7 +45,7 @@ def span_dq(
     dq = torch.empty_like(q)
     grid = (num_tiles(num_tokens, num_sequences, tiles.rows // heads_per_group), num_groups)
     span_backward_dq_kernel[grid](
-        q, k, v, dout, lse, delta, weights, dq, cu_seqlens, span.cu_keys, num_sequences,
+        q, k, v, dout, lse, delta, dq, cu_seqlens, span.cu_keys, num_sequences,
         log2_scale(scale), scale,
         G=num_groups,
         R=heads_per_group,
@@ -83,7 +82,6 @@ def _walk_keys(
     b_dout,
     b_lse,
     b_delta,
-    b_weight,
     p_k,
     p_v,
     first,
@@ -122,8 +120,6 @@ def _walk_keys(
         b_p = tl.exp2(b_logits * scale_log2 - b_lse[:, None])
         b_v = load_rows(p_v + i_key * v_stride, o_tile * (G * V), m_key, 0, V_PADDED, V, MASKED)
         b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
-        if b_weight is not None:
-            b_dp = b_dp * b_weight[:, None]
         b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k.dtype)
         b_dq = tl.dot(b_ds, b_k, b_dq, input_precision=PRECISION)
         if K_TAIL > 0:
@@ -139,7 +135,6 @@ def span_backward_dq_kernel(
     dout,
     lse,
     delta,
-    weights,
     dq,
     cu_seqlens,
     cu_keys,
@@ -179,9 +174,6 @@ def span_backward_dq_kernel(
     b_dout = load_rows(dout + row * V, o_head * V, m_row, 0, V_PADDED, V, True)
     b_lse = log2_sum(lse + row, o_head, m_row)
     b_delta = tl.load(delta + row + o_head, mask=m_row, other=0.0)
-    b_weight = None
-    if weights is not None:
-        b_weight = tl.load(weights + row + o_head, mask=m_row, other=0.0)
     b_dq = tl.zeros([TILE_ROWS, K_MAIN], tl.float32)
     b_q_tail = b_q
     b_dq_tail = b_dq
@@ -201,19 +193,19 @@ def span_backward_dq_kernel(
         edge = visible_low(t_last, WINDOW) - low
         open_low = low + (edge + TILE_KEYS - 1) // TILE_KEYS * TILE_KEYS
         b_dq, b_dq_tail = _walk_keys(
-            b_dq, b_dq_tail, b_q, b_q_tail, b_dout, b_lse, b_delta, b_weight, p_k, p_v,
+            b_dq, b_dq_tail, b_q, b_q_tail, b_dout, b_lse, b_delta, p_k, p_v,
             low, tl.minimum(open_low, high), high, o_low, o_high, scale_log2,
             G, K, K_MAIN, K_TAIL, V, V_PADDED, TILE_KEYS, PRECISION, True,
         )  # fmt: skip
     open_keys = tl.maximum(visible_high(t_first, BLOCK, STRIDE) - open_low, 0)
     open_high = open_low + open_keys // TILE_KEYS * TILE_KEYS
     b_dq, b_dq_tail = _walk_keys(
-        b_dq, b_dq_tail, b_q, b_q_tail, b_dout, b_lse, b_delta, b_weight, p_k, p_v,
+        b_dq, b_dq_tail, b_q, b_q_tail, b_dout, b_lse, b_delta, p_k, p_v,
         open_low, open_high, high, o_low, o_high, scale_log2,
         G, K, K_MAIN, K_TAIL, V, V_PADDED, TILE_KEYS, PRECISION, False,
     )  # fmt: skip
     b_dq, b_dq_tail = _walk_keys(
-        b_dq, b_dq_tail, b_q, b_q_tail, b_dout, b_lse, b_delta, b_weight, p_k, p_v,
+        b_dq, b_dq_tail, b_q, b_q_tail, b_dout, b_lse, b_delta, p_k, p_v,
         open_high, high, high, o_low, o_high, scale_log2,
         G, K, K_MAIN, K_TAIL, V, V_PADDED, TILE_KEYS, PRECISION, True,
     )  # fmt: skip

@@ -66,15 +66,15 @@ def nsa_backward(
     dgates, lses, deltas = mix_backward(dout, outs, lses, gates)
     span = compressed_span(cu_seqlens, config)
     dq_cmp, dk_cmp, dv_cmp = span_gradients(
-        dout, q, k_cmp, v_cmp, lses[0], deltas[0], None, cu_seqlens, span, scale
+        dout, q, k_cmp, v_cmp, lses[0], deltas[0], cu_seqlens, span, scale
     )
     span = sliding_span(cu_seqlens, config)
     dq_win, dk_win, dv_win = span_gradients(
-        dout, q, k_win, v_win, lses[2], deltas[2], None, cu_seqlens, span, scale
+        dout, q, k_win, v_win, lses[2], deltas[2], cu_seqlens, span, scale
     )
     given = (dout, q, k_slc, v_slc, lses[1], deltas[1])
     if config.sees_all(q.shape[0]):
-        dq, dk_slc, dv_slc = span_gradients(*given, None, cu_seqlens, full_span(cu_seqlens), scale)
+        dq, dk_slc, dv_slc = span_gradients(*given, cu_seqlens, full_span(cu_seqlens), scale)
         dq += dq_cmp + dq_win
     else:
         dq, dk_slc, dv_slc = selected_gradients(

@@ -13,6 +13,7 @@ from nsa_kernels.triton_backend.span_backward import span_gradients
 from nsa_kernels.triton_backend.span_dkv import dkv_tiles
 from nsa_kernels.triton_backend.span_dq import dq_tiles
 from nsa_kernels.triton_backend.span_forward import (
+    Span,
     compressed_span,
     full_span,
     sliding_span,
@@ -25,6 +26,7 @@ from tests.kernels.cases import (
     EQUAL_BLOCKS,
     PAPER,
     SMALL,
+    Inputs,
     Target,
     assert_close,
     make_inputs,
@@ -139,8 +141,16 @@ def test_compiled(op: str, case: Case, dtype: torch.dtype, device: str) -> None:
     check(op, case, Target(backend="triton", device=device), dtype)
 
 
-def check_weighted(op: str, case: Case, device: str, dtype: torch.dtype) -> None:
-    """Gradients of weights * out against float64 autograd of the reference."""
+def span_of(op: str, inputs: Inputs) -> Span:
+    """Which keys the queries of op see."""
+    if op == "full":
+        return full_span(inputs.cu_seqlens)
+    make = compressed_span if op == "compressed" else sliding_span
+    return make(inputs.cu_seqlens, inputs.config)
+
+
+def check_weight(op: str, case: Case, device: str, dtype: torch.dtype) -> None:
+    """A weight on out's gradient may be given inside lse and delta instead."""
     inputs = make_inputs(
         list(case.lengths), config=case.config, groups=case.groups,
         heads_per_group=case.heads_per_group, key_width=case.key_width,
@@ -150,37 +160,32 @@ def check_weighted(op: str, case: Case, device: str, dtype: torch.dtype) -> None
     tensors = [tensor.requires_grad_(True) for tensor in op_inputs(op, exact).values()]
     out = call(reference, op, exact)[0]
     generator = torch.Generator().manual_seed(1)
-    weights = torch.randn(out.shape[:2], generator=generator)
+    weights = torch.rand(out.shape[:2], generator=generator)
     dout = torch.randn(out.shape, generator=generator).to(dtype)
-    weighted = out * weights[..., None].double()
-    wanted = torch.autograd.grad(weighted, tensors, dout.double())
-    delta = (weighted * dout).sum(-1).detach().float()
-    span = {
-        "compressed": lambda: compressed_span(inputs.cu_seqlens, inputs.config),
-        "sliding": lambda: sliding_span(inputs.cu_seqlens, inputs.config),
-        "full": lambda: full_span(inputs.cu_seqlens),
-    }[op]()
+    weighed = dout.double() * weights[..., None].double()
+    wanted = torch.autograd.grad(out, tensors, weighed)
+    delta = (out * dout).sum(-1).detach().float().to(device)
     q, k, v = op_inputs(op, inputs).values()
-    offsets, scale = inputs.cu_seqlens, case.key_width**-0.5
-    _, lse = span_forward(q, k, v, offsets, span, scale)
-    dout, delta, weights = dout.to(device), delta.to(device), weights.to(device)
-    got = span_gradients(dout, q, k, v, lse, delta, weights, offsets, span, scale)
+    rest = (inputs.cu_seqlens, span_of(op, inputs), case.key_width**-0.5)
+    _, lse = span_forward(q, k, v, *rest)
+    lse = lse - weights.to(device).log()
+    got = span_gradients(dout.to(device), q, k, v, lse, delta, *rest)
     for name, mine, right in zip(("dq", "dk", "dv"), got, wanted, strict=True):
-        assert_close(mine, right, f"weighted {op} {name}")
+        assert_close(mine, right, f"weighed {op} {name}")
 
 
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("op", SPANS)
-def test_weights_of_rows_interpreted(op: str, dtype: torch.dtype) -> None:
-    check_weighted(op, Case((13, 0, 69), ODD, 2, 3, 48, 32), "cpu", dtype)
+def test_lse_may_hold_a_weight(op: str, dtype: torch.dtype) -> None:
+    check_weight(op, Case((13, 0, 69), ODD, 2, 3, 48, 32), "cpu", dtype)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", SPANS)
-def test_weights_of_rows(op: str, dtype: torch.dtype, device: str) -> None:
-    check_weighted(op, Case((1100, 31, 0, 530), PAPER, 2, 16, 128, 128), device, dtype)
+def test_lse_may_hold_a_weight_compiled(op: str, dtype: torch.dtype, device: str) -> None:
+    check_weight(op, Case((1100, 31, 0, 530), PAPER, 2, 16, 128, 128), device, dtype)
 
 
 def backward(op: str, dout: Tensor, dlse: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
