@@ -21,9 +21,15 @@ from triton.runtime.errors import OutOfResources
 
 from benchmarks.timing import median_ms
 from benchmarks.workloads import WORKLOADS, Tensors, Workload, make_tensors
-from nsa_kernels.triton_backend.selected_backward import selected_dq
-from nsa_kernels.triton_backend.selected_dkv import selected_dkv
-from nsa_kernels.triton_backend.selected_forward import selected_forward
+from nsa_kernels.triton_backend.selected_backward import selected_gradients
+from nsa_kernels.triton_backend.selected_by_block import (
+    CHUNK_TOKENS,
+    block_tile_keys,
+    forward_by_block,
+    range_span,
+)
+from nsa_kernels.triton_backend.selected_forward import forward_by_tile
+from nsa_kernels.triton_backend.selected_lists import list_choices
 from nsa_kernels.triton_backend.span_dkv import span_dkv
 from nsa_kernels.triton_backend.span_dq import span_dq
 from nsa_kernels.triton_backend.span_forward import (
@@ -79,7 +85,7 @@ def tunables(workload: Workload, tensors: Tensors) -> dict[str, Tunable]:
         forward = partial(span_forward, q, k, v, cu_seqlens, span, scale)
         out, lse = forward()
         delta = row_delta(out, dout, lse, torch.zeros_like(lse))
-        saved = (dout, q, k, v, lse, delta, None, cu_seqlens, span, scale)
+        saved = (dout, q, k, v, lse, delta, cu_seqlens, span, scale)
         dq, dkv = partial(span_dq, *saved), partial(span_dkv, *saved)
         found[f"span_forward:{name}"] = Tunable(
             "span_forward", "span_forward_tiles", forward, rows, keys, warps
@@ -88,28 +94,39 @@ def tunables(workload: Workload, tensors: Tensors) -> dict[str, Tunable]:
         found[f"span_dkv:{name}"] = Tunable(
             "span_dkv", "dkv_tiles", dkv, (16, 32, 64, 128), (64, 128), warps
         )
-    chosen = (tensors.blocks, cu_seqlens, config, scale)
-    k, v = tensors.k_slc, tensors.v_slc
-    forward = partial(selected_forward, q, k, v, *chosen)
-    out, lse = forward()
-    delta = row_delta(out, dout, lse, torch.zeros_like(lse))
-    saved = (dout, q, k, v, lse, delta, *chosen)
-    rows, keys, warps = (16,), (16, 32, 64), (1, 2, 4)
-    found["selected_forward"] = Tunable(
-        "selected_forward", "selected_tiles", forward, rows, keys, warps
-    )
-    found["selected_dq"] = Tunable(
-        "selected_backward", "selected_tiles", partial(selected_dq, *saved), rows, keys, warps
-    )
-    found["selected_dkv"] = Tunable(
-        "selected_dkv",
-        "selected_dkv_tiles",
-        partial(selected_dkv, *saved),
-        (16, 32, 64, 128),
-        (32, 64),
-        (2, 4, 8),
-    )
-    return found
+    return found | selected_tunables(workload, tensors, cu_seqlens)
+
+
+def selected_tunables(
+    workload: Workload, tensors: Tensors, cu_seqlens: torch.Tensor
+) -> dict[str, Tunable]:
+    """The kernels of selected attention, both forward passes whatever the size of a group."""
+    config, q, k, v = workload.config, tensors.q, tensors.k_slc, tensors.v_slc
+    blocks, block = tensors.blocks, config.selection_block_size
+    heads_per_group = q.shape[1] // k.shape[1]
+    chosen = (blocks, cu_seqlens, config, workload.key_width**-0.5)
+    # Lists with parts for the smallest key tiles that are tried have room for those of all.
+    parts = q.shape[1] * blocks.shape[2] * -(-block // min(32, block_tile_keys(block)))
+    span = range_span(parts, v.shape[2], q.itemsize)
+    lists = list_choices(blocks, cu_seqlens, block, span, CHUNK_TOKENS)
+    by_tile = partial(forward_by_tile, q, k, v, *chosen)
+    by_block = partial(forward_by_block, q, k, v, *chosen, lists)
+    out, lse = by_tile()
+    delta = row_delta(out, tensors.dout, lse, torch.zeros_like(lse))
+    backward = partial(selected_gradients, tensors.dout, q, k, v, lse, delta, *chosen)
+    keys, warps = tuple(n for n in (32, 64) if n <= block), (4, 8)
+    rows = tuple(n for n in (32, 64, 128) if n >= heads_per_group)
+    return {
+        "selected_by_tile": Tunable(
+            "selected_forward", "by_tile_tiles", by_tile, rows, keys, warps
+        ),
+        "selected_by_block": Tunable(
+            "selected_by_block", "by_block_tiles", by_block, rows, keys, warps
+        ),
+        "selected_backward": Tunable(
+            "selected_backward", "backward_tiles", backward, rows, keys, warps
+        ),
+    }
 
 
 def main() -> int:
