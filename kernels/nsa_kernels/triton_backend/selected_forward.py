@@ -15,7 +15,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nsa_kernels.shapes import NsaConfig
 from nsa_kernels.triton_backend.selected_by_block import (
@@ -29,9 +28,9 @@ from nsa_kernels.triton_backend.selected_union import unite_choices
 from nsa_kernels.triton_backend.tiles import (
     LN_2,
     Tiles,
+    descriptors,
     find_tile,
     fp32_tiles,
-    has_copy_engine,
     key_widths,
     load_rows,
     log2_scale,
@@ -100,19 +99,6 @@ def forward_by_tile(
         num_stages=tiles.num_stages,
     )  # fmt: skip
     return out, lse
-
-
-def descriptors(
-    k: Tensor, v: Tensor, tiles: Tiles
-) -> tuple[TensorDescriptor, TensorDescriptor] | tuple[None, None]:
-    """Key tiles of k and v as Hopper's copy engine reads them; none where there is none."""
-    if not has_copy_engine(k.device) or any(t.shape[2] & (t.shape[2] - 1) for t in (k, v)):
-        return None, None
-    k_rows, v_rows = (
-        TensorDescriptor.from_tensor(t.view(t.shape[0], -1), [tiles.keys, t.shape[2]])
-        for t in (k, v)
-    )
-    return k_rows, v_rows
 
 
 def by_tile_tiles(

@@ -9,7 +9,7 @@ those between are not.
 # Jitted functions and their launches have no types that a checker knows.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -21,6 +21,7 @@ from nsa_kernels.shapes import NsaConfig, compressed_cu_seqlens
 from nsa_kernels.triton_backend.tiles import (
     LN_2,
     Tiles,
+    descriptors,
     find_tile,
     fp32_tiles,
     key_widths,
@@ -31,6 +32,11 @@ from nsa_kernels.triton_backend.tiles import (
     visible_high,
     visible_low,
 )
+
+# With key tiles from the copy engine, two stages and 128 registers a thread let two programs of
+# eight warps share a multiprocessor: one's softmax then runs beside the other's products.
+_COPIED_STAGES = 2
+_COPIED_REGISTERS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,17 +116,16 @@ def span_forward(
         return out, lse
     heads_per_group = num_heads // num_groups
     tiles = span_forward_tiles(q.dtype, key_width, value_width, heads_per_group, span)
+    k_descriptor, v_descriptor, options = None, None, {}
+    if _gains_by_copies(tiles, q, k, v):
+        k_descriptor, v_descriptor = descriptors(k, v, tiles)
+    if k_descriptor is not None:
+        tiles = replace(tiles, num_stages=_COPIED_STAGES)
+        options = {"maxnreg": _COPIED_REGISTERS}
     num_sequences = cu_seqlens.numel() - 1
-    grid = (num_tiles(num_tokens, num_sequences, tiles.rows // heads_per_group), num_groups)
-    span_forward_kernel[grid](
-        q,
-        k,
-        v,
-        out,
-        lse,
-        cu_seqlens,
-        span.cu_keys,
-        num_sequences,
+    count = num_tiles(num_tokens, num_sequences, tiles.rows // heads_per_group)
+    span_forward_kernel[(count * num_groups,)](
+        q, k, v, k_descriptor, v_descriptor, out, lse, cu_seqlens, span.cu_keys, num_sequences,
         log2_scale(scale),
         G=num_groups,
         R=heads_per_group,
@@ -132,7 +137,8 @@ def span_forward(
         TILE_KEYS=tiles.keys,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
-    )
+        **options,
+    )  # fmt: skip
     return out, lse
 
 
@@ -156,6 +162,12 @@ def span_forward_tiles(
     return Tiles(128, 64, 8, 2)
 
 
+def _gains_by_copies(tiles: Tiles, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether this is the kind of launch that was measured to be faster with descriptors."""
+    is_measured = (tiles.rows, tiles.keys, tiles.num_warps) == (128, 64, 8)
+    return is_measured and q.itemsize == 2 and max(k.shape[2], v.shape[2]) == 128 and len(k) > 0
+
+
 @triton.jit
 def _attend_keys(
     b_out,
@@ -165,6 +177,10 @@ def _attend_keys(
     b_q_tail,
     p_k,
     p_v,
+    k_descriptor,
+    v_descriptor,
+    key_start,
+    i_group,
     first,
     end,
     key_end,
@@ -181,14 +197,21 @@ def _attend_keys(
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Fold the key tiles of [first, end) into the running output, maximum and sum of each row."""
+    """Fold the key tiles of [first, end) into the running output, maximum and sum of each row.
+
+    Unless MASKED, all of their keys are seen by every row; descriptors are None or used for these.
+    """
+    HAS_DESCRIPTORS: tl.constexpr = not MASKED and k_descriptor is not None
     o_tile = tl.arange(0, TILE_KEYS)
     k_stride = tl.full([], G * K, tl.int64)
     v_stride = tl.full([], G * V, tl.int64)
     for i_key in range(first, end, TILE_KEYS):
         o_key = i_key + o_tile
         m_key = o_key < key_end
-        b_k = load_rows(p_k + i_key * k_stride, o_tile * (G * K), m_key, 0, K_MAIN, K, MASKED)
+        if HAS_DESCRIPTORS:
+            b_k = k_descriptor.load([key_start + i_key, i_group * K])
+        else:
+            b_k = load_rows(p_k + i_key * k_stride, o_tile * (G * K), m_key, 0, K_MAIN, K, MASKED)
         b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         if K_TAIL > 0:
             b_k_tail = load_rows(
@@ -206,7 +229,10 @@ def _attend_keys(
         b_p = tl.exp2(b_logits * scale_log2 - b_shift[:, None])
         b_decay = tl.exp2(b_max - b_shift)
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
-        b_v = load_rows(p_v + i_key * v_stride, o_tile * (G * V), m_key, 0, V_PADDED, V, MASKED)
+        if HAS_DESCRIPTORS:
+            b_v = v_descriptor.load([key_start + i_key, i_group * V])
+        else:
+            b_v = load_rows(p_v + i_key * v_stride, o_tile * (G * V), m_key, 0, V_PADDED, V, MASKED)
         b_out = b_out * b_decay[:, None]
         b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
         b_max = b_new_max
@@ -218,6 +244,8 @@ def span_forward_kernel(
     q,
     k,
     v,
+    k_descriptor,
+    v_descriptor,
     out,
     lse,
     cu_seqlens,
@@ -238,11 +266,15 @@ def span_forward_kernel(
     TILE_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out and lse of one tile of queries of one group. Late tiles, which see most, start first."""
+    """out and lse of one tile of queries of one group.
+
+    Late tiles, which see most, start first; the groups of a tile run together, as their queries
+    and keys lie side by side in memory.
+    """
     TOKENS: tl.constexpr = TILE_ROWS // R
     H: tl.constexpr = G * R
-    i_group = tl.program_id(1)
-    i_tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    i_group = tl.program_id(0) % G
+    i_tile = tl.num_programs(0) // G - 1 - tl.program_id(0) // G
     i_sequence, start, length, t_first = find_tile(cu_seqlens, num_sequences, i_tile, TOKENS)
     if t_first >= length:
         return
@@ -261,7 +293,8 @@ def span_forward_kernel(
     b_max = tl.full([TILE_ROWS], float("-inf"), tl.float32)
     b_sum = tl.zeros([TILE_ROWS], tl.float32)
 
-    key_row = tl.load(cu_keys + i_sequence).to(tl.int64) * G + i_group
+    key_start = tl.load(cu_keys + i_sequence)
+    key_row = key_start.to(tl.int64) * G + i_group
     p_k = k + key_row * K
     p_v = v + key_row * V
     o_low = visible_low(o_token, WINDOW)
@@ -274,22 +307,22 @@ def span_forward_kernel(
         edge = visible_low(t_last, WINDOW) - low
         open_low = low + (edge + TILE_KEYS - 1) // TILE_KEYS * TILE_KEYS
         b_out, b_max, b_sum = _attend_keys(
-            b_out, b_max, b_sum, b_q, b_q_tail, p_k, p_v, low, tl.minimum(open_low, high), high,
-            o_low, o_high, scale_log2,
+            b_out, b_max, b_sum, b_q, b_q_tail, p_k, p_v, k_descriptor, v_descriptor, key_start,
+            i_group, low, tl.minimum(open_low, high), high, o_low, o_high, scale_log2,
             G, K, K_MAIN, K_TAIL, V, V_PADDED, TILE_KEYS, PRECISION, True,
         )  # fmt: skip
-    # Keys that the first token sees already.
+    # Keys that the first token sees already are in [open_low, open_high).
     open_keys = tl.maximum(visible_high(t_first, BLOCK, STRIDE) - open_low, 0)
     open_high = open_low + open_keys // TILE_KEYS * TILE_KEYS
     b_out, b_max, b_sum = _attend_keys(
-        b_out, b_max, b_sum, b_q, b_q_tail, p_k, p_v, open_low, open_high, high,
-        o_low, o_high, scale_log2,
-            G, K, K_MAIN, K_TAIL, V, V_PADDED, TILE_KEYS, PRECISION, False,
+        b_out, b_max, b_sum, b_q, b_q_tail, p_k, p_v, k_descriptor, v_descriptor, key_start,
+        i_group, open_high, high, high, o_low, o_high, scale_log2,
+        G, K, K_MAIN, K_TAIL, V, V_PADDED, TILE_KEYS, PRECISION, True,
     )  # fmt: skip
     b_out, b_max, b_sum = _attend_keys(
-        b_out, b_max, b_sum, b_q, b_q_tail, p_k, p_v, open_high, high, high,
-        o_low, o_high, scale_log2,
-            G, K, K_MAIN, K_TAIL, V, V_PADDED, TILE_KEYS, PRECISION, True,
+        b_out, b_max, b_sum, b_q, b_q_tail, p_k, p_v, k_descriptor, v_descriptor, key_start,
+        i_group, open_low, open_high, high, o_low, o_high, scale_log2,
+        G, K, K_MAIN, K_TAIL, V, V_PADDED, TILE_KEYS, PRECISION, False,
     )  # fmt: skip
 
     # A row without any key has sum 0 and keeps output 0 and lse -inf.

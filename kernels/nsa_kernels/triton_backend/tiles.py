@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -91,6 +92,19 @@ def has_copy_engine(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def descriptors(
+    k: Tensor, v: Tensor, tiles: Tiles
+) -> tuple[TensorDescriptor, TensorDescriptor] | tuple[None, None]:
+    """Key tiles of k and v as Hopper's copy engine reads them; none where there is none."""
+    if not has_copy_engine(k.device) or any(t.shape[2] & (t.shape[2] - 1) for t in (k, v)):
+        return None, None
+    k_rows, v_rows = (
+        TensorDescriptor.from_tensor(t.view(t.shape[0], -1), [tiles.keys, t.shape[2]])
+        for t in (k, v)
+    )
+    return k_rows, v_rows
 
 
 def row_delta(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor) -> Tensor:
