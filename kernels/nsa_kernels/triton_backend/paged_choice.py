@@ -121,3 +121,42 @@ def store_chosen(
     num_equal = both % 65536
     is_chosen = (is_above > 0) | ((is_equal > 0) & (num_equal <= room))
     tl.store(chosen_blocks + num_above + tl.minimum(num_equal, room) - 1, o_block, is_chosen)
+
+
+@triton.jit
+def choose_blocks(
+    shares,
+    rests,
+    maxima,
+    partial_lse,
+    importance,
+    chosen_blocks,
+    o_head,
+    num_seen,
+    num_candidates,
+    N,
+    R: tl.constexpr,
+    R_PADDED: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_S: tl.constexpr,
+    TILE_STRIDES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr,
+    ALL_SPLITS: tl.constexpr,
+    CHOSEN: tl.constexpr,
+    INITIAL: tl.constexpr,
+    LOCAL: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+):
+    """Write the choice of one token and group, for this program alone to read.
+
+    importance [N, TILE_S] and chosen_blocks [CHOSEN] are the program's own room.
+    """
+    store_importance(
+        shares, rests, maxima, partial_lse, importance, o_head, num_seen, N, R, R_PADDED, TILE_N,
+        TILE_S, TILE_STRIDES, SPLITS, SPLITS_PADDED, ALL_SPLITS,
+    )  # fmt: skip
+    # Each thread reads what others of this program wrote, here and below.
+    tl.debug_barrier()
+    store_chosen(importance, chosen_blocks, num_candidates, CHOSEN, INITIAL, LOCAL, NUM_BLOCKS)
+    tl.debug_barrier()

@@ -9,7 +9,7 @@ compressed branch at all.
 import triton
 import triton.language as tl
 
-from nsa_kernels.triton_backend.paged_choice import store_chosen, store_importance
+from nsa_kernels.triton_backend.paged_choice import choose_blocks
 from nsa_kernels.triton_backend.paged_parts import attend_keys, load_split, store_partial
 from nsa_kernels.triton_backend.paged_rows import find_new_tokens
 from nsa_kernels.triton_backend.tiles import visible_high, visible_low
@@ -48,6 +48,62 @@ def find_slots(
     o_key = block * SELECTION_BLOCK + o_slot % SELECTION_BLOCK
     m_key = m_listed & (o_key >= low) & (o_key <= position)
     return o_key, m_key, tl.load(p_table + o_key // PAGE_ROWS, m_key, 0)
+
+
+@triton.jit
+def attend_list(
+    b_q,
+    b_q_tail,
+    k,
+    v,
+    p_chosen,
+    p_table,
+    first_tile,
+    last_tile,
+    first_block,
+    num_listed,
+    is_listed,
+    low,
+    position,
+    scale_log2,
+    i_group,
+    G,
+    SELECTION_BLOCK: tl.constexpr,
+    PAGE_ROWS: tl.constexpr,
+    TILE_K: tl.constexpr,
+    R_PADDED: tl.constexpr,
+    K: tl.constexpr,
+    K_MAIN: tl.constexpr,
+    K_TAIL: tl.constexpr,
+    V: tl.constexpr,
+    V_PADDED: tl.constexpr,
+):
+    """(maximum, total, acc) over the tiles of keys from first_tile on of a list of blocks.
+
+    find_slots says what the list is.
+    """
+    largest = tl.full([R_PADDED], -float("inf"), tl.float32)
+    total = tl.zeros([R_PADDED], tl.float32)
+    acc = tl.zeros([R_PADDED, V_PADDED], tl.float32)
+    o_slot = first_tile * TILE_K + tl.arange(0, TILE_K)
+    o_key, m_key, page = find_slots(
+        p_chosen, p_table, o_slot, first_block, num_listed, is_listed, low, position,
+        SELECTION_BLOCK, PAGE_ROWS,
+    )  # fmt: skip
+    for _ in range(first_tile, last_tile):
+        o_cache = (page.to(tl.int64) * PAGE_ROWS + o_key % PAGE_ROWS) * G + i_group
+        m_cache = m_key
+        # Pages are asked for one tile ahead: keys and values need not wait for them.
+        o_slot += TILE_K
+        o_key, m_key, page = find_slots(
+            p_chosen, p_table, o_slot, first_block, num_listed, is_listed, low, position,
+            SELECTION_BLOCK, PAGE_ROWS,
+        )  # fmt: skip
+        largest, total, acc, _ = attend_keys(
+            b_q, b_q_tail, k, v, o_cache, m_cache, m_cache[None, :], largest, total, acc,
+            scale_log2, K, K_MAIN, K_TAIL, V, V_PADDED,
+        )  # fmt: skip
+    return largest, total, acc
 
 
 @triton.jit
@@ -98,7 +154,6 @@ def paged_chosen_kernel(
     TILE_S: tl.constexpr,
     TILE_K: tl.constexpr,
     TILE_B: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Write the parts of partial_out [T, H, ALL_SPLITS, V] and partial_lse after the compressed.
 
@@ -106,8 +161,6 @@ def paged_chosen_kernel(
     TILE_S] and chosen_blocks [T, G, SPLITS_SLC, CHOSEN] are room for the choice.
     """
     ALL_SPLITS: tl.constexpr = SPLITS_CMP + SPLITS_SLC + SPLITS_WIN
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     i_group = tl.program_id(0) % G
     i_split = tl.program_id(1)
     i_sequence, i_token, position, count = find_new_tokens(
@@ -121,9 +174,6 @@ def paged_chosen_kernel(
     o_head = first_head + o_r
     b_q, b_q_tail = load_split(q, o_head * K, m_head, K, K_MAIN, K_TAIL)
 
-    largest = tl.full([R_PADDED], -float("inf"), tl.float32)
-    total = tl.zeros([R_PADDED], tl.float32)
-    acc = tl.zeros([R_PADDED, V_PADDED], tl.float32)
     # Keys lie in a list of blocks: the chosen ones, or those that the window touches.
     is_window = i_split >= SPLITS_SLC
     last_block = position // SELECTION_BLOCK
@@ -141,45 +191,26 @@ def paged_chosen_kernel(
         p_table = window_page_table
         k, v = k_win, v_win
     else:
-        if PDL:
-            tl.extra.cuda.gdc_wait()
         low = position * 0
         first_block = low
         num_listed = tl.minimum(last_block + 1, CHOSEN)
         first_tile, last_tile = cut_tiles(num_listed, i_split, SPLITS_SLC, SELECTION_BLOCK, TILE_K)
         if last_block >= CHOSEN:
-            p_importance = importance + i_choice * N * TILE_S
-            store_importance(
-                shares, rests, maxima, partial_lse, p_importance, first_head,
-                visible_high(position, COMPRESSION_BLOCK, STRIDE), N, R, R_CHOICE, TILE_N, TILE_S,
-                TILE_S * (SELECTION_BLOCK // STRIDE), SPLITS_CMP, SPLITS_PADDED, ALL_SPLITS,
+            choose_blocks(
+                shares, rests, maxima, partial_lse, importance + i_choice * N * TILE_S, p_chosen,
+                first_head, visible_high(position, COMPRESSION_BLOCK, STRIDE), last_block + 1, N,
+                R, R_CHOICE, TILE_N, TILE_S, TILE_S * (SELECTION_BLOCK // STRIDE),
+                SPLITS_CMP, SPLITS_PADDED, ALL_SPLITS, CHOSEN, INITIAL, LOCAL, NUM_BLOCKS,
             )  # fmt: skip
-            # Each thread reads what others of this program wrote, here and below.
-            tl.debug_barrier()
-            store_chosen(p_importance, p_chosen, last_block + 1, CHOSEN, INITIAL, LOCAL, NUM_BLOCKS)
-            tl.debug_barrier()
         p_table = page_table
         k, v = k_slc, v_slc
     is_listed = (is_window == 0) & (last_block >= CHOSEN)
     p_table += i_sequence.to(tl.int64) * M
-    o_slot = first_tile * TILE_K + tl.arange(0, TILE_K)
-    o_key, m_key, page = find_slots(
-        p_chosen, p_table, o_slot, first_block, num_listed, is_listed, low, position,
-        SELECTION_BLOCK, PAGE_ROWS,
+    largest, total, acc = attend_list(
+        b_q, b_q_tail, k, v, p_chosen, p_table, first_tile, last_tile, first_block, num_listed,
+        is_listed, low, position, scale_log2, i_group, G,
+        SELECTION_BLOCK, PAGE_ROWS, TILE_K, R_PADDED, K, K_MAIN, K_TAIL, V, V_PADDED,
     )  # fmt: skip
-    for _ in range(first_tile, last_tile):
-        o_cache = (page.to(tl.int64) * PAGE_ROWS + o_key % PAGE_ROWS) * G + i_group
-        m_cache = m_key
-        # Pages are asked for one tile ahead: keys and values need not wait for them.
-        o_slot += TILE_K
-        o_key, m_key, page = find_slots(
-            p_chosen, p_table, o_slot, first_block, num_listed, is_listed, low, position,
-            SELECTION_BLOCK, PAGE_ROWS,
-        )  # fmt: skip
-        largest, total, acc, _ = attend_keys(
-            b_q, b_q_tail, k, v, o_cache, m_cache, m_cache[None, :], largest, total, acc,
-            scale_log2, K, K_MAIN, K_TAIL, V, V_PADDED,
-        )  # fmt: skip
     store_partial(
         partial_out, partial_lse, o_head, m_head, SPLITS_CMP + i_split, largest, total, acc,
         ALL_SPLITS, V, V_PADDED,

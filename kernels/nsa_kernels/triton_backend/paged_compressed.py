@@ -76,7 +76,6 @@ def paged_compressed_kernel(
     TILE_S: tl.constexpr,
     STRIDES_PADDED: tl.constexpr,
     TILE_B: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Write the first parts of partial_out [T, H, ALL_SPLITS, V] and partial_lse.
 
@@ -87,8 +86,6 @@ def paged_compressed_kernel(
     SELECTION_STRIDES: tl.constexpr = SELECTION_BLOCK // STRIDE
     TILE_STRIDES: tl.constexpr = TILE_S * SELECTION_STRIDES
     TILE_K: tl.constexpr = TILE_S * STRIDES_PADDED
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     i_group = tl.program_id(0) % G
     i_split = tl.program_id(1)
     i_sequence, first_token, first_position, count = find_new_tokens(

@@ -51,12 +51,73 @@ class Plan:
     compressed: Launch
     selected: Launch
     sliding_splits: int
-    pdl: bool = False
-    """Whether a launch may begin before the one before it ends, as Hopper GPUs can."""
 
     @property
     def splits(self) -> int:
         return self.compressed.splits + self.selected.splits + self.sliding_splits
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the new tokens and their pages are; sequences in packed order."""
+
+    page_table: Tensor
+    """int32 [B, M]."""
+    window_page_table: Tensor
+    """int32 [B, M]."""
+    cu_seqlens: Tensor
+    """int32 [B + 1]."""
+    context_lens: Tensor
+    """int32 [B]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """What one launch leaves for the next: fp32 but for chosen_blocks. N is tiles of keys."""
+
+    partial_out: Tensor
+    """[T, H, parts, V]."""
+    partial_lse: Tensor
+    """[T, H, parts]."""
+    shares: Tensor
+    """[T, H, N, blocks of a tile], as paged_compressed_kernel says."""
+    rests: Tensor
+    """[T, H, N]."""
+    maxima: Tensor
+    """[T, H, N]."""
+    importance: Tensor
+    """[T, G, selected parts, N, blocks of a tile]."""
+    chosen_blocks: Tensor
+    """int32 [T, G, selected parts, n]."""
+
+    @classmethod
+    def allocate(
+        cls, q: Tensor, v_slc: Tensor, num_pages: int, plan: Plan, config: NsaConfig
+    ) -> "Scratch":
+        """Room for the tokens of q [T, H, K] over num_pages pages of v_slc [.., page, G, V]."""
+        num_tokens, num_heads, _ = q.shape
+        page, num_groups, value_width = v_slc.shape[1:]
+        num_blocks = num_pages * page // config.selection_block_size
+        tiles = triton.cdiv(num_blocks, plan.tile_blocks)
+        choices = (num_tokens, num_groups, plan.selected.splits)
+
+        def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(*sizes, dtype=dtype, device=q.device)
+
+        rests, maxima = empty(2, num_tokens, num_heads, tiles)
+        return cls(
+            partial_out=empty(num_tokens, num_heads, plan.splits, value_width),
+            partial_lse=empty(num_tokens, num_heads, plan.splits),
+            shares=empty(num_tokens, num_heads, tiles, plan.tile_blocks),
+            rests=rests,
+            maxima=maxima,
+            importance=empty(*choices, tiles, plan.tile_blocks),
+            chosen_blocks=empty(*choices, config.num_selected_blocks, dtype=torch.int32),
+        )
+
+    @property
+    def tiles(self) -> int:
+        return self.rests.shape[2]
 
 
 def is_decode(num_tokens: int, num_sequences: int, num_blocks: int, config: NsaConfig) -> bool:
@@ -109,6 +170,123 @@ def _num_splits(num_keys: int, tile: int, programs: int) -> int:
     return max(1, min(_MOST_SPLITS, triton.cdiv(num_keys, tile), _WANTED_PROGRAMS // programs))
 
 
+def _constants(
+    q: Tensor, v: Tensor, places: Places, plan: Plan, config: NsaConfig
+) -> dict[str, int]:
+    """The constants that both attention kernels want, of v [.., rows, G, V]."""
+    return {
+        "R": q.shape[1] // v.shape[2],
+        **key_widths(q.shape[2]),
+        **value_widths(v.shape[3]),
+        "COMPRESSION_BLOCK": config.compression_block_size,
+        "STRIDE": config.compression_stride,
+        "SELECTION_BLOCK": config.selection_block_size,
+        "CHOSEN": config.num_selected_blocks,
+        "PAGE_ROWS": v.shape[1],
+        "TILE_S": plan.tile_blocks,
+        "TILE_B": min(_TILE_B, triton.next_power_of_2(places.context_lens.shape[0])),
+    }
+
+
+def _compressed_parts(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    places: Places,
+    scratch: Scratch,
+    plan: Plan,
+    config: NsaConfig,
+    scale: float,
+) -> None:
+    """The first parts, with the shares of the selection blocks."""
+    num_tokens, num_heads, _ = q.shape
+    num_sequences, num_pages = places.page_table.shape
+    num_groups = k_cmp.shape[2]
+    padded = triton.next_power_of_2(num_heads // num_groups)
+    query_tiles, rows = num_tokens, max(_LEAST_ROWS, padded)
+    if plan.tokens > 1:
+        query_tiles = num_tiles(num_tokens, num_sequences, plan.tokens)
+        rows = padded * plan.tokens
+    strides = config.selection_block_size // config.compression_stride
+    launch = plan.compressed
+    paged_compressed_kernel[(query_tiles * num_groups, launch.splits)](
+        q, k_cmp, v_cmp, places.page_table, places.cu_seqlens, places.context_lens,
+        scratch.partial_out, scratch.partial_lse, scratch.shares, scratch.rests, scratch.maxima,
+        scale * LOG2_E, num_sequences, num_groups, num_pages, scratch.tiles,
+        **_constants(q, v_cmp, places, plan, config),
+        R_PADDED=rows // plan.tokens,
+        TILE_ROWS=rows,
+        SPLITS=launch.splits,
+        ALL_SPLITS=plan.splits,
+        STRIDES_PADDED=triton.next_power_of_2(strides),
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )  # fmt: skip
+
+
+def _chosen_parts(
+    q: Tensor,
+    caches: tuple[Tensor, Tensor, Tensor, Tensor],
+    places: Places,
+    scratch: Scratch,
+    plan: Plan,
+    config: NsaConfig,
+    scale: float,
+) -> None:
+    """The choice and the parts behind the compressed ones, from k_slc, v_slc, k_win, v_win."""
+    num_tokens, num_heads, _ = q.shape
+    num_sequences, num_pages = places.page_table.shape
+    v_slc = caches[1]
+    num_groups = v_slc.shape[2]
+    padded = triton.next_power_of_2(num_heads // num_groups)
+    tiles, launch = scratch.tiles, plan.selected
+    # Tiles of importances that a program holds at once, of all its heads.
+    held = max(1, min(triton.next_power_of_2(tiles), 4096 // (padded * plan.tile_blocks)))
+    paged_chosen_kernel[(num_tokens * num_groups, launch.splits + plan.sliding_splits)](
+        q, *caches, places.page_table, places.window_page_table, places.cu_seqlens,
+        places.context_lens, scratch.shares, scratch.rests, scratch.maxima, scratch.importance,
+        scratch.chosen_blocks, scratch.partial_out, scratch.partial_lse,
+        scale * LOG2_E, num_sequences, num_groups, num_pages, tiles,
+        **_constants(q, v_slc, places, plan, config),
+        R_PADDED=max(_LEAST_ROWS, padded),
+        R_CHOICE=padded,
+        INITIAL=config.num_initial_blocks,
+        LOCAL=config.num_local_blocks,
+        WINDOW=config.window_size,
+        SPLITS_CMP=plan.compressed.splits,
+        SPLITS_PADDED=triton.next_power_of_2(plan.compressed.splits),
+        SPLITS_SLC=launch.splits,
+        SPLITS_WIN=plan.sliding_splits,
+        NUM_BLOCKS=triton.next_power_of_2(tiles * plan.tile_blocks),
+        TILE_N=held,
+        TILE_K=launch.keys,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )  # fmt: skip
+
+
+def _merge(scratch: Scratch, gates: Tensor, places: Places, plan: Plan, out: Tensor) -> None:
+    """Join the parts of every packed token into out [T, H, V]."""
+    num_tokens, num_heads, value_width = out.shape
+    paged_merge_kernel[(num_tokens, num_heads)](
+        scratch.partial_out,
+        scratch.partial_lse,
+        gates,
+        None,
+        None,
+        places.cu_seqlens,
+        out,
+        places.context_lens.shape[0],
+        num_heads,
+        **value_widths(value_width),
+        SPLITS_CMP=plan.compressed.splits,
+        SPLITS_SLC=plan.selected.splits,
+        SPLITS_WIN=plan.sliding_splits,
+        SPLITS_PADDED=triton.next_power_of_2(plan.splits),
+        num_warps=1 if plan.splits <= 8 else 4,
+    )
+
+
 def decode_attention(
     q: Tensor,
     caches: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
@@ -123,139 +301,14 @@ def decode_attention(
 ) -> Tensor:
     """Gated sum of the three branches for every new token, [T, H, V].
 
-    Tokens past the last sequence, as a captured batch may have, get 0.
+    caches are k_cmp, v_cmp, k_slc, v_slc, k_win, v_win. Tokens past the last sequence, as a
+    captured batch may have, get 0.
     """
-    k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = caches
-    num_tokens, num_heads, key_width = q.shape
-    num_sequences, num_pages = page_table.shape
-    page, num_groups, value_width = v_slc.shape[1:]
-    group_size = num_heads // num_groups
-    padded = triton.next_power_of_2(group_size)
-    strides = config.selection_block_size // config.compression_stride
-    num_blocks = num_pages * page // config.selection_block_size
-    tiles = triton.cdiv(num_blocks, plan.tile_blocks)
-    compressed, selected, sliding = plan.compressed, plan.selected, plan.sliding_splits
-
-    def scratch(*sizes: int) -> Tensor:
-        return torch.empty(*sizes, dtype=torch.float32, device=q.device)
-
-    partial_out = scratch(num_tokens, num_heads, plan.splits, value_width)
-    partial_lse = scratch(num_tokens, num_heads, plan.splits)
-    shares = scratch(num_tokens, num_heads, tiles, plan.tile_blocks)
-    rests, maxima = scratch(2, num_tokens, num_heads, tiles)
-    choices = (num_tokens, num_groups, selected.splits)
-    importance = scratch(*choices, tiles, plan.tile_blocks)
-    chosen_blocks = torch.empty(
-        *choices, config.num_selected_blocks, dtype=torch.int32, device=q.device
-    )
-    out = q.new_empty(num_tokens, num_heads, value_width)
-    tile_b = min(_TILE_B, triton.next_power_of_2(num_sequences))
-    query_tiles = (
-        num_tokens if plan.tokens == 1 else num_tiles(num_tokens, num_sequences, plan.tokens)
-    )
-    overlap = {"launch_pdl": True} if plan.pdl else {}
-    widths = {**key_widths(key_width), **value_widths(value_width)}
-
-    paged_compressed_kernel[(query_tiles * num_groups, compressed.splits)](
-        q,
-        k_cmp,
-        v_cmp,
-        page_table,
-        cu_seqlens,
-        context_lens,
-        partial_out,
-        partial_lse,
-        shares,
-        rests,
-        maxima,
-        scale * LOG2_E,
-        num_sequences,
-        num_groups,
-        num_pages,
-        tiles,
-        R=group_size,
-        R_PADDED=max(_LEAST_ROWS, padded) if plan.tokens == 1 else padded,
-        TILE_ROWS=max(_LEAST_ROWS, padded) if plan.tokens == 1 else padded * plan.tokens,
-        **widths,
-        COMPRESSION_BLOCK=config.compression_block_size,
-        STRIDE=config.compression_stride,
-        SELECTION_BLOCK=config.selection_block_size,
-        CHOSEN=config.num_selected_blocks,
-        PAGE_ROWS=k_cmp.shape[1],
-        SPLITS=compressed.splits,
-        ALL_SPLITS=plan.splits,
-        TILE_S=plan.tile_blocks,
-        STRIDES_PADDED=triton.next_power_of_2(strides),
-        TILE_B=tile_b,
-        PDL=plan.pdl,
-        num_warps=compressed.num_warps,
-        num_stages=compressed.num_stages,
-    )
-    paged_chosen_kernel[(num_tokens * num_groups, selected.splits + sliding)](
-        q,
-        k_slc,
-        v_slc,
-        k_win,
-        v_win,
-        page_table,
-        window_page_table,
-        cu_seqlens,
-        context_lens,
-        shares,
-        rests,
-        maxima,
-        importance,
-        chosen_blocks,
-        partial_out,
-        partial_lse,
-        scale * LOG2_E,
-        num_sequences,
-        num_groups,
-        num_pages,
-        tiles,
-        R=group_size,
-        R_PADDED=max(_LEAST_ROWS, padded),
-        R_CHOICE=padded,
-        **widths,
-        COMPRESSION_BLOCK=config.compression_block_size,
-        STRIDE=config.compression_stride,
-        SELECTION_BLOCK=config.selection_block_size,
-        CHOSEN=config.num_selected_blocks,
-        INITIAL=config.num_initial_blocks,
-        LOCAL=config.num_local_blocks,
-        WINDOW=config.window_size,
-        PAGE_ROWS=page,
-        SPLITS_CMP=compressed.splits,
-        SPLITS_PADDED=triton.next_power_of_2(compressed.splits),
-        SPLITS_SLC=selected.splits,
-        SPLITS_WIN=sliding,
-        NUM_BLOCKS=triton.next_power_of_2(tiles * plan.tile_blocks),
-        TILE_N=max(1, min(triton.next_power_of_2(tiles), 4096 // (padded * plan.tile_blocks))),
-        TILE_S=plan.tile_blocks,
-        TILE_K=selected.keys,
-        TILE_B=tile_b,
-        PDL=plan.pdl,
-        num_warps=selected.num_warps,
-        num_stages=selected.num_stages,
-        **overlap,
-    )
-    paged_merge_kernel[(num_tokens, num_heads)](
-        partial_out,
-        partial_lse,
-        gates,
-        None,
-        None,
-        cu_seqlens,
-        out,
-        num_sequences,
-        num_heads,
-        **value_widths(value_width),
-        SPLITS_CMP=compressed.splits,
-        SPLITS_SLC=selected.splits,
-        SPLITS_WIN=sliding,
-        SPLITS_PADDED=triton.next_power_of_2(plan.splits),
-        PDL=plan.pdl,
-        num_warps=1 if plan.splits <= 8 else 4,
-        **overlap,
-    )
+    k_cmp, v_cmp, _, v_slc, _, _ = caches
+    places = Places(page_table, window_page_table, cu_seqlens, context_lens)
+    scratch = Scratch.allocate(q, v_slc, page_table.shape[1], plan, config)
+    out = q.new_empty(*q.shape[:2], v_slc.shape[3])
+    _compressed_parts(q, k_cmp, v_cmp, places, scratch, plan, config, scale)
+    _chosen_parts(q, caches[2:], places, scratch, plan, config, scale)
+    _merge(scratch, gates, places, plan, out)
     return out

@@ -32,7 +32,6 @@ def paged_merge_kernel(
     SPLITS_SLC: tl.constexpr,
     SPLITS_WIN: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
-    PDL: tl.constexpr = False,
 ):
     """Write one row and head of out [T, H, V]; without gates all parts are of one branch.
 
@@ -54,8 +53,6 @@ def paged_merge_kernel(
         if tl.load(row_positions + i_row) < 0:
             return
         i_out = tl.load(row_tokens + i_row).to(tl.int64) * H + i_head
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     o_part = (i_row * H + i_head) * ALL_SPLITS + o_split
     b_lse = tl.load(partial_lse + o_part, o_split < ALL_SPLITS, -float("inf"))
     # Parts without keys were never written.
