@@ -209,8 +209,13 @@ def _walk_tokens(
     o_row = tl.arange(0, TILE_ROWS)
     o_part = o_row // R * (TILES * R) + o_row % R
     stride = tl.full([], TILES * R, tl.int64)
+    # Known an iteration early, so that the gather of rows need not wait for its addresses.
+    b_next, o_next, m_next = load_tokens(p_tokens, first, count, G, R, IS_LONG, TILE_ROWS)
     for i_entry in range(first, end, TOKENS):
-        b_token, o_head, m_row = load_tokens(p_tokens, i_entry, count, G, R, IS_LONG, TILE_ROWS)
+        b_token, o_head, m_row = b_next, o_next, m_next
+        b_next, o_next, m_next = load_tokens(
+            p_tokens, i_entry + TOKENS, count, G, R, IS_LONG, TILE_ROWS
+        )
         b_q = load_rows(p_q, o_head * K, m_row, 0, K_MAIN, K, True)
         b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         b_q_tail = b_q
