@@ -21,11 +21,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from nsa_kernels import NsaConfig, triton_backend
+from nsa_kernels.triton_backend import tiles
 
 TOKENS = 1024
 GROUPS = 2
 CONFIG = NsaConfig()
 TARGETS = {
+    "sm_100": GPUTarget("cuda", 100, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_80": GPUTarget("cuda", 80, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
@@ -58,13 +60,17 @@ class Shape:
 
 
 ONE_SPAN = ("compressed", "selected", "select_blocks", "mixing", "decode")
+OTHERS = [
+    Shape(torch.bfloat16, 64, 64, 16, (*ONE_SPAN, "prefill")),
+    Shape(torch.bfloat16, 64, 64, 4, ("selected",)),
+]
 PARTS: dict[str, tuple[str, list[Shape]]] = {
     # Together: every launch at the commonest width, and every width in every kind of kernel.
     "sm_90 narrow": (
         "sm_90",
         [
             Shape(torch.bfloat16, 128, 128, 16, ("full", *ONE_SPAN, "prefill")),
-            Shape(torch.float16, 64, 64, 4, ("sliding",)),
+            Shape(torch.float16, 64, 64, 4, ("sliding", "selected")),
             Shape(torch.float32, 16, 16, 1, ONE_SPAN),
         ],
     ),
@@ -75,9 +81,14 @@ PARTS: dict[str, tuple[str, list[Shape]]] = {
             Shape(torch.bfloat16, 256, 256, 16, ("full", "selected", "select_blocks", "decode")),
         ],
     ),
-    "sm_80": ("sm_80", [Shape(torch.bfloat16, 64, 64, 16, (*ONE_SPAN, "prefill"))]),
-    "gfx942": ("gfx942", [Shape(torch.bfloat16, 64, 64, 16, (*ONE_SPAN, "prefill"))]),
+    "sm_100": ("sm_100", OTHERS),
+    "sm_80": ("sm_80", OTHERS),
+    "gfx942": ("gfx942", OTHERS),
 }
+PRODUCTS = ("tcgen05", "wgmma", "mma.", "mfma")
+"""How assembly names the instructions of tensor cores."""
+COPY_ENGINES = ("sm_90", "sm_100")
+"""Targets that read key tiles through tensor descriptors; the others compile the plain path."""
 
 
 class NoDevice:
@@ -116,7 +127,7 @@ def record_launches() -> list[Built]:
                     kernel=compiled.metadata.name,
                     shape="",
                     shared_bytes=compiled.metadata.shared,
-                    uses_tensor_cores=any(word in assembly for word in ("wgmma", "mma.", "mfma")),
+                    uses_tensor_cores=any(word in assembly for word in PRODUCTS),
                     seconds=round(time.perf_counter() - start, 2),
                 )
             )
@@ -135,8 +146,9 @@ def run_op(op: str, shape: Shape) -> None:
 
     if op == "mixing":
         out, gates = make(TOKENS, heads, shape.value_width), make(TOKENS, heads, 3)
+        lse = torch.zeros(TOKENS, heads)
         triton_backend.mix_forward(out, out, out, gates)
-        triton_backend.mix_backward(out, out, out, out, gates)
+        triton_backend.mix_backward(out, (out,) * 3, (lse,) * 3, gates)
         return
     q, out = make(TOKENS, heads, shape.key_width), make(TOKENS, heads, shape.value_width)
     lse = torch.zeros(TOKENS, heads)
@@ -199,6 +211,7 @@ def main(parts: list[str]) -> None:
     rows: dict[str, list[dict[str, Any]]] = {part: [] for part in parts}
     for part in parts:
         target, shapes = PARTS[part]
+        tiles.has_copy_engine = lambda _, target=target: target in COPY_ENGINES
         triton.runtime.driver.set_active(cast(Any, NoDevice(TARGETS[target])))
         for shape in shapes:
             first = len(built)

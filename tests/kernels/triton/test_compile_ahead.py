@@ -12,12 +12,17 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 # Two processes, one for each of two cores.
-SHARES = (("sm_90 narrow", "sm_80"), ("sm_90 wide", "gfx942"))
+SHARES = (("sm_90 narrow", "sm_80"), ("sm_90 wide", "gfx942", "sm_100"))
 PARTS = tuple(part for share in SHARES for part in share)
 TIMEOUT_S = 1100
 pytestmark = pytest.mark.timeout(TIMEOUT_S + 60)
-# What one program may have, in bytes: 227 KB of an H100, 163 KB of an A100, 64 KB of an MI300.
-SHARED_BYTES = {"sm_90": 227 * 1024, "sm_80": 163 * 1024, "gfx942": 64 * 1024}
+# What one program may have: 227 KB of a B200 and an H100, 163 KB of an A100, 64 KB of an MI300.
+SHARED_BYTES = {
+    "sm_100": 227 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_80": 163 * 1024,
+    "gfx942": 64 * 1024,
+}
 # Kernels that move or add numbers and have no product of matrices.
 WITHOUT_DOTS = {
     "row_delta_kernel",
@@ -27,6 +32,9 @@ WITHOUT_DOTS = {
     "top_blocks_kernel",
     "locate_rows_kernel",
     "paged_merge_kernel",
+    "merge_softmax_kernel",
+    "merge_sum_kernel",
+    "unite_choices_kernel",
 }
 
 
