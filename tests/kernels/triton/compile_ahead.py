@@ -148,7 +148,7 @@ def run_op(op: str, shape: Shape) -> None:
         out, gates = make(TOKENS, heads, shape.value_width), make(TOKENS, heads, 3)
         lse = torch.zeros(TOKENS, heads)
         triton_backend.mix_forward(out, out, out, gates)
-        triton_backend.mix_backward(out, (out,) * 3, (lse,) * 3, gates)
+        triton_backend.mix_backward(out, (out, out, out), (lse, lse, lse), gates)
         return
     q, out = make(TOKENS, heads, shape.key_width), make(TOKENS, heads, shape.value_width)
     lse = torch.zeros(TOKENS, heads)

@@ -24,11 +24,11 @@ def check(
     out_cmp, out_slc, out_win = branches
     assert_close(mix_forward(out_cmp, out_slc, out_win, gates), mixed, "out")
     # Rows without a key, and closed gates.
-    lses = [draw(tokens, heads).float().to(device) for _ in range(3)]
-    for lse in lses:
-        lse[::5] = float("-inf")
+    lse_cmp, lse_slc, lse_win = draw(3, tokens, heads).float().to(device)
+    lse_cmp[::5] = float("-inf")
+    lses = (lse_cmp, lse_slc, lse_win)
     gates[::3] = 0.0
-    dgates, gated, deltas = mix_backward(dout, (out_cmp, out_slc, out_win), tuple(lses), gates)
+    dgates, gated, deltas = mix_backward(dout, (out_cmp, out_slc, out_win), lses, gates)
     wanted = torch.autograd.grad(mixed, exact, dout.double().cpu())
     assert_close(dgates, wanted[3], "dgates")
     for branch in range(3):
