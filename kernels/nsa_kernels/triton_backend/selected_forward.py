@@ -107,7 +107,8 @@ def by_tile_tiles(
     """Tile sizes of the walk over unions: four tokens of 16 heads fill the 64 rows of a product.
 
     Three stages have the keys of two blocks on their way, and at width 128 leave room for a second
-    program on a multiprocessor.
+    program on a multiprocessor. Eight warps would share 64 rows at half the speed of four, so
+    wider heads get fewer stages, then fewer keys.
     """
     keys = block_tile_keys(block)
     if dtype == torch.float32:
@@ -115,7 +116,9 @@ def by_tile_tiles(
         return replace(tiles, keys=min(keys, tiles.keys))
     if max(key_width, value_width) <= 128:
         return Tiles(64, keys, 4, 3)
-    return Tiles(64, keys, 8, 2)
+    if key_width <= 192 and value_width <= 128:
+        return Tiles(64, keys, 4, 2)
+    return Tiles(64, min(keys, 32), 4, 2)
 
 
 @triton.jit
