@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from nsa_kernels.shapes import NsaConfig
+from nsa_kernels.shapes import NsaConfig, compressed_cu_seqlens
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _TRITON_DTYPES = DTYPES[:3]
@@ -183,11 +183,11 @@ def check_block_values(block_indices: Tensor, cu_seqlens: Tensor, config: NsaCon
         )
 
 
-def check_compressed_rows(k_cmp: Tensor, last_offset: Tensor) -> None:
+def check_compressed_rows(k_cmp: Tensor, cu_seqlens: Tensor, config: NsaConfig) -> None:
     """k_cmp holds a row for every complete compressed block (values read on the CPU only)."""
-    if last_offset.device.type != "cpu":
+    if cu_seqlens.device.type != "cpu":
         return
-    blocks = int(last_offset)
+    blocks = int(compressed_cu_seqlens(cu_seqlens, config)[-1])
     _expect(
         k_cmp.shape[0] >= blocks,
         f"k_cmp has {k_cmp.shape[0]} rows; these sequences have {blocks} compressed blocks",

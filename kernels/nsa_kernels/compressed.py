@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nsa_kernels import checks
 from nsa_kernels.dispatch import Backend, backend_module, resolve_backend
-from nsa_kernels.shapes import NsaConfig, compressed_cu_seqlens
+from nsa_kernels.shapes import NsaConfig
 
 
 @torch.library.custom_op("nsa_kernels::compressed_attention", mutates_args=())
@@ -22,7 +22,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     config = NsaConfig(*sizes)
     checks.check_offsets(cu_seqlens, q.shape[0])
-    checks.check_compressed_rows(k_cmp, compressed_cu_seqlens(cu_seqlens, config)[-1])
+    checks.check_compressed_rows(k_cmp, cu_seqlens, config)
     run = backend_module(backend).compressed_forward
     return run(q, k_cmp, v_cmp, cu_seqlens, config, scale)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nsa_kernels import checks
 from nsa_kernels.dispatch import Backend, backend_module, resolve_backend
-from nsa_kernels.shapes import NsaConfig, compressed_cu_seqlens
+from nsa_kernels.shapes import NsaConfig
 
 
 @torch.library.custom_op("nsa_kernels::select_blocks", mutates_args=())
@@ -26,7 +26,7 @@ def _select(
 ) -> Tensor:
     config = NsaConfig(*sizes)
     checks.check_offsets(cu_seqlens, q.shape[0])
-    checks.check_compressed_rows(k_cmp, compressed_cu_seqlens(cu_seqlens, config)[-1])
+    checks.check_compressed_rows(k_cmp, cu_seqlens, config)
     return backend_module(backend).select_blocks(q, k_cmp, lse, cu_seqlens, config, scale)
 
 

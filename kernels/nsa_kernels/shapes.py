@@ -98,9 +98,8 @@ def compressed_cu_seqlens(cu_seqlens: Tensor, config: NsaConfig) -> Tensor:
     Returns:
         int32 [B+1] on the same device, computed there without a host sync.
     """
-    lengths = cu_seqlens.diff()
-    counts = (lengths - config.compression_block_size).div(
-        config.compression_stride, rounding_mode="floor"
-    ) + 1
-    offsets = counts.clamp(min=0).cumsum(0, dtype=torch.int32)
+    stride = config.compression_stride
+    overhang = config.compression_block_size - stride
+    counts = (cu_seqlens.diff() - overhang).clamp(min=0).div(stride, rounding_mode="floor")
+    offsets = counts.cumsum(0, dtype=torch.int32)
     return torch.nn.functional.pad(offsets, (1, 0))

@@ -8,7 +8,7 @@ from torch import Tensor
 from nsa_kernels import checks
 from nsa_kernels.branches import Branches, Gradients
 from nsa_kernels.dispatch import Backend, backend_module, resolve_backend
-from nsa_kernels.shapes import NsaConfig, compressed_cu_seqlens
+from nsa_kernels.shapes import NsaConfig
 
 # out, and Branches in its order: what a pass returns to torch is a plain tuple of tensors.
 _Passed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -31,7 +31,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     config = NsaConfig(*sizes)
     checks.check_offsets(cu_seqlens, q.shape[0])
-    checks.check_compressed_rows(k_cmp, compressed_cu_seqlens(cu_seqlens, config)[-1])
+    checks.check_compressed_rows(k_cmp, cu_seqlens, config)
     checks.check_gate_values(gates)
     out, branches = backend_module(backend).nsa_forward(
         q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, cu_seqlens, config, scale

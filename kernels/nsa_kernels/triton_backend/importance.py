@@ -202,8 +202,11 @@ def select_blocks(
     cu_seqlens: Tensor,
     config: NsaConfig,
     scale: float,
+    cu_keys: Tensor | None = None,
 ) -> Tensor:
     """Chosen selection blocks, int32 [T, G, n], ascending and padded with -1.
+
+    cu_keys is compressed_cu_seqlens of the sequences, where the caller has it already.
 
     Source:
         arXiv 2502.11089, Eq. 8-11; Eq. 9 as overlap, counted in strides.
@@ -222,7 +225,9 @@ def select_blocks(
     # Importances of a part of the queries at a time: those of all would not fit at long contexts.
     chunk = max(1, min(total, _BUFFER_BYTES // (8 * tiles.rows * num_groups * num_blocks)))
     scores = Scores.empty(chunk * tiles.rows, num_groups, num_blocks, q.device)
-    offsets = (cu_seqlens, compressed_cu_seqlens(cu_seqlens, config))
+    if cu_keys is None:
+        cu_keys = compressed_cu_seqlens(cu_seqlens, config)
+    offsets = (cu_seqlens, cu_keys)
     for first in range(0, total, chunk):
         count = min(chunk, total - first)
         part = scores.first(count * tiles.rows)

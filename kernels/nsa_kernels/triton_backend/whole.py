@@ -10,12 +10,12 @@ from nsa_kernels.triton_backend.selected_backward import selected_gradients
 from nsa_kernels.triton_backend.selected_forward import selected_forward
 from nsa_kernels.triton_backend.span_backward import span_gradients
 from nsa_kernels.triton_backend.span_forward import (
-    compressed_forward,
     compressed_span,
     full_forward,
     full_span,
     sliding_forward,
     sliding_span,
+    span_forward,
 )
 
 
@@ -33,12 +33,13 @@ def nsa_forward(
     scale: float,
 ) -> tuple[Tensor, Branches]:
     """out [T, H, V] and what the backward pass needs of the branches."""
-    out_cmp, lse_cmp = compressed_forward(q, k_cmp, v_cmp, cu_seqlens, config, scale)
+    span = compressed_span(cu_seqlens, config)
+    out_cmp, lse_cmp = span_forward(q, k_cmp, v_cmp, cu_seqlens, span, scale)
     if config.sees_all(q.shape[0]):
         blocks = cu_seqlens.new_empty(0, k_slc.shape[1], config.num_selected_blocks)
         out_slc, lse_slc = full_forward(q, k_slc, v_slc, cu_seqlens, scale)
     else:
-        blocks = select_blocks(q, k_cmp, lse_cmp, cu_seqlens, config, scale)
+        blocks = select_blocks(q, k_cmp, lse_cmp, cu_seqlens, config, scale, span.cu_keys)
         out_slc, lse_slc = selected_forward(q, k_slc, v_slc, blocks, cu_seqlens, config, scale)
     out_win, lse_win = sliding_forward(q, k_win, v_win, cu_seqlens, config, scale)
     branches = Branches(out_cmp, lse_cmp, out_slc, lse_slc, out_win, lse_win, blocks)
