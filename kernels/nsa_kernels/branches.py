@@ -1,8 +1,21 @@
-"""What the whole op keeps of its three branches between its passes."""
+"""What the whole op takes, and what it keeps of its three branches between its passes."""
 
 from typing import NamedTuple
 
 from torch import Tensor
+
+
+class Inputs(NamedTuple):
+    """The differentiable inputs of the whole op in its order, or their gradients."""
+
+    q: Tensor
+    k_cmp: Tensor
+    v_cmp: Tensor
+    k_slc: Tensor
+    v_slc: Tensor
+    k_win: Tensor
+    v_win: Tensor
+    gates: Tensor
 
 
 class Branches(NamedTuple):
@@ -16,16 +29,3 @@ class Branches(NamedTuple):
     lse_win: Tensor
     blocks: Tensor
     """int32 [T, G, n]; no row where every block is seen and none was chosen."""
-
-
-class Gradients(NamedTuple):
-    """Gradients of the whole op's inputs, in its order."""
-
-    q: Tensor
-    k_cmp: Tensor
-    v_cmp: Tensor
-    k_slc: Tensor
-    v_slc: Tensor
-    k_win: Tensor
-    v_win: Tensor
-    gates: Tensor

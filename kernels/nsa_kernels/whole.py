@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nsa_kernels import checks
-from nsa_kernels.branches import Branches, Gradients
+from nsa_kernels.branches import Branches, Inputs
 from nsa_kernels.dispatch import Backend, backend_module, resolve_backend
 from nsa_kernels.shapes import NsaConfig
 
@@ -33,9 +33,8 @@ def _forward(
     checks.check_offsets(cu_seqlens, q.shape[0])
     checks.check_compressed_rows(k_cmp, cu_seqlens, config)
     checks.check_gate_values(gates)
-    out, branches = backend_module(backend).nsa_forward(
-        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, cu_seqlens, config, scale
-    )
+    inputs = Inputs(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
+    out, branches = backend_module(backend).nsa_forward(inputs, cu_seqlens, config, scale)
     return (out, *branches)
 
 
@@ -79,7 +78,8 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     run = backend_module(backend).nsa_backward
-    return tuple(run(dout, *inputs, Branches(*branches), cu_seqlens, NsaConfig(*sizes), scale))
+    kept, config = Branches(*branches), NsaConfig(*sizes)
+    return tuple(run(dout, Inputs(*inputs), kept, cu_seqlens, config, scale))
 
 
 @_backward.register_fake
@@ -92,7 +92,7 @@ def _(
     scale: float,
     backend: str,
 ) -> _Passed:
-    return Gradients(*map(torch.empty_like, inputs))
+    return Inputs(*map(torch.empty_like, inputs))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

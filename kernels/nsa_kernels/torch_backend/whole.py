@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nsa_kernels.branches import Branches, Gradients
+from nsa_kernels.branches import Branches, Inputs
 from nsa_kernels.shapes import NsaConfig
 from nsa_kernels.torch_backend.mixing import mix_backward, mix_forward
 from nsa_kernels.torch_backend.selected import selected_backward, selected_forward
@@ -19,19 +19,10 @@ from nsa_kernels.torch_backend.span import (
 
 
 def nsa_forward(
-    q: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    k_slc: Tensor,
-    v_slc: Tensor,
-    k_win: Tensor,
-    v_win: Tensor,
-    gates: Tensor,
-    cu_seqlens: Tensor,
-    config: NsaConfig,
-    scale: float,
+    inputs: Inputs, cu_seqlens: Tensor, config: NsaConfig, scale: float
 ) -> tuple[Tensor, Branches]:
     """out [T, H, V] and what the backward pass needs of the branches."""
+    q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = inputs
     out_cmp, lse_cmp = compressed_forward(q, k_cmp, v_cmp, cu_seqlens, config, scale)
     if config.sees_all(q.shape[0]):
         blocks = cu_seqlens.new_empty(0, k_slc.shape[1], config.num_selected_blocks)
@@ -46,20 +37,14 @@ def nsa_forward(
 
 def nsa_backward(
     dout: Tensor,
-    q: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    k_slc: Tensor,
-    v_slc: Tensor,
-    k_win: Tensor,
-    v_win: Tensor,
-    gates: Tensor,
+    inputs: Inputs,
     branches: Branches,
     cu_seqlens: Tensor,
     config: NsaConfig,
     scale: float,
-) -> Gradients:
+) -> Inputs:
     """Gradients of all inputs, branch by branch."""
+    q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = inputs
     outs = (branches.out_cmp, branches.out_slc, branches.out_win)
     dout_cmp, dout_slc, dout_win, dgates = mix_backward(dout, *outs, gates)
     dlse = torch.zeros_like(branches.lse_cmp)
@@ -75,4 +60,4 @@ def nsa_backward(
             *given, branches.blocks, cu_seqlens, config, scale
         )
     dq = dq_cmp + dq_slc + dq_win
-    return Gradients(dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates)
+    return Inputs(dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates)

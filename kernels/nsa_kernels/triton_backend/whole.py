@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from nsa_kernels.branches import Branches, Gradients
+from nsa_kernels.branches import Branches, Inputs
 from nsa_kernels.shapes import NsaConfig
 from nsa_kernels.triton_backend.importance import select_blocks
 from nsa_kernels.triton_backend.mixing import mix_backward, mix_forward
@@ -20,19 +20,10 @@ from nsa_kernels.triton_backend.span_forward import (
 
 
 def nsa_forward(
-    q: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    k_slc: Tensor,
-    v_slc: Tensor,
-    k_win: Tensor,
-    v_win: Tensor,
-    gates: Tensor,
-    cu_seqlens: Tensor,
-    config: NsaConfig,
-    scale: float,
+    inputs: Inputs, cu_seqlens: Tensor, config: NsaConfig, scale: float
 ) -> tuple[Tensor, Branches]:
     """out [T, H, V] and what the backward pass needs of the branches."""
+    q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = inputs
     span = compressed_span(cu_seqlens, config)
     out_cmp, lse_cmp = span_forward(q, k_cmp, v_cmp, cu_seqlens, span, scale)
     if config.sees_all(q.shape[0]):
@@ -48,20 +39,14 @@ def nsa_forward(
 
 def nsa_backward(
     dout: Tensor,
-    q: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    k_slc: Tensor,
-    v_slc: Tensor,
-    k_win: Tensor,
-    v_win: Tensor,
-    gates: Tensor,
+    inputs: Inputs,
     branches: Branches,
     cu_seqlens: Tensor,
     config: NsaConfig,
     scale: float,
-) -> Gradients:
+) -> Inputs:
     """Gradients of all inputs: each branch reads dout itself, its gate is in its lse."""
+    q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = inputs
     outs = (branches.out_cmp, branches.out_slc, branches.out_win)
     lses = (branches.lse_cmp, branches.lse_slc, branches.lse_win)
     dgates, lses, deltas = mix_backward(dout, outs, lses, gates)
@@ -81,4 +66,4 @@ def nsa_backward(
         dq, dk_slc, dv_slc = selected_gradients(
             *given, branches.blocks, cu_seqlens, config, scale, other_dq=(dq_cmp, dq_win)
         )
-    return Gradients(dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates)
+    return Inputs(dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates)
