@@ -10,7 +10,10 @@ from nsa_platform.config.model import ModelConfig
 SMALL = {"kind": "nsa", "query_heads": 4, "kv_heads": 2, "key_width": 16, "value_width": 16}
 
 
-def test_parts_run_both_ways_and_the_op_receives_what_the_layer_gives_it() -> None:
+def test_parts_run_both_ways_and_the_op_receives_what_the_layer_gives_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("NSA_KERNELS_BACKEND", "torch")
     config = ModelConfig.parse({**benchmark.MODEL, "width": 64, "attention": SMALL})
     case = make_case(config, 200, "cpu", torch.float32)
     parts = parts_of(case)
