@@ -1,9 +1,12 @@
 """The door to MLflow's tracking store: find or create a run, and put entries into it."""
 
+import fcntl
 import json
 import logging
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from nsa_platform.tracking.handle import SQLITE, RunHandle
@@ -88,17 +91,16 @@ def find_run(client: MlflowClient, handle: RunHandle) -> Run | None:
 def create_run(client: MlflowClient, handle: RunHandle) -> Run:
     """Create the handle's run and, before it, its experiment.
 
-    Processes on several machines may do this at once when a server comes back: the oldest run with
-    the key wins and the others take theirs back.
+    Several processes may do this at once when a store comes back. In a SQLite file they take turns.
+    At a server, which may serve many machines, the oldest run with the key wins and the others take
+    theirs back.
     """
     if handle.run_id is not None:
         log.warning("%s does not know run %s; it goes on as a new run", handle.uri, handle.run_id)
-    run = client.create_run(
-        _experiment_id(client, handle),
-        start_time=int(time.time() * 1000),
-        tags={KEY_TAG: handle.key},
-        run_name=handle.name,
-    )
+    if handle.uri.startswith(SQLITE):
+        with _turn_in(Path(handle.uri.removeprefix(SQLITE)).parent):
+            return find_run(client, handle) or _new_run(client, handle)
+    run = _new_run(client, handle)
     # Whoever asked for the time before this process may still be writing its run.
     time.sleep(RACE_SETTLES_S)
     winner = find_run(client, handle)
@@ -106,6 +108,26 @@ def create_run(client: MlflowClient, handle: RunHandle) -> Run:
         return client.get_run(run.info.run_id)
     client.delete_run(run.info.run_id)
     return winner
+
+
+def _new_run(client: MlflowClient, handle: RunHandle) -> Run:
+    return client.create_run(
+        _experiment_id(client, handle),
+        start_time=int(time.time() * 1000),
+        tags={KEY_TAG: handle.key},
+        run_name=handle.name,
+    )
+
+
+@contextmanager
+def _turn_in(folder: Path) -> Iterator[None]:
+    """One process or thread at a time; the lock ends with its holder, however that ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _experiment_id(client: MlflowClient, handle: RunHandle) -> str:
