@@ -97,8 +97,13 @@ def has_copy_engine(device: torch.device) -> bool:
 def descriptors(
     k: Tensor, v: Tensor, tiles: Tiles
 ) -> tuple[TensorDescriptor, TensorDescriptor] | tuple[None, None]:
-    """Key tiles of k and v as Hopper's copy engine reads them; none where there is none."""
-    if not has_copy_engine(k.device) or any(t.shape[2] & (t.shape[2] - 1) for t in (k, v)):
+    """Key tiles of k and v as Hopper's copy engine reads them; none where there is none.
+
+    It takes widths that are powers of two, from addresses that are multiples of 16.
+    """
+    if not has_copy_engine(k.device):
+        return None, None
+    if any(t.shape[2] & (t.shape[2] - 1) or t.data_ptr() % 16 for t in (k, v)):
         return None, None
     k_rows, v_rows = (
         TensorDescriptor.from_tensor(t.view(t.shape[0], -1), [tiles.keys, t.shape[2]])

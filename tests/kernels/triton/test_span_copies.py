@@ -90,6 +90,25 @@ def test_other_launches_ask_for_no_descriptors(
     assert not made
 
 
+def test_keys_at_odd_addresses_are_loaded(
+    monkeypatch: pytest.MonkeyPatch, made: list[Any]
+) -> None:
+    """A view into a buffer need not start where the copy engine can."""
+    monkeypatch.setattr(tiles, "has_copy_engine", lambda _: True)
+    inputs = draw([190], 1, (128, 128), torch.float16)
+    plain = span_forward(
+        inputs.q, inputs.k_win, inputs.v_win, inputs.cu_seqlens, span_of("sliding", inputs), 0.1
+    )
+    buffer = torch.zeros(inputs.k_win.numel() + 1, dtype=torch.float16)
+    odd = buffer[1:].view_as(inputs.k_win).copy_(inputs.k_win)
+    again = span_forward(
+        inputs.q, odd, inputs.v_win, inputs.cu_seqlens, span_of("sliding", inputs), 0.1
+    )
+    assert [k is not None for k, _ in made] == [True, False]
+    for one, other in zip(plain, again, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.usefixtures("has_engine")
 def test_keys_may_be_none_at_all() -> None:
     """Too few tokens for a compressed block; there is no descriptor of nothing."""
