@@ -90,9 +90,7 @@ def test_other_launches_ask_for_no_descriptors(
     assert not made
 
 
-def test_keys_at_odd_addresses_are_loaded(
-    monkeypatch: pytest.MonkeyPatch, made: list[Any]
-) -> None:
+def test_keys_at_odd_addresses_are_loaded(monkeypatch: pytest.MonkeyPatch, made: list[Any]) -> None:
     """A view into a buffer need not start where the copy engine can."""
     monkeypatch.setattr(tiles, "has_copy_engine", lambda _: True)
     inputs = draw([190], 1, (128, 128), torch.float16)
