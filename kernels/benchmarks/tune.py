@@ -22,14 +22,8 @@ from triton.runtime.errors import OutOfResources
 from benchmarks.timing import median_ms
 from benchmarks.workloads import WORKLOADS, Tensors, Workload, make_tensors
 from nsa_kernels.triton_backend.selected_backward import selected_gradients
-from nsa_kernels.triton_backend.selected_by_block import (
-    CHUNK_TOKENS,
-    block_tile_keys,
-    forward_by_block,
-    range_span,
-)
+from nsa_kernels.triton_backend.selected_by_block import forward_by_block
 from nsa_kernels.triton_backend.selected_forward import forward_by_tile
-from nsa_kernels.triton_backend.selected_lists import list_choices
 from nsa_kernels.triton_backend.span_dkv import span_dkv
 from nsa_kernels.triton_backend.span_dq import span_dq
 from nsa_kernels.triton_backend.span_forward import (
@@ -105,12 +99,8 @@ def selected_tunables(
     blocks, block = tensors.blocks, config.selection_block_size
     heads_per_group = q.shape[1] // k.shape[1]
     chosen = (blocks, cu_seqlens, config, workload.key_width**-0.5)
-    # Lists with parts for the smallest key tiles that are tried have room for those of all.
-    parts = q.shape[1] * blocks.shape[2] * -(-block // min(32, block_tile_keys(block)))
-    span = range_span(parts, v.shape[2], q.itemsize)
-    lists = list_choices(blocks, cu_seqlens, block, span, CHUNK_TOKENS)
     by_tile = partial(forward_by_tile, q, k, v, *chosen)
-    by_block = partial(forward_by_block, q, k, v, *chosen, lists)
+    by_block = partial(forward_by_block, q, k, v, *chosen)
     out, lse = by_tile()
     delta = row_delta(out, tensors.dout, lse, torch.zeros_like(lse))
     backward = partial(selected_gradients, tensors.dout, q, k, v, lse, delta, *chosen)

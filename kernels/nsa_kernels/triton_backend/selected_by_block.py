@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.shapes import NsaConfig
-from nsa_kernels.triton_backend.selected_lists import ChoiceLists
+from nsa_kernels.triton_backend.selected_lists import list_choices
 from nsa_kernels.triton_backend.selected_merge import merge_softmax
 from nsa_kernels.triton_backend.tiles import (
     Tiles,
@@ -70,19 +70,20 @@ def forward_by_block(
     cu_seqlens: Tensor,
     config: NsaConfig,
     scale: float,
-    lists: ChoiceLists,
 ) -> tuple[Tensor, Tensor]:
     """out [T, H, V] and natural lse [T, H] of selected attention."""
     num_tokens, num_heads, key_width = q.shape
     _, num_groups, value_width = v.shape
     heads_per_group = num_heads // num_groups
-    num_choices = block_indices.shape[-1]
     block = config.selection_block_size
     out = q.new_empty(num_tokens, num_heads, value_width)
     lse = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=q.device)
     tiles = by_block_tiles(q.dtype, key_width, value_width, heads_per_group, block)
     tiles_per_block = triton.cdiv(block, tiles.keys)
-    rows = min(lists.span, num_tokens) * num_heads * num_choices * tiles_per_block
+    parts_of_token = num_heads * block_indices.shape[-1] * tiles_per_block
+    span = range_span(parts_of_token, value_width, q.itemsize)
+    lists = list_choices(block_indices, cu_seqlens, block, span, CHUNK_TOKENS)
+    rows = min(span, num_tokens) * parts_of_token
     parts = q.new_empty(rows, value_width)
     part_lse = torch.empty(rows, dtype=torch.float32, device=q.device)
     for i_range in range(lists.num_ranges):
@@ -102,7 +103,7 @@ def forward_by_block(
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
         )  # fmt: skip
-        some = slice(i_range * lists.span, (i_range + 1) * lists.span)
+        some = slice(i_range * span, (i_range + 1) * span)
         merge_softmax(parts, part_lse, lists.places[some], tiles_per_block, out[some], lse[some])
     return out, lse
 

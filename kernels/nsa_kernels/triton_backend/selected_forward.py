@@ -17,13 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.shapes import NsaConfig
-from nsa_kernels.triton_backend.selected_by_block import (
-    CHUNK_TOKENS,
-    block_tile_keys,
-    forward_by_block,
-    range_span,
-)
-from nsa_kernels.triton_backend.selected_lists import list_choices
+from nsa_kernels.triton_backend.selected_by_block import block_tile_keys, forward_by_block
 from nsa_kernels.triton_backend.selected_union import unite_choices
 from nsa_kernels.triton_backend.tiles import (
     LN_2,
@@ -56,13 +50,9 @@ def selected_forward(
     _, num_groups, value_width = v.shape
     if num_tokens == 0:
         return q.new_empty(0, num_heads, value_width), q.new_empty(q.shape[:2], dtype=torch.float32)
-    if num_heads // num_groups >= _LEAST_HEADS:
-        return forward_by_tile(q, k, v, block_indices, cu_seqlens, config, scale)
-    block = config.selection_block_size
-    parts_of_choice = num_heads * triton.cdiv(block, block_tile_keys(block))
-    span = range_span(parts_of_choice * block_indices.shape[-1], value_width, q.itemsize)
-    lists = list_choices(block_indices, cu_seqlens, block, span, CHUNK_TOKENS)
-    return forward_by_block(q, k, v, block_indices, cu_seqlens, config, scale, lists)
+    is_large = num_heads // num_groups >= _LEAST_HEADS
+    forward = forward_by_tile if is_large else forward_by_block
+    return forward(q, k, v, block_indices, cu_seqlens, config, scale)
 
 
 def forward_by_tile(

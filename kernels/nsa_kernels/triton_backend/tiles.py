@@ -182,19 +182,6 @@ def find_sequence(cu_seqlens, num_sequences, i_tile, TILE: tl.constexpr):
 
 
 @triton.jit
-def find_token_sequence(cu_seqlens, num_sequences, i_token):
-    """The sequence that holds packed token i_token; empty sequences hold none."""
-    low = num_sequences * 0
-    high = num_sequences - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        is_late = tl.load(cu_seqlens + middle) > i_token
-        low = tl.where(is_late, low, middle)
-        high = tl.where(is_late, middle - 1, high)
-    return low
-
-
-@triton.jit
 def find_tile(cu_seqlens, num_sequences, i_tile, TILE: tl.constexpr):
     """(sequence, its first row in the packed order, its length, the tile's first row in it).
 
