@@ -1,6 +1,5 @@
 """The driver of pretraining and fine-tuning: check, run on Ray, register, say what came out."""
 
-import threading
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -14,7 +13,8 @@ from rich.console import Console
 
 from jobs.cli import EXIT_INTERRUPTED, fail
 from jobs.cluster import connect
-from jobs.failures import FailureTeller
+from jobs.failures import ControllerTeller, FailureTeller
+from jobs.fitting import Fitting, HopelessRun
 from jobs.lock import alone
 from jobs.progress import TrainingProgress
 from jobs.training_inputs import (
@@ -34,12 +34,6 @@ from nsa_platform.tracking import RunHandle, Tracker, TrackingError, open_run, r
 from nsa_platform.train.estimate import estimate
 from nsa_platform.train.task import Outcome, Task
 from nsa_platform.train.worker import train_worker
-
-POLL_S = 0.3
-
-
-class HopelessRun(RuntimeError):
-    """A worker met what no restart can help with; the message is its reason."""
 
 
 def run_training(job: str, run: PretrainRun | SftRun, origin: Origin) -> None:
@@ -170,6 +164,8 @@ def _train(run: PretrainRun | SftRun, origin: Origin, inputs: Inputs, handle: Ru
     ):
         _say_if_too_small(run, progress)
         events = Queue(actor_options={"num_cpus": 0})
+        # Ray takes callbacks of the controller too; its annotation names the workers' only.
+        tellers: list[Any] = [ControllerTeller(events), FailureTeller(events)]
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"task": _task(run, origin, inputs, handle, events)},
@@ -184,11 +180,11 @@ def _train(run: PretrainRun | SftRun, origin: Origin, inputs: Inputs, handle: Ru
                 name=f"attempt-{time.time_ns()}",
                 storage_path=storage.join(run_folder(run), "ray"),
                 failure_config=FailureConfig(max_failures=cluster.max_failures),
-                callbacks=[FailureTeller(events)],
+                callbacks=tellers,
             ),
             torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
         )
-        return _fit(trainer, events, progress)
+        return Fitting(trainer, events, progress).outcome()
 
 
 def _task(
@@ -221,37 +217,6 @@ def _say_if_too_small(run: PretrainRun | SftRun, progress: TrainingProgress) -> 
                 f"the cluster has {have.get(name, 0):g} {name}, the run needs {amount}: it waits "
                 "until there are enough (Ctrl-C stops it)"
             )
-
-
-def _fit(trainer: TorchTrainer, events: Queue, progress: TrainingProgress) -> Outcome:
-    """Run the trainer beside this thread, which shows events and can be interrupted."""
-    answer: dict[str, Any] = {}
-
-    def fit() -> None:
-        try:
-            answer["result"] = trainer.fit()
-        # Whatever ends the training is raised again by the thread that waits for it.
-        except BaseException as error:
-            answer["error"] = error
-
-    thread = threading.Thread(target=fit, name="fit", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(POLL_S)
-        _show(events, progress)
-    if "error" in answer:
-        raise answer["error"]
-    return answer["result"].return_value
-
-
-def _show(events: Queue, progress: TrainingProgress) -> None:
-    for event in events.get_nowait_batch(events.size()):
-        if "fatal" in event:
-            raise HopelessRun(event["fatal"])
-        if "line" in event:
-            progress.line(event["line"])
-        else:
-            progress.step(event["step"], event["metrics"])
 
 
 def _conclude(run: PretrainRun | SftRun, outcome: Outcome, handle: RunHandle) -> dict[str, Any]:
