@@ -1,4 +1,4 @@
-"""Pretrain a model from scratch on text shards, with Ray Train.
+"""Pretrain a model on text shards with Ray Train: a new one, or an exported one further.
 
     python -m jobs.pretrain --config jobs/configs/pretrain/smoke.yaml --dry-run
     python -m jobs.pretrain --config X.yaml --set train.steps=20
@@ -10,16 +10,19 @@ Exit status: 0 trained; 2 the config is wrong (nothing was started); 130 stopped
 
 from collections.abc import Sequence
 
-from jobs.cli import interruptible, read_run
+from jobs.cli import fail, interruptible, read_run
 from jobs.training import run_training, show_plan
-from jobs.training_inputs import pretrain_origin
+from jobs.training_inputs import find_origin
 from nsa_platform.config.runs import PretrainRun
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     run, dry_run = read_run(PretrainRun, __doc__ or "", argv)
     with interruptible():
-        origin = pretrain_origin(run)
+        try:
+            origin = find_origin(run)
+        except (ValueError, OSError, RuntimeError) as error:
+            fail(str(error))
         show_plan(run, origin)
         if not dry_run:
             run_training("pretrain", run, origin)

@@ -30,7 +30,7 @@ from jobs.evaluate import print_results
 from jobs.evaluation import evaluate
 from jobs.preparation import print_report, run_preparation
 from jobs.training import run_training
-from jobs.training_inputs import pretrain_origin, sft_origin
+from jobs.training_inputs import find_origin
 from nsa_platform.config.base import Strict
 from nsa_platform.config.locations import resolve_locations
 from nsa_platform.config.runs import EvaluateRun, PrepareDataRun, PretrainRun, SftRun
@@ -80,13 +80,14 @@ def travel(folder: Path, console: Console) -> None:
     with connect(num_cpus=WORKERS):
         _stage(console, 1, "Text", f"{stdlib} -> tokenizer and Arrow shards")
         print_report(run_preparation(text), text, console)
-        _stage(console, 2, "Pretrain", f"{WORKERS} Ray Train workers, {pretrain.model.name}")
-        run_training("pretrain", pretrain, pretrain_origin(pretrain))
+        origin = find_origin(pretrain)
+        _stage(console, 2, "Pretrain", f"{WORKERS} Ray Train workers, {origin.model.name}")
+        run_training("pretrain", pretrain, origin)
         _stage(console, 3, "Chats", "questions and answers from documentation strings")
         write_chats(Path(stdlib), Path(chat.corpus.inputs[0]))
         print_report(run_preparation(chat), chat, console)
         _stage(console, 4, "SFT", "the same loop, loss on the assistant's tokens")
-        run_training("sft", sft, sft_origin(sft))
+        run_training("sft", sft, find_origin(sft))
     _stage(console, 5, "Evaluate", "held-out bits per byte, needle in a haystack")
     print_results(_evaluate_once(measured, folder / "runs" / "quickstart"))
     _stage(console, 6, "Serve", f"{measured.checkpoint} on Ray Serve, asked by the openai client")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from jobs.cli import fail, interruptible, read_run
 from jobs.training import run_training, show_plan
-from jobs.training_inputs import sft_origin
+from jobs.training_inputs import find_origin
 from nsa_platform.config.runs import SftRun
 
 
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run, dry_run = read_run(SftRun, __doc__ or "", argv)
     with interruptible():
         try:
-            origin = sft_origin(run)
+            origin = find_origin(run)
         except (ValueError, OSError, RuntimeError) as error:
             fail(str(error))
         show_plan(run, origin)

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from nsa_platform import storage
+from nsa_platform.config.data import LoaderConfig
 from nsa_platform.config.model import ModelConfig
 from nsa_platform.config.runs import EvaluateRun, PretrainRun, SftRun
+from nsa_platform.config.train import TrainConfig
 from nsa_platform.data.manifest import Manifest, ShardError, TokenizerMismatch
 from nsa_platform.data.shards import open_split
 from nsa_platform.data.tokenizer import Tokenizer
@@ -68,19 +70,17 @@ def private_folder(run: PretrainRun | SftRun | EvaluateRun) -> Path:
     return Path.home() / ".cache" / "nsa_platform" / "runs" / f"{run.name}-{key}"
 
 
-def pretrain_origin(run: PretrainRun) -> Origin:
-    """A new model."""
-    return Origin(model=run.model, start_from=None, local=None)
-
-
-def sft_origin(run: SftRun) -> Origin:
-    """The exported model that `checkpoint` names.
+def find_origin(run: PretrainRun | SftRun) -> Origin:
+    """A new model, or the exported one that `checkpoint` names.
 
     Raises:
         ValueError: it is not an exported model, or its context is too short for the data.
         OSError: it cannot be read, or the registry does not know it.
     """
+    if isinstance(run, PretrainRun) and run.model is not None:
+        return Origin(model=run.model, start_from=None, local=None)
     place, cache = run.checkpoint, cache_folder(run)
+    assert place is not None
     if is_model_reference(place) and storage.exists(storage.join(_start(run), CONFIG_FILE)):
         place = _start(run)
     if is_model_reference(place):
@@ -99,17 +99,15 @@ def sft_origin(run: SftRun) -> Origin:
 def keep_start(run: PretrainRun | SftRun, origin: Origin) -> Origin:
     """Put a registered model beside the run: there all workers can read it, and it stays the same
     if its alias moves on while the run is restarted."""
-    if not isinstance(run, SftRun) or origin.local is None:
-        return origin
-    if not is_model_reference(origin.start_from or ""):
+    if origin.local is None or not is_model_reference(origin.start_from or ""):
         return origin
     upload_config_last(origin.local, _start(run))
     return replace(origin, start_from=_start(run))
 
 
-def _start(run: SftRun) -> str:
+def _start(run: PretrainRun | SftRun) -> str:
     """Where the run keeps what its reference stood for when it began."""
-    key = hashlib.sha256(run.checkpoint.encode()).hexdigest()[:12]
+    key = hashlib.sha256((run.checkpoint or "").encode()).hexdigest()[:12]
     return storage.join(run_folder(run), f"start-{key}")
 
 
@@ -143,7 +141,7 @@ def inspect(run: PretrainRun | SftRun, origin: Origin) -> Inputs:
     changes: list[str] = []
     if facts is not None:
         try:
-            changes = check_resumable(facts["described"], described)
+            changes = check_resumable(_written_now(facts["described"]), described)
         except ResumeError as error:
             raise ResumeError(f"{run_folder(run)}: {error}") from None
         if facts["step"] > run.train.steps:
@@ -152,6 +150,14 @@ def inspect(run: PretrainRun | SftRun, origin: Origin) -> Inputs:
                 "is less; choose another name for another run"
             )
     return Inputs(train, validation, described, facts, changes)
+
+
+def _written_now(described: dict[str, Any]) -> dict[str, Any]:
+    """What an older version has described, with the defaults of keys that it did not have yet."""
+    sections = {"model": ModelConfig, "data": LoaderConfig, "train": TrainConfig}
+    return described | {
+        name: root.parse(described[name]).model_dump(mode="json") for name, root in sections.items()
+    }
 
 
 def read_finished(run: PretrainRun | SftRun, inputs: Inputs) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from house_tree import README, packages_tree, sources
 
+from nsa_platform.config.convert import ConvertRun
 from nsa_platform.config.generate import GenerateRun
 from nsa_platform.config.runs import EvaluateRun, PrepareDataRun, PretrainRun, SftRun
 
@@ -23,6 +24,7 @@ RUNS = {
     "sft": SftRun,
     "evaluate": EvaluateRun,
     "generate": GenerateRun,
+    "convert": ConvertRun,
 }
 CONFIGS = sorted((ROOT / "jobs" / "configs").rglob("*.yaml"))
 MAX_FILE_LINES = 400

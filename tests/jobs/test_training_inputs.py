@@ -12,8 +12,10 @@ import yaml
 
 from jobs import pretrain, sft
 from jobs.lock import alone
+from jobs.training_inputs import find_origin, inspect
 from nsa_platform import storage
 from nsa_platform.config.model import ModelConfig
+from nsa_platform.config.runs import PretrainRun
 from nsa_platform.model.transformer import Transformer, init_weights
 from nsa_platform.model.weights import export_model
 from nsa_platform.train.snapshots import FACTS, MARKER, marker_text
@@ -146,7 +148,7 @@ def test_checkpoints_of_another_run(
     tmp_path: Path, tiny_shards, capsys, changes: dict[str, Any], message: str
 ) -> None:
     digest = json.loads((tiny_shards.path / "train" / "manifest.json").read_text())["digest"]
-    saved = pretrain.PretrainRun.load(config(tmp_path, tiny_shards.path))
+    saved = PretrainRun.load(config(tmp_path, tiny_shards.path))
     described = saved.model_dump(mode="json", include={"model", "data", "train", "cluster"})
     _checkpoint(tmp_path, described | {"data_digest": digest})
     changes = {
@@ -157,6 +159,16 @@ def test_checkpoints_of_another_run(
     assert message in error
     assert str(tmp_path / "runs" / "run") in error
     assert "choose another name" in error.lower()
+
+
+def test_checkpoints_of_a_version_with_fewer_keys(tmp_path: Path, tiny_shards) -> None:
+    run = PretrainRun.load(config(tmp_path, tiny_shards.path))
+    origin = find_origin(run)
+    described = inspect(run, origin).described
+    described["model"]["attention"].pop("qk_norm")
+    described["train"].pop("compile")
+    _checkpoint(tmp_path, described)
+    assert inspect(run, origin).changes == []
 
 
 @pytest.fixture

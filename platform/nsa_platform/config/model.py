@@ -21,6 +21,11 @@ class Heads(Strict):
     """K. Width of a query and of a key. Triton kernels take multiples of 16 up to 256."""
     value_width: PositiveInt = 128
     """V. Width of a value. Triton kernels take multiples of 16 up to 256."""
+    qkv_bias: bool = False
+    """Biases of the query, key and value projections, as Qwen2 has them."""
+    qk_norm: bool = False
+    """RMSNorm over the channels of each query and key head before rotation, as Qwen3 has it. The
+    keys of all branches share one."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
@@ -31,8 +36,8 @@ class Heads(Strict):
         return self
 
 
-class NsaAttentionConfig(Heads):
-    """Native Sparse Attention: compressed, selected and sliding branches, mixed by gates."""
+class NsaChoices(Strict):
+    """What a layer of Native Sparse Attention leaves open beside its heads."""
 
     kind: Literal["nsa"] = "nsa"
     compression_block_size: PositiveInt = 32
@@ -87,6 +92,10 @@ class NsaAttentionConfig(Heads):
         return self
 
 
+class NsaAttentionConfig(NsaChoices, Heads):
+    """Native Sparse Attention: compressed, selected and sliding branches, mixed by gates."""
+
+
 class FullAttentionConfig(Heads):
     """Causal full attention: MHA, GQA or MQA by kv_heads."""
 
@@ -134,6 +143,9 @@ class YarnConfig(Strict):
     """Channel pairs that turn more often than this within original_context stay as they are."""
     beta_slow: PositiveFloat = 1.0
     """Channel pairs that turn less often than this are interpolated by factor."""
+    attention_factor: PositiveFloat | None = None
+    """Factor on queries and on keys; null: the paper's 0.1 ln(factor) + 1. With 1 this is the
+    rescaling of Llama 3.1, whose low and high frequency factors are beta_slow and beta_fast."""
 
     @model_validator(mode="after")
     def _ramp_rises(self) -> Self:

@@ -63,13 +63,19 @@ class _TrainingRun(Strict):
 
 
 class PretrainRun(_TrainingRun):
-    """Train a model from scratch on text shards."""
+    """Train a model on text shards: a new one, or an exported one further. Give exactly one of
+    model and checkpoint."""
 
-    model: ModelConfig
+    model: ModelConfig | None = None
+    """A new model."""
+    checkpoint: ModelLocation | None = None
+    """Exported model folder to train further, local or s3://, or models:/name@alias."""
 
     def _problems(self) -> list[str]:
         problems = super()._problems()
-        if self.data.context_length > self.model.max_context:
+        if (self.model is None) == (self.checkpoint is None):
+            problems.append("give exactly one of model and checkpoint")
+        if self.model is not None and self.data.context_length > self.model.max_context:
             problems.append(
                 f"data.context_length={self.data.context_length} must not exceed "
                 f"model.max_context={self.model.max_context}"

@@ -37,6 +37,13 @@ class _Projected(NamedTuple):
     v_win: Tensor
 
 
+def head_norm(config: ModelConfig) -> nn.Module:
+    """The norm of each head's query or key [..., K]; none unless the config says so."""
+    if not config.attention.qk_norm:
+        return nn.Identity()
+    return nn.RMSNorm(config.attention.key_width, config.norm_eps)
+
+
 class NsaAttention(nn.Module):
     """Native Sparse Attention: one query, three branches, three gates for each head (Eq. 5)."""
 
@@ -51,8 +58,10 @@ class NsaAttention(nn.Module):
         heads, groups = attention.query_heads, attention.kv_heads
         pair_width = groups * (attention.key_width + attention.value_width)
         branches = 3 if attention.branch_kv == "separate" else 1
-        self.query = nn.Linear(config.width, heads * attention.key_width, bias=False)
-        self.key_value = nn.Linear(config.width, branches * pair_width, bias=False)
+        bias = attention.qkv_bias
+        self.query = nn.Linear(config.width, heads * attention.key_width, bias=bias)
+        self.key_value = nn.Linear(config.width, branches * pair_width, bias=bias)
+        self.query_norm, self.key_norm = head_norm(config), head_norm(config)
         self.gate = nn.Linear(config.width, heads * 3)
         self.compress_key = Compression(attention, width=attention.key_width)
         self.compress_value = Compression(attention, width=attention.value_width)
@@ -76,7 +85,8 @@ class NsaAttention(nn.Module):
         key_width, value_width = groups * config.key_width, groups * config.value_width
         branches = 3 if config.branch_kv == "separate" else 1
 
-        q = rotation.apply(self.query(x).unflatten(1, (heads, config.key_width)))
+        q = self.query_norm(self.query(x).unflatten(1, (heads, config.key_width)))
+        q = rotation.apply(q)
         gates = torch.sigmoid(self.gate(x)).unflatten(1, (heads, 3))
         # Split once: the gradients of all parts then meet in one concatenation. Only what a branch
         # reads rotated is rotated, branch by branch, so that the op finds it contiguous.
@@ -85,13 +95,14 @@ class NsaAttention(nn.Module):
             [num_raw * key_width, (branches - num_raw) * key_width, *[value_width] * branches],
             dim=1,
         )
-        keys = keys.unflatten(1, (branches - num_raw, groups, config.key_width)).transpose(0, 1)
+        keys = self.key_norm(keys.unflatten(1, (branches - num_raw, groups, config.key_width)))
+        keys = keys.transpose(0, 1)
         rotated = rotation.apply(keys).unbind(0)
         v_tail, v_slc, v_win = [v.unflatten(1, (groups, -1)) for v in values] * (3 // branches)
         if config.compressed_rotary == "before":
             k_tail = rotated[0]
         else:
-            k_tail = raw.unflatten(1, (groups, -1)) if num_raw else keys[0]
+            k_tail = self.key_norm(raw.unflatten(1, (groups, -1))) if num_raw else keys[0]
         k_slc, k_win = (rotated * 2)[-2:]
         return _Projected(q, gates, k_tail, v_tail, k_slc, v_slc, k_win, v_win)
 
@@ -182,8 +193,10 @@ class FullAttention(nn.Module):
         self.layer_index = layer_index
         heads, groups = attention.query_heads, attention.kv_heads
         pair_width = groups * (attention.key_width + attention.value_width)
-        self.query = nn.Linear(config.width, heads * attention.key_width, bias=False)
-        self.key_value = nn.Linear(config.width, pair_width, bias=False)
+        bias = attention.qkv_bias
+        self.query = nn.Linear(config.width, heads * attention.key_width, bias=bias)
+        self.key_value = nn.Linear(config.width, pair_width, bias=bias)
+        self.query_norm, self.key_norm = head_norm(config), head_norm(config)
         self.gate = nn.Linear(config.width, heads) if attention.gated else None
         self.output = nn.Linear(heads * attention.value_width, config.width, bias=False)
 
@@ -192,12 +205,13 @@ class FullAttention(nn.Module):
     ) -> Tensor:
         """x [T, D], already normed -> [T, D]. A PagedStep needs the layer's cache."""
         config = self.config
-        q = self.query(x).unflatten(1, (config.query_heads, config.key_width))
+        q = self.query_norm(self.query(x).unflatten(1, (config.query_heads, config.key_width)))
         keys, values = self.key_value(x).split(
             [config.kv_heads * config.key_width, config.kv_heads * config.value_width], dim=1
         )
         q = step.rotation.apply(q)
-        k = step.rotation.apply(keys.unflatten(1, (config.kv_heads, config.key_width)))
+        k = self.key_norm(keys.unflatten(1, (config.kv_heads, config.key_width)))
+        k = step.rotation.apply(k)
         v = values.unflatten(1, (config.kv_heads, config.value_width))
         if isinstance(step, PackedStep):
             out = full_attention(q, k, v, cu_seqlens=step.cu_seqlens, scale=self.scale)

@@ -197,14 +197,27 @@ def cache_bytes(
 
 def _attention_parameters(config: ModelConfig) -> int:
     attention, width = config.attention, config.width
-    heads, groups = attention.query_heads, attention.kv_heads
+    heads = attention.query_heads
+    query_and_output = width * heads * (attention.key_width + attention.value_width)
+    gates = 3 * heads if isinstance(attention, NsaAttentionConfig) else heads * attention.gated
+    products = query_and_output + width * _key_value_width(attention) + width * gates
+    return products + _vector_parameters(attention)
+
+
+def _key_value_width(attention: AttentionConfig) -> int:
+    """Channels of the keys and values of all branches."""
+    separate = isinstance(attention, NsaAttentionConfig) and attention.branch_kv == "separate"
     pair = attention.key_width + attention.value_width
-    query_and_output = width * heads * pair
-    if isinstance(attention, NsaAttentionConfig):
-        branches = 3 if attention.branch_kv == "separate" else 1
-        return query_and_output + branches * width * groups * pair + (width + 1) * 3 * heads
-    gate = (width + 1) * heads if attention.gated else 0
-    return query_and_output + width * groups * pair + gate
+    return (3 if separate else 1) * attention.kv_heads * pair
+
+
+def _vector_parameters(attention: AttentionConfig) -> int:
+    """Biases and norms of a layer's attention."""
+    heads = attention.query_heads
+    biases = 3 * heads if isinstance(attention, NsaAttentionConfig) else heads * attention.gated
+    if attention.qkv_bias:
+        biases += heads * attention.key_width + _key_value_width(attention)
+    return biases + 2 * attention.key_width * attention.qk_norm
 
 
 def _phi_parameters(attention: AttentionConfig) -> int:
@@ -228,11 +241,7 @@ def _multiplied_parameters(config: ModelConfig) -> int:
     count = count_parameters(config)
     looked_up = 0 if config.tie_embeddings else config.vocab_size * width
     norms = (2 * config.layers + 1) * width
-    if isinstance(attention, NsaAttentionConfig):
-        biases = 3 * attention.query_heads
-    else:
-        biases = attention.query_heads if attention.gated else 0
-    beside = config.layers * (biases + _phi_parameters(attention))
+    beside = config.layers * (_vector_parameters(attention) + _phi_parameters(attention))
     return count.active - looked_up - norms - beside
 
 

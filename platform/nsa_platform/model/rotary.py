@@ -105,5 +105,5 @@ def attention_scale(config: ModelConfig) -> float:
     """
     scale = config.attention.key_width**-0.5
     if config.yarn is not None:
-        scale *= (0.1 * math.log(config.yarn.factor) + 1) ** 2
+        scale *= (config.yarn.attention_factor or 0.1 * math.log(config.yarn.factor) + 1) ** 2
     return scale

@@ -115,6 +115,8 @@ INIT = (
     ("*norm.weight", "ones"),
     ("*.gate.weight", "zeros"),
     ("*.attention.gate.bias", "gate_bias"),
+    ("*.query.bias", "zeros"),
+    ("*.key_value.bias", "zeros"),
     ("*.compress_*.position", "zeros"),
     ("*.compress_*.fold", "fold"),
     ("*.compress_*.correct", "zeros"),

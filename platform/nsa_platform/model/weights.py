@@ -6,7 +6,8 @@
     generation_config.json  max_length
     tokenizer files         as they came, chat template included
 
-The folder appears as a whole: it is written beside its place and then renamed.
+The folder appears as a whole: it is written beside its place and then renamed. A folder that
+transformers has written from such a model (save_pretrained) is read as well.
 """
 
 import hashlib
@@ -18,20 +19,21 @@ from typing import Any
 from uuid import uuid4
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from nsa_platform.config.base import ConfigError
 from nsa_platform.config.model import ModelConfig
+from nsa_platform.model.tensor_files import WEIGHTS_FILE, TensorFileError, TensorFiles, weight_paths
 from nsa_platform.model.transformer import Transformer
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 MODEL_TYPE = "nsa"
 CONFIG_KEY = "nsa_platform"
 FINGERPRINT_KEY = "tokenizer_fingerprint"
 """Of the tokenizer that the model was trained with; absent if the export did not say."""
+PREFIX = "model."
+"""Stands before every name in weights that transformers has written (NsaForCausalLM)."""
 
 DIGEST_CHUNK = 1 << 16
 DIGEST_CHUNKS = 256
@@ -120,15 +122,18 @@ def weights_digest(folder: str | Path) -> str:
     digest = hashlib.sha256()
     try:
         digest.update((Path(folder) / CONFIG_FILE).read_bytes())
-        with (Path(folder) / WEIGHTS_FILE).open("rb") as file:
-            size = file.seek(0, 2)
-            digest.update(str(size).encode())
-            step = max(DIGEST_CHUNK, size // DIGEST_CHUNKS)
-            for start in range(0, size, step):
-                file.seek(start)
-                digest.update(file.read(DIGEST_CHUNK))
+        for path in weight_paths(folder):
+            with path.open("rb") as file:
+                size = file.seek(0, 2)
+                digest.update(str(size).encode())
+                step = max(DIGEST_CHUNK, size // DIGEST_CHUNKS)
+                for start in range(0, size, step):
+                    file.seek(start)
+                    digest.update(file.read(DIGEST_CHUNK))
     except OSError as error:
         raise ExportError(f"{error.filename}: cannot be read ({error.strerror})") from None
+    except TensorFileError as error:
+        raise ExportError(str(error)) from None
     return digest.hexdigest()[:12]
 
 
@@ -148,16 +153,14 @@ def load_model(
         ExportError: a file is missing, broken or foreign, or the tensors do not fit the config.
     """
     config = config or load_config(folder)
-    path = Path(folder) / WEIGHTS_FILE
-    if not path.is_file():
-        raise ExportError(f"{path}: does not exist")
     try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-            _check_tensors(shapes, config, str(path))
-            state = {name: file.get_tensor(name).to(device, dtype) for name in shapes}
-    except SafetensorError as error:
-        raise ExportError(f"{path}: is not a whole safetensors file: {error}") from None
+        files = TensorFiles(folder)
+    except TensorFileError as error:
+        raise ExportError(str(error)) from None
+    stored = {name.removeprefix(PREFIX): name for name in files.shapes}
+    shapes = {name: files.shapes[origin] for name, origin in stored.items()}
+    _check_tensors(shapes, config, str(files.paths[0]))
+    state = {name: files.tensor(origin).to(device, dtype) for name, origin in stored.items()}
     with torch.device("meta"):
         model = Transformer(config)
     model.load_state_dict(state, assign=True)

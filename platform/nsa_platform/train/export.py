@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from nsa_platform import storage
+from nsa_platform.config.model import ModelConfig
 from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.model.transformer import Transformer
 from nsa_platform.model.weights import CONFIG_FILE, export_model
@@ -40,33 +41,42 @@ def export(
 ) -> None:
     """Write the model with its tokenizer to `target`, local or s3://. All workers call it.
 
-    A remote folder is complete when its config.json is there: that is uploaded last.
-
     Raises:
         OSError: it could not be written; on the first worker.
     """
     weights = gather_weights(model)
-    if not world.is_first:
-        return
-    if not storage.is_remote(target):
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
-        _write(model, weights, Path(target), tokenizer)
-        return
-    with tempfile.TemporaryDirectory(prefix="export-") as temporary:
-        folder = Path(temporary) / "model"
-        _write(model, weights, folder, tokenizer)
-        retried(
-            lambda: upload_config_last(folder, target), f"upload of the model to {target}", say=say
-        )
+    if world.is_first:
+        publish(model.config, weights, target, tokenizer=tokenizer, say=say)
 
 
-def _write(
-    model: Transformer, weights: dict[str, Tensor], folder: Path, tokenizer: Tokenizer
+def publish(
+    config: ModelConfig,
+    weights: dict[str, Tensor],
+    target: str,
+    *,
+    tokenizer: Tokenizer,
+    say: Callable[[str], None],
 ) -> None:
-    export_model(
-        folder,
-        model.config,
-        weights,
-        tokenizer_dir=tokenizer.folder,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-    )
+    """Write full weights with a tokenizer to `target`, local or s3://.
+
+    A remote folder is complete when its config.json is there: that is uploaded last.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    with tempfile.TemporaryDirectory(prefix="export-") as temporary:
+        beside = Path(temporary) / "tokenizer"
+        tokenizer.save(beside)
+        remote = storage.is_remote(target)
+        folder = Path(temporary) / "model" if remote else Path(target)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        export_model(
+            folder,
+            config,
+            weights,
+            tokenizer_dir=beside,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+        )
+        if remote:
+            what = f"upload of the model to {target}"
+            retried(lambda: upload_config_last(folder, target), what, say=say)

@@ -93,6 +93,15 @@ def test_a_model_may_come_from_the_registry() -> None:
             SftRun.parse(base | {"checkpoint": wrong})
 
 
+def test_a_model_is_new_or_goes_on_from_an_exported_one() -> None:
+    further = {name: value for name, value in tree().items() if name != "model"}
+    further |= {"checkpoint": "runs/a/model"}
+    assert PretrainRun.parse(further).model is None
+    for wrong in (tree() | further, {k: v for k, v in further.items() if k != "checkpoint"}):
+        with pytest.raises(ConfigError, match="give exactly one of model and checkpoint"):
+            PretrainRun.parse(wrong)
+
+
 def test_a_missing_key_is_named() -> None:
     broken = tree()
     del broken["model"]["width"]

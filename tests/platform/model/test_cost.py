@@ -23,7 +23,9 @@ MOE = {"routed_experts": 5, "shared_experts": 1, "experts_per_token": 2, "expert
 
 
 def preset(name: str):
-    return PretrainRun.load(CONFIGS / f"{name}.yaml").model
+    model = PretrainRun.load(CONFIGS / f"{name}.yaml").model
+    assert model is not None
+    return model
 
 
 @pytest.mark.parametrize("name", ["smoke", "nsa_150m", "nsa_1b", "nsa_27b_a3b"])
@@ -83,6 +85,8 @@ def test_shape_of_nsa_1b_is_that_of_the_dense_baseline():
         {"compression": "linear"},
         {"kind": "full"},
         {"kind": "full", "gated": True},
+        {"qkv_bias": True, "qk_norm": True},
+        {"kind": "full", "qkv_bias": True, "qk_norm": True},
     ],
 )
 @pytest.mark.parametrize("fields", [{}, {"moe": MOE}, {"tie_embeddings": False}])

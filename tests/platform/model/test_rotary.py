@@ -101,3 +101,5 @@ def test_yarn_raises_the_temperature_of_the_scores(make_config):
     assert attention_scale(plain) == pytest.approx(1 / 4)
     assert attention_scale(yarn) == pytest.approx((0.1 * math.log(4.0) + 1) ** 2 / 4)
     assert attention_scale(make_config(yarn={"factor": 1.0, "original_context": 64})) == 1 / 4
+    given = {"factor": 4.0, "original_context": 64, "attention_factor": 2.0}
+    assert attention_scale(make_config(yarn=given)) == 1.0

@@ -21,6 +21,7 @@ VARIANTS = {
     "unrotated-blocks": ({"compressed_rotary": "none"}, {}),
     "full": ({"kind": "full"}, {}),
     "full-gated": ({"kind": "full", "gated": True}, {}),
+    "biases-and-norms": ({"qkv_bias": True, "qk_norm": True}, {}),
     "untied": ({}, {"tie_embeddings": False}),
     "yarn": ({}, {"yarn": {"factor": 4, "original_context": 64}}),
     "moe": (

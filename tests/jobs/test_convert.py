@@ -1,0 +1,120 @@
+"""jobs.convert: a checkpoint of transformers to a model that pretraining goes on from."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from jobs import convert, pretrain
+from jobs.training_inputs import find_origin, inspect
+from nsa_platform import storage
+from nsa_platform.config.runs import PretrainRun
+from nsa_platform.data.tokenizer import Tokenizer
+from nsa_platform.model.weights import load_config, load_model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_shards) -> Path:
+    """A small Llama with the tokenizer of tiny_shards."""
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=520,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    Tokenizer(tiny_shards.tokenizer).save(folder)
+    return folder
+
+
+def config(folder: Path, checkpoint: Path | str, **changes: Any) -> list[str]:
+    """The flags of a conversion to small NSA blocks."""
+    run = {
+        "name": "small",
+        "checkpoint": str(checkpoint),
+        "attention": {
+            "kind": "nsa",
+            "compression_block_size": 8,
+            "compression_stride": 4,
+            "selection_block_size": 8,
+            "num_selected_blocks": 4,
+            "window_size": 32,
+        },
+        "output": str(folder / "model"),
+    }
+    path = folder / "convert.yaml"
+    path.write_text(yaml.safe_dump(run | changes))
+    return ["--config", str(path)]
+
+
+def test_a_converted_model_is_pretrained_further(
+    tmp_path: Path, checkpoint: Path, tiny_shards, capsys
+) -> None:
+    convert.main(config(tmp_path, checkpoint))
+    assert str(tmp_path / "model") in capsys.readouterr().out
+    model = load_config(tmp_path / "model")
+    assert (model.name, model.max_context, model.attention.kind) == ("small", 128, "nsa")
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {
+        *("config.json", "model.safetensors", "generation_config.json"),
+        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    }
+    run = {
+        "name": "further",
+        "checkpoint": str(tmp_path / "model"),
+        "data": {"path": str(tiny_shards.path), "context_length": 64},
+        "train": {"steps": 2, "tokens_per_step": 128},
+        "storage": str(tmp_path / "runs"),
+    }
+    path = tmp_path / "further.yaml"
+    path.write_text(yaml.safe_dump(run))
+    pretrain.main(["--config", str(path), "--dry-run"])
+    assert "2 of 128 tokens" in capsys.readouterr().out
+    parsed = PretrainRun.load(path)
+    origin = find_origin(parsed)
+    assert origin.start_from == str(tmp_path / "model") and origin.model == model
+    assert inspect(parsed, origin).described["start"] is not None
+
+
+@pytest.mark.cluster
+def test_from_and_to_object_storage(tmp_path: Path, checkpoint: Path, s3_environment) -> None:
+    bucket = s3_environment.bucket("convert")
+    storage.upload_tree(checkpoint, f"{bucket}/llama")
+    convert.main(
+        config(
+            tmp_path,
+            f"{bucket}/llama",
+            output=f"{bucket}/model",
+            attention={"kind": "full"},
+            cache_dir=str(tmp_path / "cache"),
+        )
+    )
+    copy = load_model(storage.fetch(f"{bucket}/model", tmp_path / "cache"))
+    wanted = LlamaForCausalLM.from_pretrained(checkpoint).state_dict()
+    assert torch.equal(copy.state_dict()["head.weight"], wanted["lm_head.weight"])
+
+
+def test_wrong_checkpoints_are_refused_before_anything_is_written(
+    tmp_path: Path, checkpoint: Path, capsys
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for place, changes, said in (
+        (empty, {}, "model.safetensors: does not exist"),
+        (tmp_path / "none", {}, "none"),
+        (checkpoint, {"attention": {"kind": "nsa", "compression_stride": 7}}, "must divide"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            convert.main(config(tmp_path, place, **changes))
+        assert ended.value.code == 2
+        assert said in capsys.readouterr().err
+    convert.main([*config(tmp_path, checkpoint), "--dry-run"])
+    assert "4 query heads" in capsys.readouterr().out
+    assert not (tmp_path / "model").exists()
