@@ -1,11 +1,14 @@
 """Sampling for the requests of a step: their bias and penalties, one choice each, logprobs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from nsa_platform.serve.constraints import Constraints, is_constrained
+from nsa_platform.serve.grammar import Grammars
+from nsa_platform.serve.prompt_scores import token_logprobs
 from nsa_platform.serve.request import Request, SamplingParams, TokenLogprob
 from nsa_platform.serve.sampler import choose_tokens, uniform
 
@@ -14,7 +17,8 @@ from nsa_platform.serve.sampler import choose_tokens, uniform
 class Sampled:
     """The next token of one request."""
 
-    token_id: int
+    token_id: int | None
+    """None: no token may follow."""
     logprob: TokenLogprob | None
     """If asked for."""
 
@@ -34,29 +38,50 @@ class _Seen:
 class BatchSampler:
     """Chooses the next tokens of any requests. A row is treated by its own request alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, grammars: Grammars) -> None:
         self._seen: dict[str, _Seen] = {}
+        self._constraints = Constraints(grammars)
 
     @property
     def known_ids(self) -> frozenset[str]:
         """Requests for which something is kept."""
-        return frozenset(self._seen)
+        return frozenset(self._seen) | self._constraints.known_ids
 
     def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[Sampled]:
         """The next token of each request for scores [B, vocab]. Waits for the device."""
         logits = logits.float()
+        scores, stuck = self._constrained(self._edited(logits, requests), requests)
         ids = choose_tokens(
-            self._edited(logits, requests),
+            scores,
             [request.params for request in requests],
             [uniform(request.seed, len(request.output_ids)) for request in requests],
         )
         tokens = ids.tolist()
         logprobs = _logprobs(logits, ids, requests)
-        return [Sampled(token, logprobs.get(row)) for row, token in enumerate(tokens)]
+        return [
+            Sampled(None, None) if row in stuck else Sampled(token, logprobs.get(row))
+            for row, token in enumerate(tokens)
+        ]
 
     def forget(self, request: Request) -> None:
         """Drop what is kept for a request that has ended."""
         self._seen.pop(request.request_id, None)
+        self._constraints.forget(request)
+
+    def _constrained(
+        self, scores: Tensor, requests: Sequence[Request]
+    ) -> tuple[Tensor, frozenset[int]]:
+        """Scores without what may not follow, and the rows where nothing may, left as they were."""
+        rows = [row for row, request in enumerate(requests) if is_constrained(request.params)]
+        if not rows:
+            return scores, frozenset()
+        barred = scores[rows]
+        self._constraints.bar(barred, [requests[row] for row in rows])
+        is_open = (barred > -torch.inf).any(-1).tolist()
+        left = [row for row, any_left in zip(rows, is_open, strict=True) if any_left]
+        scores = scores.clone()
+        scores[left] = barred[torch.tensor(is_open, device=scores.device)]
+        return scores, frozenset(rows) - frozenset(left)
 
     def _edited(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
         """Scores after penalties, bias and the ban on stopping early; the input stays as it is."""
@@ -126,20 +151,8 @@ def _logprobs(logits: Tensor, ids: Tensor, requests: Sequence[Request]) -> dict[
     if not wanted:
         return {}
     rows = list(wanted)
-    scores = logits[rows].log_softmax(-1)
-    chosen = scores.gather(1, ids[rows, None])
-    ranks = (scores > chosen).sum(-1) + 1
-    values, tokens = scores.topk(min(max(wanted.values()), scores.shape[-1]), dim=-1)
-    columns = zip(
-        rows,
-        ids[rows].tolist(),
-        chosen[:, 0].tolist(),
-        ranks.tolist(),
-        tokens.tolist(),
-        values.tolist(),
-        strict=True,
-    )
+    entries = token_logprobs(logits[rows], ids[rows], num_top=max(wanted.values()))
     return {
-        row: TokenLogprob(token, logprob, rank, tuple(zip(best, top, strict=True))[: wanted[row]])
-        for row, token, logprob, rank, best, top in columns
+        row: replace(entry, top=entry.top[: wanted[row]])
+        for row, entry in zip(rows, entries, strict=True)
     }

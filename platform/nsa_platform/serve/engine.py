@@ -9,6 +9,7 @@ one thread.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from nsa_platform.config.serve import EngineConfig
 from nsa_platform.data.tokenizer import Tokenizer
@@ -16,7 +17,14 @@ from nsa_platform.model.transformer import Transformer
 from nsa_platform.serve.batch_sampler import BatchSampler, Sampled
 from nsa_platform.serve.capacity import make_cache, model_len_of
 from nsa_platform.serve.detokenizer import Detokenizer, StopStrings
-from nsa_platform.serve.request import FinishReason, Output, Request, SamplingParams
+from nsa_platform.serve.grammar import Grammars
+from nsa_platform.serve.request import (
+    FinishReason,
+    Output,
+    Request,
+    SamplingParams,
+    TokenLogprob,
+)
 from nsa_platform.serve.runner import ModelRunner
 from nsa_platform.serve.scheduler import Scheduler, Step
 
@@ -81,7 +89,8 @@ class Engine:
             max_step_tokens=config.max_num_batched_tokens,
         )
         self.runner = ModelRunner(model, self.cache)
-        self.sampler = BatchSampler()
+        self.grammars = Grammars(tokenizer, vocab_size=self.vocab_size)
+        self.sampler = BatchSampler(self.grammars)
         self._live: dict[str, _Live] = {}
         self._num_added = 0
         self._prompt_tokens = self._generation_tokens = self._computed_tokens = 0
@@ -100,8 +109,8 @@ class Engine:
         """Tell whether a request could ever be served; nothing is changed. Any thread may ask.
 
         Raises:
-            ValueError: the prompt is empty, an id is outside the vocabulary, or prompt and output
-                do not fit into max_model_len or into the whole cache.
+            ValueError: the prompt is empty, an id is outside the vocabulary, the grammar cannot be
+                compiled, or prompt and output do not fit into max_model_len or the whole cache.
         """
         if not prompt_ids:
             raise ValueError("the prompt is empty: at least one token is needed")
@@ -109,6 +118,8 @@ class Engine:
             ("prompt_ids", prompt_ids),
             ("stop_token_ids", params.stop_token_ids),
             ("logit_bias", params.logit_bias),
+            ("allowed_token_ids", params.allowed_token_ids),
+            *(("bad_words", word) for word in params.bad_words),
         ):
             if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
                 raise ValueError(
@@ -121,6 +132,8 @@ class Engine:
                 f"exceed max_model_len={self.max_model_len}"
             )
         self.scheduler.check_size(len(prompt_ids), params.max_tokens)
+        if params.grammar is not None:
+            self.grammars.matcher(params.grammar)
 
     def add(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Accept a request; its outputs come from step().
@@ -150,7 +163,9 @@ class Engine:
         self.scheduler.add(request)
         self._live[request_id] = _Live(
             request,
-            Detokenizer(self.tokenizer.decode),
+            Detokenizer(
+                partial(self.tokenizer.decode, skip_special_tokens=params.skip_special_tokens)
+            ),
             StopStrings(params.stop, is_included=params.include_stop_str_in_output),
         )
 
@@ -192,7 +207,8 @@ class Engine:
         lines = {request.request_id for request in self.scheduler.running}
         lines |= {request.request_id for request in self.scheduler.waiting}
         assert lines == set(self._live), "a request is in no line, or in a line after its end"
-        assert self.sampler.known_ids <= lines, "something is kept of a request that has ended"
+        kept = self.sampler.known_ids | self.runner.prompt_scores.known_ids
+        assert kept <= lines, "something is kept of a request that has ended"
 
     def stats(self) -> EngineStats:
         """What the engine holds now and has done so far."""
@@ -215,6 +231,11 @@ class Engine:
     def _advance(self, live: _Live, sampled: Sampled) -> Output:
         """Take a request's next token, and say what came of it."""
         request, params, token = live.request, live.request.params, sampled.token_id
+        if token is None:
+            self._finish(request, "abort", None)
+            return _output(request, None, text="")
+        is_first = not request.output_ids
+        prompt_logprobs = self.runner.prompt_scores.take(request) if is_first else None
         request.output_ids.append(token)
         by_id = token in request.stop_ids
         by_length = len(request.output_ids) == params.max_tokens
@@ -231,7 +252,7 @@ class Engine:
             text += live.stops.flush()
             stop_id = token if by_id and is_asked_for else None
             self._finish(request, "stop" if by_id else "length", stop_id)
-        return _output(request, sampled, text)
+        return _output(request, sampled, text, prompt_logprobs)
 
     def _finish(
         self, request: Request, reason: FinishReason, stop_reason: str | int | None
@@ -240,6 +261,7 @@ class Engine:
         request.finish_reason, request.stop_reason = reason, stop_reason
         self.scheduler.finish(request)
         self.sampler.forget(request)
+        self.runner.prompt_scores.forget(request)
         del self._live[request.request_id]
 
     def _count(self, step: Step, sampled: Sequence[Request]) -> None:
@@ -250,14 +272,20 @@ class Engine:
         self._prompt_tokens += sum(len(r.prompt_ids) for r in sampled if not r.output_ids)
 
 
-def _output(request: Request, sampled: Sampled | None, text: str) -> Output:
+def _output(
+    request: Request,
+    sampled: Sampled | None,
+    text: str,
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None,
+) -> Output:
     logprob = None if sampled is None else sampled.logprob
     wants_logprobs = request.params.logprobs is not None
     return Output(
         request_id=request.request_id,
-        token_ids=() if sampled is None else (sampled.token_id,),
+        token_ids=() if sampled is None or sampled.token_id is None else (sampled.token_id,),
         text=text,
         logprobs=(() if logprob is None else (logprob,)) if wants_logprobs else None,
+        prompt_logprobs=prompt_logprobs,
         finish_reason=request.finish_reason,
         stop_reason=request.stop_reason,
         num_prompt_tokens=len(request.prompt_ids),

@@ -12,11 +12,23 @@ MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 100.0
 
 FinishReason = Literal["stop", "length", "abort"]
+GrammarKind = Literal["json_schema", "regex", "lark"]
 
 
 # Scores are divided by it: beyond these they would leave what float32 holds.
 MIN_REPETITION_PENALTY = 0.01
 MAX_REPETITION_PENALTY = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an output must match as a whole."""
+
+    kind: GrammarKind
+    """json_schema: JSON that fits a schema. regex: a regular expression without look-around.
+    lark: a context-free grammar in Lark's notation whose rule `start` is the whole."""
+    text: str
+    """The schema as JSON, the expression, or the grammar."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +67,23 @@ class SamplingParams:
     """Ids that end the request beside the tokenizer's own."""
     include_stop_str_in_output: bool = False
     """Keep the stop string, or the text of the stop id, in the text."""
+    skip_special_tokens: bool = True
+    """Leave the names of control tokens out of the text."""
     ignore_eos: bool = False
     """The tokenizer's own stop ids are ordinary tokens."""
     logprobs: int | None = None
     """Alternatives that are reported for each token, 0 to 20; None: no log probabilities."""
+    prompt_logprobs: int | None = None
+    """The same for each token of the prompt from the second on, all of which is then computed
+    anew. None: not reported."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the scores of these ids, -100 to 100."""
+    allowed_token_ids: tuple[int, ...] = ()
+    """Only these ids are eligible; empty: all."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Sequences of ids that do not come about in the output."""
+    grammar: Grammar | None = None
+    """What the whole output must match. It ends where the grammar lets it and the model wants."""
 
     def __post_init__(self) -> None:
         _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "must be at least 1")
@@ -98,12 +121,19 @@ class SamplingParams:
             self.stop_token_ids,
             "must hold no negative id",
         )
-        _require(
-            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
-            "logprobs",
-            self.logprobs,
-            f"must lie between 0 and {MAX_LOGPROBS}",
-        )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            _require(
+                value is None or 0 <= value <= MAX_LOGPROBS,
+                name,
+                value,
+                f"must lie between 0 and {MAX_LOGPROBS}",
+            )
+        _require(all(self.bad_words), "bad_words", self.bad_words, "must hold no empty sequence")
+        if self.grammar is not None:
+            rule = "cannot be combined with a grammar, which says itself where the output may end"
+            _require(not self.ignore_eos, "ignore_eos", self.ignore_eos, rule)
+            _require(self.min_tokens == 0, "min_tokens", self.min_tokens, rule)
         for token, bias in self.logit_bias.items():
             _require(
                 token >= 0 and -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS,
@@ -138,6 +168,8 @@ class Output:
     waits for the tokens that follow."""
     logprobs: tuple[TokenLogprob, ...] | None
     """One for each of token_ids, if asked for."""
+    prompt_logprobs: tuple[TokenLogprob, ...] | None
+    """With the first output, if asked for: one for each token of the prompt but the first."""
     finish_reason: FinishReason | None
     """None: more will come."""
     stop_reason: str | int | None

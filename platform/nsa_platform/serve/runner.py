@@ -5,6 +5,7 @@ from torch import Tensor
 
 from nsa_platform.model.transformer import Transformer
 from nsa_platform.serve.kv_cache import KvCache
+from nsa_platform.serve.prompt_scores import PromptScores
 from nsa_platform.serve.scheduler import Step
 
 
@@ -14,6 +15,7 @@ class ModelRunner:
     def __init__(self, model: Transformer, cache: KvCache) -> None:
         self.model = model
         self.cache = cache
+        self.prompt_scores = PromptScores(model.logits)
 
     @torch.no_grad()
     def run(self, step: Step) -> Tensor | None:
@@ -32,6 +34,7 @@ class ModelRunner:
         )
         device = self.cache.device
         hidden = self.model(torch.tensor(ids, device=device), inputs).hidden
+        self.prompt_scores.add(hidden, step)
         if not last_rows:
             return None
         return self.model.logits(hidden[torch.tensor(last_rows, device=device)])

@@ -42,6 +42,13 @@ def generate(model, toy_tokenizer):
     return generate
 
 
+def test_names_of_control_tokens_are_shown_if_asked_for(generate, toy_tokenizer):
+    token, name = next(iter(toy_tokenizer.control_tokens.items()))
+    settings = {"allowed_token_ids": (token,), "max_tokens": 2, "ignore_eos": True}
+    assert text_of(generate(**settings)) == ""
+    assert text_of(generate(**settings, skip_special_tokens=False)) == 2 * name
+
+
 def ids_of(outputs: list[Output]) -> list[int]:
     return [token for output in outputs for token in output.token_ids]
 

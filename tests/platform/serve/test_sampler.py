@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nsa_platform.serve.batch_sampler import BatchSampler
+from nsa_platform.serve.grammar import Grammars
 from nsa_platform.serve.request import Request, SamplingParams
 from nsa_platform.serve.sampler import Sampler, Sampling, choose_tokens, uniform
 
@@ -99,6 +100,12 @@ def test_uniform_numbers_are_spread_and_hang_on_seed_and_index():
     assert uniform(-1, 3) == uniform(-1, 3) != uniform(1, 3)
 
 
+@pytest.fixture
+def batch_sampler(toy_tokenizer):
+    grammars = Grammars(toy_tokenizer, vocab_size=toy_tokenizer.vocab_size)
+    return lambda: BatchSampler(grammars)
+
+
 def request_of(prompt: list[int], output: list[int], **settings: Any) -> Request:
     params = SamplingParams(**{"max_tokens": 50, "temperature": 0.0, **settings})
     name = f"{prompt}{output}{settings}"
@@ -121,22 +128,27 @@ def request_of(prompt: list[int], output: list[int], **settings: Any) -> Request
         ({"logit_bias": {3: 4.0}}, 3),
         ({"logit_bias": {3: 4.0}, "min_tokens": 4}, 1),
         ({"logit_bias": {3: 4.0}, "min_tokens": 3}, 3),
+        ({"allowed_token_ids": (0, 2)}, 0),
+        ({"allowed_token_ids": (2,), "logit_bias": {2: -100.0}}, 2),
+        ({"bad_words": ((1,), (0, 4))}, 4),
+        ({"bad_words": ((1,), (3, 4, 4))}, 3),  # 4, 3, 4 would become ..., 3, 4, 4
+        ({"allowed_token_ids": (1,), "bad_words": ((1,),)}, None),
     ],
 )
-def test_scores_are_edited_for_each_request(settings, wanted):
+def test_scores_are_edited_for_each_request(batch_sampler, settings, wanted):
     requests = [
         request_of([1], [0]),
         request_of([1, 2], [4, 3, 4], **settings),
         request_of([0], [], logit_bias={2: 9.0}),
     ]
     logits = LOGITS.repeat(3, 1)
-    sampled = BatchSampler().sample(logits, requests)
+    sampled = batch_sampler().sample(logits, requests)
     assert [one.token_id for one in sampled] == [1, wanted, 2]
     assert torch.equal(logits, LOGITS.repeat(3, 1))
 
 
-def test_penalties_follow_the_output_as_it_grows():
-    sampler, request = BatchSampler(), request_of([0], [], frequency_penalty=0.6)
+def test_penalties_follow_the_output_as_it_grows(batch_sampler):
+    sampler, request = batch_sampler(), request_of([0], [], frequency_penalty=0.6)
     picked = []
     for _ in range(12):
         picked.append(sampler.sample(LOGITS[None], [request])[0].token_id)
@@ -147,7 +159,7 @@ def test_penalties_follow_the_output_as_it_grows():
         scores[wanted[-1]] -= 0.6
     assert picked == wanted
     # Another sampler, as after a restart, comes to the same from the request alone.
-    again = BatchSampler().sample(LOGITS[None], [request])
+    again = batch_sampler().sample(LOGITS[None], [request])
     assert again == sampler.sample(LOGITS[None], [request])
 
 
