@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from deployments.logprobs import LogprobShapes, joined
 from deployments.prompts import Prompt
 from deployments.replies import (
     AssistantMessage,
@@ -19,11 +20,8 @@ from deployments.replies import (
     FinishReason,
     PromptTokensDetails,
     Reply,
-    TokenLogprob,
-    TopLogprob,
     Usage,
 )
-from deployments.token_text import TokenTexts
 from nsa_platform.serve.request import Output
 from nsa_platform.serve.request import TokenLogprob as Logprob
 
@@ -42,6 +40,20 @@ class Stamp:
     """Digest of the weights."""
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What an answer carries beside its text."""
+
+    n: int
+    """Choices for each prompt."""
+    logprobs: bool
+    prompt_logprobs: bool
+    ids: bool
+    """Token ids of prompt and output."""
+    echo: bool
+    """The text begins with the prompt."""
+
+
 @dataclass(slots=True)
 class _Choice:
     """What has arrived of one choice."""
@@ -50,8 +62,10 @@ class _Choice:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
+    prompt_logprobs: tuple[Logprob, ...] = ()
+    has_begun: bool = False
     offset: int = 0
-    """Characters of all tokens so far, for text_offset."""
+    """Characters of all tokens that were reported, for text_offset."""
     cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
@@ -67,7 +81,8 @@ class _Tally:
     def add(self, index: int, output: Output) -> bool:
         """Take in an increment; whether it is the first of its choice."""
         choice = self.choices[index]
-        is_first = not choice.token_ids
+        is_first, choice.has_begun = not choice.has_begun, True
+        choice.prompt_logprobs = output.prompt_logprobs or choice.prompt_logprobs
         choice.text += output.text
         choice.token_ids.extend(output.token_ids)
         choice.logprobs.extend(output.logprobs or ())
@@ -91,26 +106,19 @@ class ChatAnswer:
     """The answer to a chat."""
 
     def __init__(
-        self,
-        stamp: Stamp,
-        prompts: Sequence[Prompt],
-        *,
-        n: int,
-        texts: TokenTexts,
-        with_ids: bool,
-        with_logprobs: bool,
+        self, stamp: Stamp, prompts: Sequence[Prompt], wanted: Wanted, shapes: LogprobShapes
     ) -> None:
         self._stamp = stamp
-        self._tally = _Tally(prompts, n)
-        self._texts = texts
-        self._with_ids = with_ids
-        self._with_logprobs = with_logprobs
+        self._wanted = wanted
+        self._tally = _Tally(prompts, wanted.n)
+        self._shapes = shapes
 
     def add(self, index: int, output: Output) -> list[Reply]:
         """Take in an increment of a choice; the events of a stream that tell of it."""
         events: list[Reply] = []
         if self._tally.add(index, output):
-            events.append(self._chunk(index, Delta(role="assistant", content="")))
+            begun = self._tally.prompts[0].text if self._wanted.echo else ""
+            events.append(self._chunk(index, Delta(role="assistant", content=begun)))
         events.append(self._chunk(index, Delta(content=output.text), output))
         if output.finish_reason is not None:
             events.append(self._end(index, output))
@@ -126,17 +134,19 @@ class ChatAnswer:
     def whole(self) -> Reply:
         """The answer, when every choice is finished."""
         choices: list[ChatChoice] = []
+        begun = self._tally.prompts[0].text if self._wanted.echo else ""
         for index, choice in enumerate(self._tally.choices):
             assert choice.finish_reason is not None
+            content = begun + choice.text
             reply = ChatChoice(
                 index=index,
-                message=AssistantMessage(role="assistant", content=choice.text, refusal=None),
+                message=AssistantMessage(role="assistant", content=content, refusal=None),
                 logprobs=self._logprobs(choice.logprobs),
                 finish_reason=choice.finish_reason,
                 stop_reason=choice.stop_reason,
             )
-            choices.append(_with_ids(reply, choice.token_ids) if self._with_ids else reply)
-        return ChatCompletion(
+            choices.append(_with_ids(reply, choice.token_ids) if self._wanted.ids else reply)
+        answer = ChatCompletion(
             id=self._stamp.id,
             object="chat.completion",
             created=self._stamp.created,
@@ -145,11 +155,13 @@ class ChatAnswer:
             usage=self.usage(),
             system_fingerprint=self._stamp.system_fingerprint,
         )
+        first = self._tally.choices[0]
+        return answer.model_copy(update=_of_prompt(first, self._wanted, self._shapes))
 
     def _chunk(self, index: int, delta: Delta, output: Output | None = None) -> Reply:
         logprobs = self._logprobs(output.logprobs or ()) if output is not None else None
         choice = ChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=None)
-        if self._with_ids and output is not None:
+        if self._wanted.ids and output is not None:
             choice = _with_ids(choice, list(output.token_ids))
         return self._event([choice])
 
@@ -175,62 +187,36 @@ class ChatAnswer:
         return chunk if usage is None else chunk.model_copy(update={"usage": usage})
 
     def _logprobs(self, entries: Sequence[Logprob]) -> ChatLogprobs | None:
-        if not self._with_logprobs:
-            return None
-        return ChatLogprobs(content=[self._entry(entry) for entry in entries], refusal=None)
-
-    def _entry(self, entry: Logprob) -> TokenLogprob:
-        token = self._top(entry.token_id, entry.logprob)
-        alternatives = [self._top(token_id, logprob) for token_id, logprob in entry.top]
-        return TokenLogprob(
-            token=token.token,
-            logprob=token.logprob,
-            bytes=token.bytes,
-            top_logprobs=alternatives,
-        )
-
-    def _top(self, token_id: int, logprob: float) -> TopLogprob:
-        stands_for = self._texts.bytes(token_id)
-        return TopLogprob(
-            token=stands_for.decode(errors="replace"), logprob=logprob, bytes=list(stands_for)
-        )
+        return self._shapes.chat(entries) if self._wanted.logprobs else None
 
 
 class CompletionAnswer:
     """The continuations of one or several prompts."""
 
     def __init__(
-        self,
-        stamp: Stamp,
-        prompts: Sequence[Prompt],
-        *,
-        n: int,
-        texts: TokenTexts,
-        with_ids: bool,
-        with_logprobs: bool,
-        echo: bool,
+        self, stamp: Stamp, prompts: Sequence[Prompt], wanted: Wanted, shapes: LogprobShapes
     ) -> None:
         self._stamp = stamp
-        self._tally = _Tally(prompts, n)
-        self._texts = texts
-        self._with_ids = with_ids
-        self._with_logprobs = with_logprobs
-        self._echo = echo
+        self._wanted = wanted
+        self._tally = _Tally(prompts, wanted.n)
+        self._shapes = shapes
 
     def add(self, index: int, output: Output) -> list[Reply]:
         """Take in an increment of a choice; the one event of a stream that tells of it."""
         choice = self._tally.choices[index]
         is_first = self._tally.add(index, output)
-        text = choice.prompt.text + output.text if self._echo and is_first else output.text
+        text = choice.prompt.text + output.text if self._wanted.echo and is_first else output.text
         reply = CompletionChoice(
             index=index,
             text=text,
-            logprobs=self._logprobs(choice, output.logprobs or ()),
+            logprobs=self._logprobs(choice, output.logprobs or (), is_first=is_first),
             finish_reason=output.finish_reason,
             stop_reason=output.stop_reason,
         )
-        if self._with_ids:
+        if self._wanted.ids:
             reply = _with_ids(reply, list(output.token_ids))
+        if is_first:
+            reply = reply.model_copy(update=_of_prompt(choice, self._wanted, self._shapes))
         return [self._event([reply])]
 
     def usage(self) -> Usage:
@@ -244,15 +230,17 @@ class CompletionAnswer:
         """The answer, when every choice is finished."""
         choices: list[CompletionChoice] = []
         for index, choice in enumerate(self._tally.choices):
-            choice.offset = 0
             reply = CompletionChoice(
                 index=index,
-                text=choice.prompt.text + choice.text if self._echo else choice.text,
-                logprobs=self._logprobs(choice, choice.logprobs),
+                text=choice.prompt.text + choice.text if self._wanted.echo else choice.text,
+                logprobs=self._logprobs(choice, choice.logprobs, is_first=True),
                 finish_reason=choice.finish_reason,
                 stop_reason=choice.stop_reason,
             )
-            choices.append(_with_ids(reply, choice.token_ids) if self._with_ids else reply)
+            if self._wanted.ids:
+                reply = _with_ids(reply, choice.token_ids)
+            update = _of_prompt(choice, self._wanted, self._shapes)
+            choices.append(reply.model_copy(update=update))
         return self._event(choices, usage=self.usage())
 
     def _event(self, choices: list[CompletionChoice], *, usage: Usage | None = None) -> Reply:
@@ -266,24 +254,31 @@ class CompletionAnswer:
         )
         return event if usage is None else event.model_copy(update={"usage": usage})
 
-    def _logprobs(self, choice: _Choice, entries: Sequence[Logprob]) -> CompletionLogprobs | None:
-        if not self._with_logprobs:
+    def _logprobs(
+        self, choice: _Choice, entries: Sequence[Logprob], *, is_first: bool
+    ) -> CompletionLogprobs | None:
+        if not self._wanted.logprobs:
             return None
-        offsets: list[int] = []
-        for entry in entries:
-            offsets.append(choice.offset)
-            choice.offset += len(self._texts.text(entry.token_id))
-        return CompletionLogprobs(
-            tokens=[self._texts.name(entry.token_id) for entry in entries],
-            token_logprobs=[entry.logprob for entry in entries],
-            top_logprobs=[
-                {self._texts.name(entry.token_id): entry.logprob}
-                | {self._texts.name(token): logprob for token, logprob in entry.top}
-                for entry in entries
-            ],
-            text_offset=offsets,
-        )
+        prompt = None
+        if is_first:
+            choice.offset = 0
+            if self._wanted.echo:
+                prompt = self._shapes.echoed(choice.prompt.ids, choice.prompt_logprobs)
+                choice.offset = sum(map(self._shapes.width, choice.prompt.ids))
+        report = self._shapes.completion(entries, offset=choice.offset)
+        choice.offset += sum(self._shapes.width(entry.token_id) for entry in entries)
+        return report if prompt is None else joined(prompt, report)
 
 
 def _with_ids(choice: C, ids: list[int]) -> C:
     return choice.model_copy(update={"token_ids": ids})
+
+
+def _of_prompt(choice: _Choice, wanted: Wanted, shapes: LogprobShapes) -> dict[str, object]:
+    """What is reported of a choice's prompt, if anything was asked for."""
+    update: dict[str, object] = {}
+    if wanted.ids:
+        update["prompt_token_ids"] = list(choice.prompt.ids)
+    if wanted.prompt_logprobs:
+        update["prompt_logprobs"] = shapes.prompt(choice.prompt_logprobs)
+    return update

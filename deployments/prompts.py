@@ -1,22 +1,13 @@
-"""From a request's chat or text to token ids, and from its settings to sampling parameters."""
+"""From a request's chat or text to token ids."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deployments.errors import ApiError, bad_request
-from deployments.protocol import (
-    MAX_CHOICES,
-    ChatCompletionRequest,
-    ChatMessage,
-    CompletionRequest,
-    Generation,
-)
-from nsa_platform.data.chat import ChatError, render_prompt
+from deployments.fields import MAX_CHOICES
+from deployments.protocol import ChatMessage, CompletionRequest, Generation
+from nsa_platform.data.chat import render_prompt
 from nsa_platform.data.tokenizer import Tokenizer
-from nsa_platform.serve.request import SamplingParams
-
-COMPLETION_TOKENS = 16
-"""What OpenAI generates for a completion that names no max_tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +40,21 @@ def limits_of(tokenizer: Tokenizer, *, max_model_len: int, vocab_size: int) -> L
     return Limits(max_model_len, vocab_size, max(1, int(tokenizer.token_bytes().max())))
 
 
-def chat_prompt(tokenizer: Tokenizer, messages: Sequence[ChatMessage], limits: Limits) -> Prompt:
-    """A chat as training saw it, up to where the assistant writes.
+def chat_prompt(
+    tokenizer: Tokenizer,
+    messages: Sequence[ChatMessage],
+    limits: Limits,
+    *,
+    begin_turn: bool = True,
+    continue_last: bool = False,
+    keep: int | None = None,
+) -> Prompt:
+    """A chat as training saw it, up to where the assistant writes. Its text is the last message's,
+    if that is the assistant's.
+
+    Args:
+        begin_turn, continue_last: as for render_prompt.
+        keep: of more tokens only this many, the last; None: all.
 
     Raises:
         ApiError: 400, the chat is malformed or does not fit.
@@ -61,27 +65,35 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[ChatMessage], limits: L
         else "".join(part.text for part in message.content)
         for message in messages
     ]
-    for text in texts:
+    for text in texts if keep is None else ():
         _check_bytes(text, limits, "messages")
     turns = [
         {"role": message.role, "content": text}
         for message, text in zip(messages, texts, strict=True)
     ]
     try:
-        ids = render_prompt(tokenizer, turns)
-    except ChatError as error:
+        ids = render_prompt(tokenizer, turns, begin_turn=begin_turn, continue_last=continue_last)
+    except ValueError as error:
+        # A ChatError, or transformers' own when the template hides where the last message ends.
         raise bad_request(str(error), param="messages") from None
-    return _checked(Prompt(tuple(ids), ""), limits, "messages")
+    text = texts[-1] if messages[-1].role == "assistant" else ""
+    return _checked(Prompt(_last(ids, keep), text), limits, "messages")
 
 
-def text_prompt(tokenizer: Tokenizer, text: str, limits: Limits) -> Prompt:
-    """A text as it stands.
+def text_prompt(
+    tokenizer: Tokenizer, text: str, limits: Limits, *, keep: int | None = None
+) -> Prompt:
+    """A text as it stands, or the last `keep` tokens of it.
 
     Raises:
         ApiError: 400, it is empty or does not fit.
     """
-    _check_bytes(text, limits, "prompt")
-    return _checked(Prompt(tuple(tokenizer.encode(text)), text), limits, "prompt")
+    if keep is None:
+        _check_bytes(text, limits, "prompt")
+    ids = tokenizer.encode(text)
+    kept = _last(ids, keep)
+    shown = text if len(kept) == len(ids) else tokenizer.decode(kept)
+    return _checked(Prompt(kept, shown), limits, "prompt")
 
 
 def completion_prompts(
@@ -92,75 +104,31 @@ def completion_prompts(
     Raises:
         ApiError: 400, one is empty, does not fit or holds an id that the model does not have.
     """
-    given = request.prompt
+    given, keep = request.prompt, request.truncate_prompt_tokens
     if isinstance(given, str):
-        return [text_prompt(tokenizer, given, limits)]
+        return [text_prompt(tokenizer, given, limits, keep=keep)]
     numbers = [each for each in given if isinstance(each, int)]
     if numbers:
-        return [id_prompt(tokenizer, numbers, limits)]
+        return [id_prompt(tokenizer, numbers, limits, keep=keep)]
     return [
-        text_prompt(tokenizer, each, limits)
+        text_prompt(tokenizer, each, limits, keep=keep)
         if isinstance(each, str)
-        else id_prompt(tokenizer, each, limits)
+        else id_prompt(tokenizer, each, limits, keep=keep)
         for each in given
         if not isinstance(each, int)
     ]
 
 
-def id_prompt(tokenizer: Tokenizer, ids: Sequence[int], limits: Limits) -> Prompt:
-    """Token ids as they stand.
+def id_prompt(
+    tokenizer: Tokenizer, ids: Sequence[int], limits: Limits, *, keep: int | None = None
+) -> Prompt:
+    """Token ids as they stand, or the last `keep` of them.
 
     Raises:
         ApiError: 400, there are too many or the model does not have one.
     """
-    checked = _checked(Prompt(tuple(ids), ""), limits, "prompt")
+    checked = _checked(Prompt(_last(ids, keep), ""), limits, "prompt")
     return Prompt(checked.ids, tokenizer.decode(checked.ids))
-
-
-def sampling(request: Generation, prompt: Prompt, limits: Limits, *, copy: int) -> SamplingParams:
-    """Parameters of one choice; of n choices each has its own randomness.
-
-    Raises:
-        ApiError: 400, the settings do not go together or the output does not fit.
-    """
-    asked, param = _max_tokens(request)
-    room = limits.max_model_len - len(prompt.ids)
-    default = min(COMPLETION_TOKENS, room) if isinstance(request, CompletionRequest) else room
-    if asked is not None and asked > room:
-        raise bad_request(
-            f"This model's maximum context length is {limits.max_model_len} tokens; the prompt "
-            f"has {len(prompt.ids)} and {param}={asked} more do not fit",
-            param=param,
-            code="context_length_exceeded",
-        )
-    stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
-    _check_ids([*(request.stop_token_ids or ())], limits, "stop_token_ids")
-    bias = {int(token): value for token, value in (request.logit_bias or {}).items()}
-    _check_ids([*bias], limits, "logit_bias")
-    try:
-        return SamplingParams(
-            max_tokens=default if asked is None else asked,
-            min_tokens=request.min_tokens or 0,
-            temperature=_default(request.temperature, 1.0),
-            top_p=_default(request.top_p, 1.0),
-            top_k=min(max(request.top_k or 0, 0), limits.vocab_size),
-            min_p=_default(request.min_p, 0.0),
-            repetition_penalty=_default(request.repetition_penalty, 1.0),
-            presence_penalty=_default(request.presence_penalty, 0.0),
-            frequency_penalty=_default(request.frequency_penalty, 0.0),
-            seed=None if request.seed is None else request.seed + copy,
-            stop=stop,
-            stop_token_ids=tuple(request.stop_token_ids or ()),
-            include_stop_str_in_output=bool(request.include_stop_str_in_output),
-            ignore_eos=bool(request.ignore_eos),
-            logprobs=_logprobs(request),
-            logit_bias=bias,
-        )
-    except ValueError as error:
-        field = str(error).partition("=")[0]
-        raise bad_request(
-            str(error), param=field if field in type(request).model_fields else None
-        ) from None
 
 
 def check_choices(request: Generation, num_prompts: int) -> None:
@@ -174,22 +142,8 @@ def check_choices(request: Generation, num_prompts: int) -> None:
         )
 
 
-def _max_tokens(request: Generation) -> tuple[int | None, str]:
-    if isinstance(request, ChatCompletionRequest) and request.max_completion_tokens is not None:
-        return request.max_completion_tokens, "max_completion_tokens"
-    return request.max_tokens, "max_tokens"
-
-
-def _logprobs(request: Generation) -> int | None:
-    if isinstance(request, CompletionRequest):
-        return request.logprobs
-    if isinstance(request, ChatCompletionRequest) and request.logprobs:
-        return request.top_logprobs or 0
-    return None
-
-
-def _default(value: float | None, default: float) -> float:
-    return default if value is None else value
+def _last(ids: Sequence[int], keep: int | None) -> tuple[int, ...]:
+    return tuple(ids) if keep is None else tuple(ids[-keep:])
 
 
 def _check_bytes(text: str, limits: Limits, param: str) -> None:
@@ -202,13 +156,14 @@ def _check_bytes(text: str, limits: Limits, param: str) -> None:
 def _checked(prompt: Prompt, limits: Limits, param: str) -> Prompt:
     if not prompt.ids:
         raise bad_request(f"{param} is empty: at least one token is needed", param=param)
-    _check_ids(prompt.ids, limits, param)
+    check_ids(prompt.ids, limits, param)
     if len(prompt.ids) >= limits.max_model_len:
         raise _too_long(str(len(prompt.ids)), limits, param)
     return prompt
 
 
-def _check_ids(ids: Sequence[int], limits: Limits, param: str) -> None:
+def check_ids(ids: Sequence[int], limits: Limits, param: str) -> None:
+    """Refuse ids that the model does not have. Raises ApiError."""
     if ids and max(ids) >= limits.vocab_size:
         raise bad_request(
             f"{param}: token ids must lie in [0, {limits.vocab_size}), got {max(ids)}", param=param

@@ -1,69 +1,22 @@
 """Requests as OpenAI shapes them: types, ranges, and what is refused rather than ignored."""
 
-import difflib
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    model_validator,
+from pydantic import Field, model_validator
+
+from deployments.fields import (
+    INT64,
+    MAX_ALLOWED,
+    MAX_CHOICES,
+    MAX_LOGPROBS,
+    MAX_STOPS,
+    Body,
+    Penalty,
+    Text,
+    TokenId,
+    Unsupported,
 )
-from pydantic_core import PydanticCustomError
-
-MAX_CHOICES = 128
-MAX_STOPS = 16
-MAX_LOGPROBS = 20
-INT64 = 2**63 - 1
-
-
-def _refuse(value: object) -> object:
-    if value is not None:
-        raise PydanticCustomError("unsupported", "is not supported by this server; leave it out")
-    return value
-
-
-def _writable(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise PydanticCustomError(
-            "not_unicode", "holds half of a surrogate pair, which is no Unicode text"
-        ) from None
-    return text
-
-
-Unsupported = Annotated[None, BeforeValidator(_refuse)]
-"""A field of OpenAI's that would change the answer, and that this server does not know."""
-
-Text = Annotated[str, AfterValidator(_writable)]
-TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-
-
-class Body(BaseModel):
-    """Base of all requests: no coercion, no NaN, no field that nobody reads."""
-
-    model_config = ConfigDict(
-        strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_fields(cls, tree: Any) -> Any:
-        for name in tree if isinstance(tree, Mapping) else ():
-            if name not in cls.model_fields:
-                near = difflib.get_close_matches(str(name), cls.model_fields, n=1, cutoff=0.6)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise PydanticCustomError(
-                    "unknown_field",
-                    "unknown field {field}{hint}",
-                    {"field": repr(name)[:200], "hint": hint, "name": str(name)[:200]},
-                )
-        return tree
+from deployments.structured import ResponseFormat, StructuredOutputs
 
 
 class StreamOptions(Body):
@@ -73,12 +26,6 @@ class StreamOptions(Body):
     """One more chunk at the end holds the token counts."""
     continuous_usage_stats: bool | None = None
     """Every chunk holds the token counts so far."""
-
-
-class ResponseFormat(Body):
-    """Only plain text can be asked for."""
-
-    type: Literal["text"]
 
 
 class Generation(Body):
@@ -110,6 +57,18 @@ class Generation(Body):
     """Added to the scores of these token ids."""
     seed: Annotated[int, Field(ge=-INT64, le=INT64)] | None = None
     """The same seed gives the same text, whatever else the server does."""
+    allowed_token_ids: (
+        Annotated[list[TokenId], Field(min_length=1, max_length=MAX_ALLOWED)] | None
+    ) = None
+    """Only these ids are eligible."""
+    bad_words: (
+        Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=MAX_CHOICES)] | None
+    ) = None
+    """Words that do not come about in the text, at its beginning or after a space."""
+    response_format: ResponseFormat | None = None
+    """What the text must be: anything, JSON, JSON of a schema, or what matches an expression."""
+    structured_outputs: StructuredOutputs | None = None
+    """The same in vLLM's shape, with choices and grammars besides."""
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     """Answers to one prompt. Default 1."""
     stop: (
@@ -128,19 +87,43 @@ class Generation(Body):
     """Tokens before which nothing ends the text but max_tokens."""
     max_tokens: Annotated[int, Field(ge=1, le=INT64)] | None = None
     """Tokens to generate at most."""
+    truncate_prompt_tokens: Annotated[int, Field(ge=1, le=INT64)] | None = None
+    """Of a longer prompt only the last tokens, this many, are read."""
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    """Report the log probability of every token of the prompt, with this many alternatives; not
+    in a stream."""
+    skip_special_tokens: bool | None = None
+    """Leave the names of control tokens out of the text. Default true."""
+    spaces_between_special_tokens: bool | None = None
+    """Accepted for compatibility: nothing ever stands between tokens but what they say."""
+    add_special_tokens: bool | None = None
+    """Accepted for compatibility: these tokenizers add nothing to a text."""
     stream: bool | None = None
     """Send the text token by token, as server-sent events."""
     stream_options: StreamOptions | None = None
     """What a stream carries beside the text."""
     return_token_ids: bool | None = None
-    """Report the ids of the generated tokens as `token_ids` of each choice."""
+    """Report the ids of the prompt as `prompt_token_ids`, those that were generated as
+    `token_ids` of each choice."""
+    return_tokens_as_token_ids: bool | None = None
+    """Name tokens `token_id:N` in log probabilities."""
     user: Text | None = None
     """Accepted for compatibility; nothing is done with it."""
+    safety_identifier: Text | None = None
+    """Accepted for compatibility; nothing is done with it."""
+    chat_template: Unsupported = None
+    chat_template_kwargs: Unsupported = None
+    kv_transfer_params: Unsupported = None
+    vllm_xargs: Unsupported = None
 
     @model_validator(mode="after")
-    def _options_need_a_stream(self) -> "Generation":
+    def _goes_together(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream=true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs cannot be combined with stream=true")
+        if self.structured_outputs is not None and self.response_format is not None:
+            raise ValueError("response_format and structured_outputs mean the same: give one")
         return self
 
 
@@ -177,8 +160,13 @@ class ChatCompletionRequest(Generation):
     """Report the log probability of every token."""
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """Alternatives that are reported for every token; needs logprobs."""
-    response_format: ResponseFormat | None = None
-    """{"type": "text"} or nothing."""
+    add_generation_prompt: bool | None = None
+    """Begin the assistant's turn after the last message. Default true."""
+    continue_final_message: bool | None = None
+    """Go on with the last message instead of beginning a turn; needs
+    add_generation_prompt=false."""
+    echo: bool | None = None
+    """Begin the answer with the last message, if it is the assistant's."""
     metadata: dict[str, Text] | None = None
     """Accepted for compatibility; nothing is done with it."""
     store: Literal[False] | None = None
@@ -195,7 +183,7 @@ class ChatCompletionRequest(Generation):
     web_search_options: Unsupported = None
 
     @model_validator(mode="after")
-    def _consistent(self) -> "ChatCompletionRequest":
+    def _consistent(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs=true")
         given = (self.max_tokens, self.max_completion_tokens)
@@ -204,6 +192,7 @@ class ChatCompletionRequest(Generation):
                 f"max_tokens={given[0]} and max_completion_tokens={given[1]} mean the same: "
                 "give one"
             )
+        _check_turn(self.add_generation_prompt, self.continue_final_message)
         return self
 
 
@@ -221,16 +210,18 @@ class CompletionRequest(Generation):
     )
     """Text or token ids, or a list of either."""
     echo: bool | None = None
-    """Begin the text with the prompt; not together with logprobs."""
+    """Begin the text with the prompt; with logprobs those of the prompt come first."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """Alternatives that are reported for every token."""
+    max_tokens: Annotated[int, Field(ge=0, le=INT64)] | None = None
+    """Tokens to generate at most; default 16. 0, with echo: only look at the prompt."""
     best_of: Unsupported = None
     suffix: Unsupported = None
 
     @model_validator(mode="after")
-    def _consistent(self) -> "CompletionRequest":
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo cannot be combined with logprobs")
+    def _consistent(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens=0 needs echo=true")
         return self
 
 
@@ -243,13 +234,20 @@ class TokenizeRequest(Body):
     """Plain text."""
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
     """A chat, rendered up to where the assistant is to write."""
+    add_generation_prompt: bool | None = None
+    """As for a chat. Default true."""
+    continue_final_message: bool | None = None
+    """As for a chat."""
+    add_special_tokens: bool | None = None
+    """Accepted for compatibility: these tokenizers add nothing to a text."""
     return_token_strs: bool | None = None
     """Report each token's text too."""
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> "TokenizeRequest":
+    def _consistent(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give prompt or messages, and not both")
+        _check_turn(self.add_generation_prompt, self.continue_final_message)
         return self
 
 
@@ -260,3 +258,8 @@ class DetokenizeRequest(Body):
     """One of the ids of /v1/models; null: the only one."""
     tokens: list[TokenId]
     """Token ids."""
+
+
+def _check_turn(add_generation_prompt: bool | None, continue_final_message: bool | None) -> None:
+    if continue_final_message and add_generation_prompt is not False:
+        raise ValueError("continue_final_message needs add_generation_prompt=false")

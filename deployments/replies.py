@@ -56,10 +56,20 @@ class CompletionLogprobs(Reply):
     """Log probabilities of a completion: one entry a token."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]
+    """null: the first token of an echoed prompt."""
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
     """Where the token's text begins, in characters of the choice's text."""
+
+
+class PromptLogprob(Reply):
+    """One token, or one alternative, at one place of a prompt."""
+
+    logprob: float
+    rank: int
+    """1 for the likeliest token."""
+    decoded_token: str
 
 
 class AssistantMessage(Reply):
@@ -91,6 +101,8 @@ class ChatCompletion(Reply):
     choices: list[ChatChoice]
     usage: Usage
     system_fingerprint: str | None
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class Delta(Reply):
@@ -132,6 +144,8 @@ class CompletionChoice(Reply):
     finish_reason: FinishReason | None
     stop_reason: str | int | None = None
     token_ids: list[int] | None = None
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class Completion(Reply):

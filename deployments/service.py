@@ -6,11 +6,13 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TypeVar
 
-from deployments.answers import ChatAnswer, CompletionAnswer, Stamp
+from deployments.answers import ChatAnswer, CompletionAnswer, Stamp, Wanted
 from deployments.backend import Piece
 from deployments.errors import ApiError, bad_request, overloaded, unavailable
+from deployments.logprobs import LogprobShapes
 from deployments.merging import merged
 from deployments.metrics import Meter
 from deployments.prompts import (
@@ -19,7 +21,6 @@ from deployments.prompts import (
     chat_prompt,
     check_choices,
     completion_prompts,
-    sampling,
     text_prompt,
 )
 from deployments.protocol import (
@@ -30,6 +31,7 @@ from deployments.protocol import (
     TokenizeRequest,
 )
 from deployments.replies import Detokenized, Tokens
+from deployments.settings import sampling
 from deployments.token_text import TokenTexts
 from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.serve.async_engine import AsyncEngine, EngineDead
@@ -66,17 +68,20 @@ class OpenAiService:
         """POST /v1/chat/completions."""
 
         def read() -> list[Prompt]:
-            return [chat_prompt(self._tokenizer, request.messages, self.limits)]
+            return [
+                chat_prompt(
+                    self._tokenizer,
+                    request.messages,
+                    self.limits,
+                    begin_turn=request.add_generation_prompt is not False,
+                    continue_last=bool(request.continue_final_message),
+                    keep=request.truncate_prompt_tokens,
+                )
+            ]
 
         def start(prompts: list[Prompt]) -> ChatAnswer:
-            return ChatAnswer(
-                self._stamp("chatcmpl"),
-                prompts,
-                n=request.n or 1,
-                texts=self._texts,
-                with_ids=bool(request.return_token_ids),
-                with_logprobs=bool(request.logprobs),
-            )
+            wanted = self._wanted(request, logprobs=bool(request.logprobs), echo=request.echo)
+            return ChatAnswer(self._stamp("chatcmpl"), prompts, wanted, self._shapes(request))
 
         async with aclosing(self._answered(request, read, start)) as pieces:
             async for piece in pieces:
@@ -89,15 +94,9 @@ class OpenAiService:
             return completion_prompts(self._tokenizer, request, self.limits)
 
         def start(prompts: list[Prompt]) -> CompletionAnswer:
-            return CompletionAnswer(
-                self._stamp("cmpl"),
-                prompts,
-                n=request.n or 1,
-                texts=self._texts,
-                with_ids=bool(request.return_token_ids),
-                with_logprobs=request.logprobs is not None,
-                echo=bool(request.echo),
-            )
+            has_logprobs = request.logprobs is not None
+            wanted = self._wanted(request, logprobs=has_logprobs, echo=request.echo)
+            return CompletionAnswer(self._stamp("cmpl"), prompts, wanted, self._shapes(request))
 
         async with aclosing(self._answered(request, read, start)) as pieces:
             async for piece in pieces:
@@ -108,7 +107,13 @@ class OpenAiService:
 
         def read() -> tuple[int, ...]:
             if request.messages is not None:
-                return chat_prompt(self._tokenizer, request.messages, self.limits).ids
+                return chat_prompt(
+                    self._tokenizer,
+                    request.messages,
+                    self.limits,
+                    begin_turn=request.add_generation_prompt is not False,
+                    continue_last=bool(request.continue_final_message),
+                ).ids
             return text_prompt(self._tokenizer, request.prompt or "", self.limits).ids
 
         try:
@@ -142,14 +147,19 @@ class OpenAiService:
         read: Callable[[], list[Prompt]],
         start: Callable[[list[Prompt]], ChatAnswer | CompletionAnswer],
     ) -> AsyncGenerator[Piece, None]:
-        try:
-            prompts = await self._read(read)
+        def prepare() -> tuple[list[Prompt], list[tuple[Prompt, SamplingParams]]]:
+            prompts, n = read(), request.n or 1
             check_choices(request, len(prompts))
             jobs = [
-                (prompt, sampling(request, prompt, self.limits, copy=copy))
+                (prompt, sampling(request, prompt, self._tokenizer, self.limits, copy=copy))
                 for prompt in prompts
-                for copy in range(request.n or 1)
+                for copy in range(n)
             ]
+            self._compile(jobs[0][1])
+            return prompts, jobs
+
+        try:
+            prompts, jobs = await self._read(prepare)
             async with aclosing(self._pieces(request, start(prompts), jobs)) as pieces:
                 async for piece in pieces:
                     yield piece
@@ -165,8 +175,10 @@ class OpenAiService:
     ) -> AsyncGenerator[Piece, None]:
         options = request.stream_options
         streams = [self._generate(prompt, params) for prompt, params in jobs]
+        only_prompt = request.max_tokens == 0
         async with aclosing(merged(streams)) as outputs:
-            async for index, output in outputs:
+            async for index, generated in outputs:
+                output = _without_token(generated) if only_prompt else generated
                 for event in answer.add(index, output) if request.stream else ():
                     if options is not None and options.include_usage:
                         usage = answer.usage() if options.continuous_usage_stats else None
@@ -178,6 +190,15 @@ class OpenAiService:
             yield answer.whole().to_json()
         elif options is not None and options.include_usage:
             yield answer.usage_chunk().to_json()
+
+    def _compile(self, params: SamplingParams) -> None:
+        """Compile the grammar where nobody waits for it. Raises ApiError if it cannot be."""
+        if params.grammar is None:
+            return
+        try:
+            self._engine.engine.grammars.matcher(params.grammar)
+        except ValueError as error:
+            raise bad_request(str(error), code="invalid_grammar") from None
 
     async def _generate(
         self, prompt: Prompt, params: SamplingParams
@@ -212,6 +233,18 @@ class OpenAiService:
     async def _read(self, read: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._reader, read)
 
+    def _wanted(self, request: Generation, *, logprobs: bool, echo: bool | None) -> Wanted:
+        return Wanted(
+            n=request.n or 1,
+            logprobs=logprobs,
+            prompt_logprobs=request.prompt_logprobs is not None,
+            ids=bool(request.return_token_ids),
+            echo=bool(echo),
+        )
+
+    def _shapes(self, request: Generation) -> LogprobShapes:
+        return LogprobShapes(self._texts, as_ids=bool(request.return_tokens_as_token_ids))
+
     def _stamp(self, kind: str) -> Stamp:
         return Stamp(
             id=f"{kind}-{uuid.uuid4().hex}",
@@ -219,3 +252,10 @@ class OpenAiService:
             model=self._model_id,
             system_fingerprint=self._fingerprint,
         )
+
+
+def _without_token(output: Output) -> Output:
+    """The one increment of a request that wanted no token: what was computed of its prompt."""
+    return replace(
+        output, token_ids=(), text="", logprobs=(), finish_reason="length", stop_reason=None
+    )

@@ -28,6 +28,10 @@ def says(role: object, content: object, **more: object) -> list[dict[str, object
     return [{"role": role, "content": content, **more}]
 
 
+def schema(tree: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "it", "schema": tree}}
+
+
 REFUSED = [
     (chat(messages=[]), "messages", "at least 1 item"),
     (chat(messages=says("tool", "x")), "messages.0.role", "'system', 'user' or 'assistant'"),
@@ -37,7 +41,22 @@ REFUSED = [
     (chat(messages=USER + says("system", "x")), "messages", "system must come first"),
     (chat(messages="Hello"), "messages", "valid list"),
     (chat(tools=[{"type": "function"}]), "tools", "not supported"),
-    (chat(response_format={"type": "json_object"}), "response_format.type", "'text'"),
+    (chat(response_format={"type": "xml"}), "response_format", "'json_object', 'json_schema'"),
+    (chat(response_format={"type": "json_schema"}), "response_format.json_schema.json_schema", ""),
+    (chat(response_format=schema({"type": "objct"})), None, "Invalid type: objct"),
+    (chat(response_format=schema({"$ref": "#/no"})), None, "json_schema: "),
+    (chat(response_format={"type": "regex", "regex": "("}), None, "unclosed group"),
+    (chat(structured_outputs={}), "structured_outputs", "exactly one of json, json_object"),
+    (chat(structured_outputs={"regex": "a", "json": {}}), "structured_outputs", "got 2"),
+    (chat(structured_outputs={"grammar": "start: x"}), None, "unknown name"),
+    (
+        chat(response_format={"type": "json_object"}, structured_outputs={"regex": "a"}),
+        None,
+        "response_format and structured_outputs mean the same",
+    ),
+    (chat(response_format=schema({}), ignore_eos=True), "ignore_eos", "with a grammar"),
+    (chat(chat_template="{{ messages }}"), "chat_template", "not supported"),
+    (chat(continue_final_message=True), None, "needs add_generation_prompt=false"),
     (chat(top_logprobs=3), None, "top_logprobs needs logprobs"),
     (chat(logprobs=True, top_logprobs=21), "top_logprobs", "less than or equal to 20"),
     (chat(max_completion_tokens=3), None, "mean the same"),
@@ -52,7 +71,7 @@ REFUSED = [
     (completion(prompt=["x"] * 129), "prompt", "must be text, a list of token ids"),
     (completion(prompt=["x"] * 100, n=2), "n", "200 answers, at most 128"),
     (completion(prompt="\ud800"), "prompt", "must be text"),
-    (completion(max_tokens=0), "max_tokens", "greater than or equal to 1"),
+    (completion(max_tokens=-1), "max_tokens", "greater than or equal to 0"),
     (completion(max_tokens=10**30), "max_tokens", "less than or equal to"),
     (completion(max_tokens=10**9), "max_tokens", "1000000000 more do not fit"),
     (completion(max_tokens=2.5), "max_tokens", "valid integer"),
@@ -74,7 +93,12 @@ REFUSED = [
     (completion(logit_bias={"512": 1}), "logit_bias", "must lie in [0, 512)"),
     (completion(logit_bias={"x": 1}), "logit_bias.x.[key]", "match pattern"),
     (completion(logprobs=21), "logprobs", "less than or equal to 20"),
-    (completion(echo=True, logprobs=1), None, "echo cannot be combined with logprobs"),
+    (completion(max_tokens=0), None, "max_tokens=0 needs echo=true"),
+    (completion(allowed_token_ids=[512]), "allowed_token_ids", "must lie in [0, 512)"),
+    (completion(allowed_token_ids=[]), "allowed_token_ids", "at least 1 item"),
+    (completion(bad_words=[""]), "bad_words.0", "at least 1 item"),
+    (completion(prompt_logprobs=1, stream=True), None, "cannot be combined with stream"),
+    (completion(truncate_prompt_tokens=0), "truncate_prompt_tokens", "greater than or equal to 1"),
     (completion(best_of=2), "best_of", "not supported"),
     (completion(suffix="x"), "suffix", "not supported"),
     (("/tokenize", {}), None, "give prompt or messages"),

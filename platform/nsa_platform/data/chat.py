@@ -60,10 +60,20 @@ def render_chat(tokenizer: Tokenizer, messages: object) -> tuple[list[int], list
     return list(encoded["input_ids"]), [bool(written) for written in encoded["assistant_masks"]]
 
 
-def render_prompt(tokenizer: Tokenizer, messages: object) -> list[int]:
+def render_prompt(
+    tokenizer: Tokenizer,
+    messages: object,
+    *,
+    begin_turn: bool = True,
+    continue_last: bool = False,
+) -> list[int]:
     """Ids of a chat up to where the assistant is to write.
 
     Names of control tokens inside messages are encoded as ordinary text.
+
+    Args:
+        begin_turn: begin a turn of the assistant's after the last message.
+        continue_last: leave the last message open; not together with begin_turn.
 
     Raises:
         ChatError: the messages are malformed.
@@ -74,7 +84,8 @@ def render_prompt(tokenizer: Tokenizer, messages: object) -> list[int]:
     ids: Any = tokenizer.transformers.apply_chat_template(
         check_messages(messages),
         tokenize=True,
-        add_generation_prompt=True,
+        add_generation_prompt=begin_turn,
+        continue_final_message=continue_last,
         return_dict=False,
         sanitize_control_tokens=True,
     )

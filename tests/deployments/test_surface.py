@@ -1,0 +1,199 @@
+"""Settings beyond OpenAI's first ones, through the official client: prompts, bounds, structure."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from fastapi.testclient import TestClient
+from openai import OpenAI
+from pydantic import BaseModel
+
+from nsa_platform.data.chat import render_prompt
+from nsa_platform.data.tokenizer import Tokenizer
+from tests.deployments.conftest import MODEL_ID
+
+QUESTION: Any = [{"role": "user", "content": "What is 2 + 3?"}]
+
+
+class Pet(BaseModel):
+    kind: bool
+    age: int
+
+
+@pytest.fixture(scope="module")
+def openai_client(client: TestClient) -> Iterator[OpenAI]:
+    yield OpenAI(base_url="http://testserver/v1", api_key="none", http_client=client, max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_folder: Path) -> Tokenizer:
+    return Tokenizer(model_folder)
+
+
+def chat(client: OpenAI, **settings: Any) -> Any:
+    settings = {"messages": QUESTION, "max_tokens": 12, "temperature": 0, **settings}
+    return client.chat.completions.create(model=MODEL_ID, **settings)
+
+
+def complete(client: OpenAI, **settings: Any) -> Any:
+    settings = {"prompt": "def main(", "max_tokens": 12, "temperature": 0, **settings}
+    return client.completions.create(model=MODEL_ID, **settings)
+
+
+def test_json_of_a_schema_as_the_client_parses_it(openai_client):
+    answer = openai_client.chat.completions.parse(
+        model=MODEL_ID, messages=QUESTION, response_format=Pet, max_tokens=150, seed=2
+    )
+    assert isinstance(answer.choices[0].message.parsed, Pet)
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_texts_of_every_structure(openai_client, is_streamed):
+    def text(**body: Any) -> str:
+        settings = {"temperature": 1.0, "seed": 5, "max_tokens": 120, "extra_body": body}
+        answer = complete(openai_client, stream=is_streamed, **settings)
+        pieces = list(answer) if is_streamed else [answer]
+        assert pieces[-1].choices[0].finish_reason == "stop"
+        return "".join(piece.choices[0].text for piece in pieces)
+
+    schema = {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 2}
+    jsonschema.validate(json.loads(text(structured_outputs={"json": schema})), schema)
+    found = json.loads(text(structured_outputs={"json": json.dumps(schema)}))
+    jsonschema.validate(found, schema)
+    code = r"[a-c]{3}-\d\d"
+    assert re.fullmatch(code, text(structured_outputs={"regex": code}))
+    assert re.fullmatch(code, text(response_format={"type": "regex", "regex": code}))
+    choice = ['a "quoted" one', "línea\n2"]
+    assert text(structured_outputs={"choice": choice}) in choice
+    assert text(structured_outputs={"grammar": 'start: "x" ("y" | "z")'}) in ("xy", "xz")
+
+
+def test_any_json_object_begins_as_one(openai_client):
+    for body in (
+        {"response_format": {"type": "json_object"}},
+        {"structured_outputs": {"json_object": True}},
+    ):
+        answer = complete(openai_client, extra_body=body)
+        assert answer.choices[0].text.lstrip().startswith("{")
+
+
+def test_deeply_nested_schemas_are_answered_or_refused(client):
+    tree: dict[str, Any] = {"type": "integer"}
+    for _ in range(300):
+        tree = {"type": "array", "items": tree, "maxItems": 1}
+    body = {"model": MODEL_ID, "prompt": "x", "max_tokens": 2}
+    answer = client.post("/v1/completions", json={**body, "structured_outputs": {"json": tree}})
+    assert answer.status_code in (200, 400)
+    assert client.post("/v1/completions", json=body).status_code == 200
+
+
+def test_echo_reports_the_prompts_logprobs_too(openai_client, tokenizer):
+    plain = complete(openai_client, logprobs=2).choices[0].logprobs
+    choice = complete(openai_client, logprobs=2, echo=True).choices[0]
+    report, ids = choice.logprobs, tokenizer.encode("def main(")
+    count = len(ids)
+    assert report.tokens[:count] == [tokenizer.decode([token]) for token in ids]
+    assert (report.token_logprobs[0], report.top_logprobs[0]) == (None, None)
+    assert all(logprob < 0 for logprob in report.token_logprobs[1:])
+    assert report.tokens[count:] == plain.tokens
+    assert report.token_logprobs[count:] == pytest.approx(plain.token_logprobs, abs=1e-5)
+    assert report.text_offset[:3] == [0, *map(len, _sums(report.tokens[:2]))]
+    assert report.text_offset[count] == len("def main(")
+    streamed = list(complete(openai_client, logprobs=2, echo=True, stream=True))
+    parts = [chunk.choices[0].logprobs for chunk in streamed]
+    assert [token for part in parts for token in part.tokens] == report.tokens
+    assert [place for part in parts for place in part.text_offset] == report.text_offset
+
+
+def _sums(words: list[str]) -> list[str]:
+    return ["".join(words[: end + 1]) for end in range(len(words))]
+
+
+def test_a_prompt_can_be_scored_without_generating(openai_client, tokenizer):
+    ids = tokenizer.encode("def main(")
+    answer = complete(openai_client, max_tokens=0, echo=True, logprobs=0)
+    choice = answer.choices[0]
+    assert (choice.text, choice.finish_reason) == ("def main(", "length")
+    assert len(choice.logprobs.tokens) == len(ids)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), 0)
+    (chunk,) = complete(openai_client, max_tokens=0, echo=True, stream=True)
+    assert (chunk.choices[0].text, chunk.choices[0].finish_reason) == ("def main(", "length")
+
+
+def test_prompt_logprobs_in_vllms_shape(openai_client, tokenizer):
+    scored = complete(openai_client, max_tokens=0, echo=True, logprobs=0).choices[0].logprobs
+    body = {"prompt_logprobs": 2, "return_token_ids": True}
+    choice = complete(openai_client, extra_body=body).choices[0]
+    ids = tokenizer.encode("def main(")
+    assert choice.prompt_token_ids == ids
+    first, *rest = choice.prompt_logprobs
+    assert first is None and len(rest) == len(ids) - 1
+    for token, entry, logprob in zip(ids[1:], rest, scored.token_logprobs[1:], strict=True):
+        own = entry[str(token)]
+        assert own["logprob"] == pytest.approx(logprob, abs=1e-5)
+        assert own["decoded_token"] == tokenizer.decode([token])
+        assert {1, 2} <= {each["rank"] for each in entry.values()}
+    answer = chat(openai_client, extra_body=body)
+    assert answer.prompt_token_ids == render_prompt(tokenizer, QUESTION)
+    assert len(answer.prompt_logprobs) == len(answer.prompt_token_ids)
+
+
+def test_names_of_tokens_can_be_their_ids(openai_client):
+    body = {"return_tokens_as_token_ids": True, "return_token_ids": True}
+    choice = complete(openai_client, logprobs=1, extra_body=body).choices[0]
+    assert choice.logprobs.tokens == [f"token_id:{token}" for token in choice.token_ids]
+
+
+def test_what_may_and_what_may_not_come(openai_client, tokenizer):
+    allowed = [tokenizer.encode(letter)[0] for letter in "abc"]
+    body = {"allowed_token_ids": allowed, "return_token_ids": True}
+    ids = complete(openai_client, extra_body=body).choices[0].token_ids
+    assert len(ids) == 12 and set(ids) <= set(allowed)
+    text = complete(openai_client, max_tokens=20).choices[0].text
+    word = next(each for each in re.findall(r"[a-z]{2,}", text) if f" {each}" not in text)
+    barred = complete(openai_client, max_tokens=20, extra_body={"bad_words": [word]})
+    assert barred.choices[0].text != text
+    nothing = {"allowed_token_ids": [5], "logit_bias": {"5": -100}, "bad_words": ["x"]}
+    assert complete(openai_client, extra_body=nothing).choices[0].text
+
+
+def test_a_long_prompt_can_be_cut_to_its_end(openai_client, tokenizer):
+    ids = tokenizer.encode("import os, sys\n" * 60)
+    body = {"truncate_prompt_tokens": 9, "return_token_ids": True}
+    for prompt in ("import os, sys\n" * 60, ids):
+        answer = complete(openai_client, prompt=prompt, echo=True, extra_body=body)
+        assert answer.choices[0].prompt_token_ids == ids[-9:]
+        assert answer.choices[0].text.startswith(tokenizer.decode(ids[-9:]))
+    chat_ids = render_prompt(tokenizer, QUESTION)
+    assert chat(openai_client, extra_body=body).prompt_token_ids == chat_ids[-9:]
+
+
+def test_the_last_message_can_be_continued(openai_client, client, tokenizer):
+    messages = [*QUESTION, {"role": "assistant", "content": "It is"}]
+    opened = {"add_generation_prompt": False, "continue_final_message": True}
+    ids = client.post("/tokenize", json={"messages": messages, **opened}).json()["tokens"]
+    assert ids == render_prompt(tokenizer, QUESTION) + tokenizer.encode("It is")
+    body = {**opened, "echo": True, "return_token_ids": True}
+    answer = chat(openai_client, messages=messages, extra_body=body)
+    assert answer.prompt_token_ids == ids
+    assert answer.choices[0].message.content.startswith("It is")
+    streamed = chat(openai_client, messages=messages, extra_body=body, stream=True)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in streamed)
+    assert text == answer.choices[0].message.content
+
+
+def test_the_same_seed_gives_the_same_text_in_a_crowd(openai_client):
+    def sample(**settings: Any) -> list[str]:
+        answer = complete(openai_client, temperature=1.3, seed=11, max_tokens=24, **settings)
+        return [choice.text for choice in answer.choices]
+
+    alone = sample(n=1)
+    crowd = complete(
+        openai_client, prompt=["x", "def main(", "yy"], n=3, temperature=1.3, seed=11, max_tokens=24
+    )
+    assert crowd.choices[3].text == alone[0]
+    assert sample(n=4)[0] == alone[0]
