@@ -13,6 +13,7 @@ from pydantic import (
     model_validator,
 )
 
+from deployments.keys import AccessSettings
 from nsa_platform.config.base import ConfigError, Strict, read_yaml
 from nsa_platform.config.locations import (
     Location,
@@ -198,6 +199,8 @@ class LLMServingArgs(Strict):
     """Models; in YAML each is a mapping or the path of a YAML file that holds one."""
     ingress_deployment_config: IngressSettings = IngressSettings()
     """Options of the HTTP deployment."""
+    access: AccessSettings = AccessSettings()
+    """API keys and logs."""
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
@@ -226,7 +229,10 @@ def read_args(args: Mapping[str, Any], *, root: Path) -> LLMServingArgs:
         tree["llm_configs"] = [_config_tree(entry, root) for entry in configs]
     parsed = LLMServingArgs.parse(tree, source="args")
     return parsed.model_copy(
-        update={"llm_configs": tuple(resolve_locations(each, root) for each in parsed.llm_configs)}
+        update={
+            "llm_configs": tuple(resolve_locations(each, root) for each in parsed.llm_configs),
+            "access": resolve_locations(parsed.access, root),
+        }
     )
 
 

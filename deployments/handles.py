@@ -14,10 +14,11 @@ from ray.serve.exceptions import (
 )
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
-from deployments.backend import Method, Piece
-from deployments.config import LLMConfig
+from deployments.backend import Method, Piece, Spent
+from deployments.config import LLMConfig, LLMServingArgs
 from deployments.errors import broken_off, overloaded, unavailable
 from deployments.ingress import build_app
+from deployments.visits import log_to_stdout
 
 ATTEMPTS = 3
 LOOK_TIMEOUT_S = 5.0
@@ -45,16 +46,22 @@ class ServeBackend:
         self._max_model_len: dict[str, int] = {}
 
     async def answer(
-        self, model: str, method: Method, request: BaseModel
+        self, model: str, method: Method, request: BaseModel, request_id: str
     ) -> AsyncGenerator[Piece, None]:
         handle = self._handles[model].options(stream=True, method_name=method)
+        has_begun = has_told = False
         for attempt in range(ATTEMPTS):
-            has_begun = False
-            pieces = handle.remote(request)
+            pieces = handle.remote(request, request_id)
             assert isinstance(pieces, DeploymentResponseGenerator)
             try:
                 async for piece in pieces:
-                    has_begun = True
+                    if isinstance(piece, Spent) and not has_begun:
+                        # A prompt is paid once, however many replicas read it.
+                        if has_told:
+                            continue
+                        has_told = True
+                    else:
+                        has_begun = True
                     yield piece
                 return
             except BackPressureError as error:
@@ -110,9 +117,12 @@ class ServeBackend:
 class OpenAiIngress:
     """HTTP in front of the models' deployments."""
 
-    def __init__(self, configs: tuple[LLMConfig, ...], *handles: DeploymentHandle) -> None:
-        names = [config.model_id for config in configs]
-        self._backend = ServeBackend(configs, dict(zip(names, handles, strict=True)))
+    def __init__(self, args: LLMServingArgs, *handles: DeploymentHandle) -> None:
+        names = [config.model_id for config in args.llm_configs]
+        self._backend = ServeBackend(args.llm_configs, dict(zip(names, handles, strict=True)))
+        self._access = args.access
+        self._processes = args.ingress_deployment_config.num_replicas
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(self._backend)
+        log_to_stdout()
+        return build_app(self._backend, self._access, processes=self._processes)

@@ -2,30 +2,28 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
-from fastapi.responses import FileResponse, Response, StreamingResponse
+from fastapi import FastAPI, Request
+from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
 
-from deployments.backend import Backend, Method, Piece
+from deployments.asking import Asking, model_id
+from deployments.backend import Backend
 from deployments.errors import (
     ApiError,
     ErrorReply,
-    Failure,
     install_handlers,
     unavailable,
-    unknown_model,
 )
 from deployments.exposition import CONTENT_TYPE, merged_exposition
+from deployments.gate import Gate
+from deployments.keys import AccessSettings, read_keys
 from deployments.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
-    Generation,
     TokenizeRequest,
 )
 from deployments.replies import (
@@ -42,7 +40,6 @@ from nsa_platform import __version__
 
 CHAT_PAGE = Path(__file__).parent / "chat"
 PAGE_HEADERS = {"Content-Security-Policy": "default-src 'self'", "Cache-Control": "no-cache"}
-STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 Responses = dict[int | str, dict[str, Any]]
 
@@ -57,8 +54,9 @@ EVENT = {
 
 REFUSALS: Responses = {
     400: {"model": ErrorReply, "description": "The request is malformed or impossible."},
+    401: {"model": ErrorReply, "description": "There is no API key with it, or a wrong one."},
     404: {"model": ErrorReply, "description": "There is no such model."},
-    429: {"model": ErrorReply, "description": "Too many requests wait; see Retry-After."},
+    429: {"model": ErrorReply, "description": "Too many requests, or too many of this key's."},
     503: {"model": ErrorReply, "description": "No replica can answer now; see Retry-After."},
 }
 
@@ -70,8 +68,19 @@ def _answers(model: type, *, streams: bool) -> Responses:
     return {200: answer, **REFUSALS}
 
 
-def build_app(backend: Backend) -> FastAPI:
-    """The application in front of a backend. Every refusal has OpenAI's error shape."""
+def build_app(
+    backend: Backend, access: AccessSettings | None = None, *, processes: int = 1
+) -> FastAPI:
+    """The application in front of a backend. Every refusal has OpenAI's error shape.
+
+    Args:
+        access: keys and logs; None: anybody may ask, and nothing of it is kept.
+        processes: how many such applications share the limits of keys.
+
+    Raises:
+        ConfigError: the keys cannot be read.
+    """
+    access = access or AccessSettings(log_requests=False)
     app = FastAPI(
         title="NSA platform",
         version=__version__,
@@ -80,8 +89,12 @@ def build_app(backend: Backend) -> FastAPI:
         redoc_url=None,
     )
     install_handlers(app)
-    _add_generation(app, backend)
-    _add_tokens(app, backend)
+    app.add_middleware(
+        Gate, keys=read_keys(access), processes=processes, is_logged=access.log_requests
+    )
+    ask = Asking(backend, logs_bodies=access.log_prompts)
+    _add_generation(app, ask)
+    _add_tokens(app, ask)
     _add_models(app, backend, created=int(time.time()))
     _add_operations(app, backend)
     _add_page(app)
@@ -90,28 +103,28 @@ def build_app(backend: Backend) -> FastAPI:
     return app
 
 
-def _add_generation(app: FastAPI, backend: Backend) -> None:
+def _add_generation(app: FastAPI, ask: Asking) -> None:
     @app.post("/v1/chat/completions", responses=_answers(ChatCompletion, streams=True))
-    async def create_chat_completion(body: ChatCompletionRequest) -> Response:
+    async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
         """The assistant's next turn, whole or as server-sent events."""
-        return await _generated(backend, "chat", body)
+        return await ask.generated(request, "chat", body)
 
     @app.post("/v1/completions", responses=_answers(Completion, streams=True))
-    async def create_completion(body: CompletionRequest) -> Response:
+    async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """The continuation of each prompt, whole or as server-sent events."""
-        return await _generated(backend, "completions", body)
+        return await ask.generated(request, "completions", body)
 
 
-def _add_tokens(app: FastAPI, backend: Backend) -> None:
+def _add_tokens(app: FastAPI, ask: Asking) -> None:
     @app.post("/tokenize", responses=_answers(Tokens, streams=False))
-    async def tokenize(body: TokenizeRequest) -> Response:
+    async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         """Token ids of a text, or of a chat as it is put before the model."""
-        return await _single(backend.answer(_model(backend, body.model), "tokenize", body))
+        return await ask.single(request, "tokenize", body)
 
     @app.post("/detokenize", responses=_answers(Detokenized, streams=False))
-    async def detokenize(body: DetokenizeRequest) -> Response:
+    async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
         """Text of token ids."""
-        return await _single(backend.answer(_model(backend, body.model), "detokenize", body))
+        return await ask.single(request, "detokenize", body)
 
 
 def _add_models(app: FastAPI, backend: Backend, *, created: int) -> None:
@@ -134,7 +147,7 @@ def _add_models(app: FastAPI, backend: Backend, *, created: int) -> None:
     @app.get("/v1/models/{model:path}", responses={404: REFUSALS[404]})
     async def retrieve_model(model: str) -> ModelCard:
         """One model."""
-        return await card(_model(backend, model))
+        return await card(model_id(backend, model))
 
 
 def _add_operations(app: FastAPI, backend: Backend) -> None:
@@ -177,44 +190,3 @@ def _without_422(app: FastAPI) -> None:
         for operation in path.values():
             operation["responses"].pop("422", None)
     app.openapi_schema = document
-
-
-def _model(backend: Backend, name: str | None) -> str:
-    """The id of the model that is meant. Raises ApiError if there is none."""
-    if name is None and len(backend.models) == 1:
-        return next(iter(backend.models))
-    if name is None or name not in backend.models:
-        raise unknown_model(name or "", list(backend.models))
-    return name
-
-
-async def _generated(backend: Backend, method: Method, body: Generation) -> Response:
-    pieces = backend.answer(_model(backend, body.model), method, body)
-    if not body.stream:
-        return await _single(pieces)
-    first = await anext(pieces)
-    if isinstance(first, Failure):
-        await pieces.aclose()
-        return first.response()
-    events = _events(first, pieces)
-    return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
-
-
-async def _single(pieces: AsyncGenerator[Piece, None]) -> Response:
-    async with aclosing(pieces):
-        piece = await anext(pieces)
-    if isinstance(piece, Failure):
-        return piece.response()
-    return Response(piece, media_type="application/json")
-
-
-async def _events(first: str, pieces: AsyncGenerator[Piece, None]) -> AsyncGenerator[str, None]:
-    """Server-sent events; one that tells of an error ends the stream, else [DONE] does."""
-    async with aclosing(pieces):
-        yield f"data: {first}\n\n"
-        async for piece in pieces:
-            if isinstance(piece, Failure):
-                yield f"data: {piece.to_json()}\n\n"
-                return
-            yield f"data: {piece}\n\n"
-    yield "data: [DONE]\n\n"

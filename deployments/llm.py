@@ -42,7 +42,7 @@ def bind(args: LLMServingArgs) -> Application:
     ingress = serve.deployment(serve.ingress()(OpenAiIngress)).options(
         **_ingress_options(args.ingress_deployment_config)
     )
-    return ingress.bind(args.llm_configs, *servers)
+    return ingress.bind(args, *servers)
 
 
 def deployment_options(config: LLMConfig) -> dict[str, Any]:

@@ -54,24 +54,32 @@ class LLMServer:
         )
         log.info("serving %s from %s", config.model_id, folder)
 
-    async def chat(self, request: ChatCompletionRequest) -> AsyncGenerator[Piece, None]:
+    async def chat(
+        self, request: ChatCompletionRequest, request_id: str
+    ) -> AsyncGenerator[Piece, None]:
         """Pieces of a chat's answer."""
-        async with aclosing(self._service.chat(request)) as pieces:
+        async with aclosing(self._service.chat(request, request_id)) as pieces:
             async for piece in pieces:
                 yield piece
 
-    async def completions(self, request: CompletionRequest) -> AsyncGenerator[Piece, None]:
+    async def completions(
+        self, request: CompletionRequest, request_id: str
+    ) -> AsyncGenerator[Piece, None]:
         """Pieces of continuations."""
-        async with aclosing(self._service.completions(request)) as pieces:
+        async with aclosing(self._service.completions(request, request_id)) as pieces:
             async for piece in pieces:
                 yield piece
 
-    async def tokenize(self, request: TokenizeRequest) -> AsyncGenerator[Piece, None]:
-        """Ids of a text or chat."""
+    async def tokenize(
+        self, request: TokenizeRequest, request_id: str
+    ) -> AsyncGenerator[Piece, None]:
+        """Ids of a text or chat; the answer has no id."""
         yield await self._service.tokenize(request)
 
-    async def detokenize(self, request: DetokenizeRequest) -> AsyncGenerator[Piece, None]:
-        """Text of ids."""
+    async def detokenize(
+        self, request: DetokenizeRequest, request_id: str
+    ) -> AsyncGenerator[Piece, None]:
+        """Text of ids; the answer has no id."""
         yield await self._service.detokenize(request)
 
     async def max_model_len(self) -> int:

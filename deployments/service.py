@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from deployments.answers import ChatAnswer, CompletionAnswer, Stamp, Wanted
-from deployments.backend import Piece
+from deployments.backend import Piece, Spent
 from deployments.errors import ApiError, bad_request, overloaded, unavailable
 from deployments.logprobs import LogprobShapes
 from deployments.merging import merged
@@ -64,7 +64,9 @@ class OpenAiService:
         # Long texts take a while, and transformers' tokenizers are not safe in several threads.
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
-    async def chat(self, request: ChatCompletionRequest) -> AsyncGenerator[Piece, None]:
+    async def chat(
+        self, request: ChatCompletionRequest, request_id: str
+    ) -> AsyncGenerator[Piece, None]:
         """POST /v1/chat/completions."""
 
         def read() -> list[Prompt]:
@@ -81,13 +83,16 @@ class OpenAiService:
 
         def start(prompts: list[Prompt]) -> ChatAnswer:
             wanted = self._wanted(request, logprobs=bool(request.logprobs), echo=request.echo)
-            return ChatAnswer(self._stamp("chatcmpl"), prompts, wanted, self._shapes(request))
+            stamp = self._stamp(f"chatcmpl-{request_id}")
+            return ChatAnswer(stamp, prompts, wanted, self._shapes(request))
 
         async with aclosing(self._answered(request, read, start)) as pieces:
             async for piece in pieces:
                 yield piece
 
-    async def completions(self, request: CompletionRequest) -> AsyncGenerator[Piece, None]:
+    async def completions(
+        self, request: CompletionRequest, request_id: str
+    ) -> AsyncGenerator[Piece, None]:
         """POST /v1/completions."""
 
         def read() -> list[Prompt]:
@@ -96,7 +101,8 @@ class OpenAiService:
         def start(prompts: list[Prompt]) -> CompletionAnswer:
             has_logprobs = request.logprobs is not None
             wanted = self._wanted(request, logprobs=has_logprobs, echo=request.echo)
-            return CompletionAnswer(self._stamp("cmpl"), prompts, wanted, self._shapes(request))
+            stamp = self._stamp(f"cmpl-{request_id}")
+            return CompletionAnswer(stamp, prompts, wanted, self._shapes(request))
 
         async with aclosing(self._answered(request, read, start)) as pieces:
             async for piece in pieces:
@@ -160,6 +166,7 @@ class OpenAiService:
 
         try:
             prompts, jobs = await self._read(prepare)
+            yield Spent(prompt_tokens=sum(len(prompt.ids) for prompt in prompts))
             async with aclosing(self._pieces(request, start(prompts), jobs)) as pieces:
                 async for piece in pieces:
                     yield piece
@@ -190,6 +197,11 @@ class OpenAiService:
             yield answer.whole().to_json()
         elif options is not None and options.include_usage:
             yield answer.usage_chunk().to_json()
+        usage = answer.usage()
+        yield Spent(
+            completion_tokens=usage.completion_tokens,
+            cached_tokens=usage.prompt_tokens_details.cached_tokens,
+        )
 
     def _compile(self, params: SamplingParams) -> None:
         """Compile the grammar where nobody waits for it. Raises ApiError if it cannot be."""
@@ -245,9 +257,9 @@ class OpenAiService:
     def _shapes(self, request: Generation) -> LogprobShapes:
         return LogprobShapes(self._texts, as_ids=bool(request.return_tokens_as_token_ids))
 
-    def _stamp(self, kind: str) -> Stamp:
+    def _stamp(self, answer_id: str) -> Stamp:
         return Stamp(
-            id=f"{kind}-{uuid.uuid4().hex}",
+            id=answer_id,
             created=int(time.time()),
             model=self._model_id,
             system_fingerprint=self._fingerprint,

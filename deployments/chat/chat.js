@@ -43,7 +43,14 @@ async function* events(response) {
   }
 }
 
+// The key is asked for where the server wants one, and kept as long as the tab is open.
+function headers() {
+  const key = sessionStorage.getItem("key");
+  return { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
+}
+
 async function problem(response) {
+  if (response.status === 401) element("key-label").hidden = false;
   try {
     return (await response.json()).error.message;
   } catch {
@@ -70,7 +77,7 @@ async function fill(turn, controller) {
   const started = performance.now();
   const response = await fetch("v1/chat/completions", {
     method: "POST",
-    headers: { "Content-Type": "application/json" },
+    headers: headers(),
     body: JSON.stringify(request()),
     signal: controller.signal,
   });
@@ -122,7 +129,7 @@ async function ask(question) {
 }
 
 async function listModels() {
-  const response = await fetch("v1/models");
+  const response = await fetch("v1/models", { headers: headers() });
   if (!response.ok) throw new Error(await problem(response));
   const { data } = await response.json();
   element("model").replaceChildren(...data.map((model) => new Option(model.id, model.id)));
@@ -168,5 +175,14 @@ element("theme").addEventListener("click", () => {
 
 const kept = localStorage.getItem("theme");
 if (kept) root.dataset.theme = kept;
-const modelsAreListed = listModels();
-modelsAreListed.catch((error) => show(error.message, true));
+let modelsAreListed;
+function begin() {
+  modelsAreListed = listModels();
+  modelsAreListed.then(() => show(""), (error) => show(error.message, true));
+}
+
+element("key").addEventListener("change", () => {
+  sessionStorage.setItem("key", element("key").value.trim());
+  begin();
+});
+begin();

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from deployments.backend import Method, Piece
 from deployments.ingress import build_app
+from deployments.keys import AccessSettings
 from deployments.metrics import Meter
 from deployments.prompts import limits_of
 from deployments.service import OpenAiService
@@ -101,13 +102,12 @@ class LocalBackend:
         )
 
     async def answer(
-        self, model: str, method: Method, request: BaseModel
+        self, model: str, method: Method, request: BaseModel, request_id: str
     ) -> AsyncGenerator[Piece, None]:
-        result = getattr(self.service, method)(request)
         if method in ("tokenize", "detokenize"):
-            yield await result
+            yield await getattr(self.service, method)(request)
             return
-        async for piece in result:
+        async for piece in getattr(self.service, method)(request, request_id):
             yield piece
 
     async def max_model_len(self, model: str) -> int | None:
@@ -126,12 +126,12 @@ class LocalBackend:
 
 @contextmanager
 def local_app(
-    folder: Path, config: EngineConfig = ENGINE
+    folder: Path, config: EngineConfig = ENGINE, access: AccessSettings | None = None
 ) -> Iterator[tuple[FastAPI, LocalBackend]]:
     """The HTTP application in front of an engine of its own."""
     backend = LocalBackend(folder, config)
     try:
-        yield build_app(backend), backend
+        yield build_app(backend, access), backend
     finally:
         backend.service.close()
         asyncio.run(backend.engine.close())
