@@ -116,6 +116,8 @@ def show_plan(run: PretrainRun | SftRun, origin: Origin) -> None:
     }
     for name, value in rows.items():
         print(f"{name:<18} {value}")
+    if plan.mesh:
+        print(f"{'mesh':<18} {plan.mesh}")
 
 
 def show_result(result: dict[str, Any], console: Console) -> None:

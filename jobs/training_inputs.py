@@ -93,6 +93,9 @@ def find_origin(run: PretrainRun | SftRun) -> Origin:
             f"data.context_length={run.data.context_length} must not exceed {model.max_context}, "
             f"the max_context of {run.checkpoint}"
         )
+    misfits = run.train.mesh.model_problems(model)
+    if misfits:
+        raise ValueError("; ".join(f"train.mesh: {line}" for line in misfits))
     return Origin(model=model, start_from=place, local=local)
 
 

@@ -121,6 +121,10 @@ class MoeConfig(Strict):
     """First layers that keep a dense feed-forward (the paper: one, for stability)."""
     balance_loss: Annotated[float, Field(ge=0)] = 0.001
     """Weight of the expert load-balance loss (arXiv 2401.06066, 3.3). The paper gives none."""
+    bias_update_rate: Annotated[float, Field(ge=0)] = 0.0
+    """Balance without a loss (arXiv 2408.15664, there 0.001): each expert has a bias that counts in
+    the choice alone, and moves by this much after each step, up if fewer tokens than the mean came,
+    down if more. 0: no bias. The NSA paper does not say how it balances."""
 
     @model_validator(mode="after")
     def _enough_experts(self) -> Self:

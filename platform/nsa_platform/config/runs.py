@@ -50,14 +50,19 @@ class _TrainingRun(Strict):
 
     def _problems(self) -> list[str]:
         """What is wrong between the sections."""
-        rows = self.train.sequences_per_microbatch * self.cluster.num_workers
-        unit = self.data.context_length * rows
+        workers = self.cluster.num_workers
+        misfits = self.train.mesh.world_problems(workers, self.data.context_length)
+        if misfits:
+            return [f"train.mesh: {line}" for line in misfits]
+        dealt = self.train.mesh.data_workers(workers)
+        unit = self.data.context_length * self.train.sequences_per_microbatch * dealt
         if self.train.tokens_per_step % unit:
+            shared = "" if dealt == workers else f" / {workers // dealt} workers that share rows"
             return [
                 f"train.tokens_per_step={self.train.tokens_per_step} must be a multiple of "
                 f"data.context_length={self.data.context_length} x "
                 f"train.sequences_per_microbatch={self.train.sequences_per_microbatch} x "
-                f"cluster.num_workers={self.cluster.num_workers} = {unit}"
+                f"cluster.num_workers={workers}{shared} = {unit}"
             ]
         return []
 
@@ -80,6 +85,9 @@ class PretrainRun(_TrainingRun):
                 f"data.context_length={self.data.context_length} must not exceed "
                 f"model.max_context={self.model.max_context}"
             )
+        if self.model is not None:
+            misfits = self.train.mesh.model_problems(self.model)
+            problems += [f"train.mesh: {line}" for line in misfits]
         return problems
 
 

@@ -6,6 +6,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from nsa_platform.config.base import Strict
 from nsa_platform.config.locations import ServiceLocation
+from nsa_platform.config.mesh import MeshConfig
 
 
 class OptimizerConfig(Strict):
@@ -57,7 +58,9 @@ class TrainConfig(Strict):
     activation_checkpointing: Literal["none", "full"] = "none"
     """full: keep only the layers' inputs and recompute the rest in the backward pass."""
     parallel: Literal["auto", "replicate", "shard"] = "auto"
-    """shard: FSDP2. replicate: gradients are averaged. auto: shard on GPU, replicate on CPU."""
+    """shard: FSDP2. replicate: gradients are averaged. auto: shard on GPU, with bfloat16 or with a
+    mesh, else replicate."""
+    mesh: MeshConfig = MeshConfig()
     log_every_steps: PositiveInt = 1
     validate_every_steps: PositiveInt = 100
     validation_tokens: PositiveInt = 65536
@@ -65,11 +68,16 @@ class TrainConfig(Strict):
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")
-    def _replicas_compute_in_float32(self) -> Self:
+    def _replicas_are_plain(self) -> Self:
         if self.parallel == "replicate" and self.dtype == "bfloat16":
             raise ValueError(
                 "parallel=replicate keeps one copy of the weights and computes in it, so it needs "
                 "dtype=float32; for dtype=bfloat16 use parallel=shard (or auto)"
+            )
+        if self.parallel == "replicate" and not self.mesh.is_plain:
+            raise ValueError(
+                "parallel=replicate keeps everything on every worker; the axes of mesh need "
+                "parallel=shard (or auto)"
             )
         return self
 

@@ -9,7 +9,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nsa_kernels import full_attention, full_paged_attention, nsa_attention, nsa_paged_attention
+from nsa_kernels import (
+    compressed_attention,
+    full_attention,
+    full_paged_attention,
+    nsa_attention,
+    nsa_paged_attention,
+    select_blocks,
+    selected_attention,
+    sliding_attention,
+)
+from nsa_kernels.branches import Inputs
 from nsa_platform.config.model import FullAttentionConfig, ModelConfig, NsaAttentionConfig
 from nsa_platform.model.cache import (
     FullLayerCache,
@@ -19,6 +29,9 @@ from nsa_platform.model.cache import (
     write_rows,
 )
 from nsa_platform.model.compression import Compression, kernel_config
+from nsa_platform.model.exchange import heads_of_kin, to_heads, to_tokens
+from nsa_platform.model.layers import from_own_inputs, own_outputs
+from nsa_platform.model.partition import WHOLE, Axis
 from nsa_platform.model.probe import observe_gates, observe_selection
 from nsa_platform.model.rotary import Rotation, attention_scale
 from nsa_platform.model.step import PackedStep, PagedStep
@@ -71,27 +84,30 @@ class NsaAttention(nn.Module):
         self, x: Tensor, step: PackedStep | PagedStep, cache: LayerCache | None = None
     ) -> Tensor:
         """x [T, D], already normed -> [T, D]. A PagedStep needs the layer's cache."""
-        projected = self._project(x, step.rotation)
         if isinstance(step, PackedStep):
-            out = self._attend_packed(projected, step)
-        else:
-            assert isinstance(cache, NsaLayerCache)
-            out = self._attend_paged(projected, step, cache)
+            tensor = step.partition.tensor
+            out = self._attend_packed(self._project(x, step.rotation, tensor), step)
+            return from_own_inputs(self.output, out.flatten(1), tensor)
+        assert isinstance(cache, NsaLayerCache)
+        out = self._attend_paged(self._project(x, step.rotation, WHOLE.tensor), step, cache)
         return self.output(out.flatten(1))
 
-    def _project(self, x: Tensor, rotation: Rotation) -> _Projected:
+    def _project(self, x: Tensor, rotation: Rotation, tensor: Axis) -> _Projected:
+        """Projections of the heads that this worker of the tensor axis has."""
         config = self.config
-        heads, groups = config.query_heads, config.kv_heads
+        groups = config.kv_heads // tensor.size
         key_width, value_width = groups * config.key_width, groups * config.value_width
         branches = 3 if config.branch_kv == "separate" else 1
 
-        q = self.query_norm(self.query(x).unflatten(1, (heads, config.key_width)))
-        q = rotation.apply(q)
-        gates = torch.sigmoid(self.gate(x)).unflatten(1, (heads, 3))
+        q = own_outputs(self.query, x, [config.query_heads * config.key_width], tensor)
+        q = rotation.apply(self.query_norm(q.unflatten(1, (-1, config.key_width))))
+        gates = own_outputs(self.gate, x, [config.query_heads * 3], tensor)
+        gates = torch.sigmoid(gates).unflatten(1, (-1, 3))
         # Split once: the gradients of all parts then meet in one concatenation. Only what a branch
         # reads rotated is rotated, branch by branch, so that the op finds it contiguous.
         num_raw = int(branches == 3 and config.compressed_rotary != "before")
-        raw, keys, *values = self.key_value(x).split(
+        widths = [key_width * tensor.size] * branches + [value_width * tensor.size] * branches
+        raw, keys, *values = own_outputs(self.key_value, x, widths, tensor).split(
             [num_raw * key_width, (branches - num_raw) * key_width, *[value_width] * branches],
             dim=1,
         )
@@ -111,36 +127,50 @@ class NsaAttention(nn.Module):
         return rotation.apply(k_cmp) if self.config.compressed_rotary == "block_start" else k_cmp
 
     def _attend_packed(self, projected: _Projected, step: PackedStep) -> Tensor:
-        q, gates, k_tail, v_tail, k_slc, v_slc, k_win, v_win = projected
+        """Out [T, H, V] of this worker's tokens and of the heads of its tensor axis."""
+        partition, config = step.partition, self.kernel_config
         assert step.blocks is not None and step.block_rotation is not None
-        k_cmp = self.compress_key.fold_packed(k_tail, step.blocks).to(q.dtype)
+        q, gates, k_tail, v_tail, k_slc, v_slc, k_win, v_win = to_heads(
+            projected, partition.context
+        )
+        own = partition.own_groups(self.config.kv_heads)
+        k_cmp = self.compress_key.fold_packed(k_tail, step.blocks, own).to(q.dtype)
         k_cmp = self._place(k_cmp, step.block_rotation)
-        v_cmp = self.compress_value.fold_packed(v_tail, step.blocks).to(q.dtype)
+        v_cmp = self.compress_value.fold_packed(v_tail, step.blocks, own).to(q.dtype)
         if step.probe is not None:
             observe_selection(
                 step.probe,
                 self.layer_index,
-                q,
+                heads_of_kin(q, partition.kin),
                 k_cmp,
                 gates=gates,
                 positions=step.positions,
                 cu_seqlens=step.cu_seqlens,
-                config=self.kernel_config,
+                config=config,
                 scale=self.scale,
             )
-        return nsa_attention(
-            q,
-            k_cmp,
-            v_cmp,
-            k_slc,
-            v_slc,
-            k_win,
-            v_win,
-            gates,
-            config=self.kernel_config,
-            cu_seqlens=step.cu_seqlens,
-            scale=self.scale,
-        )
+        folded = Inputs(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
+        if partition.kin.size > 1:
+            out = self._attend_as_kin(folded, step)
+        else:
+            out = nsa_attention(
+                *folded, config=config, cu_seqlens=step.cu_seqlens, scale=self.scale
+            )
+        return to_tokens(out, partition.context)
+
+    def _attend_as_kin(self, inputs: Inputs, step: PackedStep) -> Tensor:
+        """The whole op for some of a group's heads: importances are those of all of its heads."""
+        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = inputs
+        kin = step.partition.kin
+        sizes = {"config": self.kernel_config, "cu_seqlens": step.cu_seqlens, "scale": self.scale}
+        out_cmp, lse = compressed_attention(q, k_cmp, v_cmp, **sizes)
+        all_lse = heads_of_kin(lse[..., None], kin).squeeze(2)
+        blocks = select_blocks(heads_of_kin(q, kin), k_cmp, all_lse, **sizes)
+        out_slc, _ = selected_attention(q, k_slc, v_slc, blocks, **sizes)
+        out_win, _ = sliding_attention(q, k_win, v_win, **sizes)
+        exact = torch.promote_types(q.dtype, torch.float32)
+        branches = torch.stack([out_cmp, out_slc, out_win], 2).to(exact)  # [T, H, 3, V]
+        return (branches * gates.to(exact)[..., None]).sum(2).to(q.dtype)
 
     def _attend_paged(self, projected: _Projected, step: PagedStep, cache: NsaLayerCache) -> Tensor:
         q, gates, k_tail, v_tail, k_slc, v_slc, k_win, v_win = projected
@@ -205,16 +235,23 @@ class FullAttention(nn.Module):
     ) -> Tensor:
         """x [T, D], already normed -> [T, D]. A PagedStep needs the layer's cache."""
         config = self.config
-        q = self.query_norm(self.query(x).unflatten(1, (config.query_heads, config.key_width)))
-        keys, values = self.key_value(x).split(
-            [config.kv_heads * config.key_width, config.kv_heads * config.value_width], dim=1
+        partition = step.partition if isinstance(step, PackedStep) else WHOLE
+        tensor = partition.tensor
+        groups = config.kv_heads // tensor.size
+        key_width, value_width = groups * config.key_width, groups * config.value_width
+        q = own_outputs(self.query, x, [config.query_heads * config.key_width], tensor)
+        widths = [key_width * tensor.size, value_width * tensor.size]
+        keys, values = own_outputs(self.key_value, x, widths, tensor).split(
+            [key_width, value_width], dim=1
         )
-        q = step.rotation.apply(q)
-        k = self.key_norm(keys.unflatten(1, (config.kv_heads, config.key_width)))
+        q = step.rotation.apply(self.query_norm(q.unflatten(1, (-1, config.key_width))))
+        k = self.key_norm(keys.unflatten(1, (groups, config.key_width)))
         k = step.rotation.apply(k)
-        v = values.unflatten(1, (config.kv_heads, config.value_width))
+        v = values.unflatten(1, (groups, config.value_width))
         if isinstance(step, PackedStep):
+            q, k, v = to_heads((q, k, v), partition.context)
             out = full_attention(q, k, v, cu_seqlens=step.cu_seqlens, scale=self.scale)
+            out = to_tokens(out, partition.context)
         else:
             assert isinstance(cache, FullLayerCache)
             write_rows(cache.k, step.token_rows, k)
@@ -228,12 +265,13 @@ class FullAttention(nn.Module):
                 context_lens=step.context_lens,
                 scale=self.scale,
             )
-        return self.output(self._gate(out, x, step).flatten(1))
+        return from_own_inputs(self.output, self._gate(out, x, step, tensor).flatten(1), tensor)
 
-    def _gate(self, out: Tensor, x: Tensor, step: PackedStep | PagedStep) -> Tensor:
+    def _gate(self, out: Tensor, x: Tensor, step: PackedStep | PagedStep, tensor: Axis) -> Tensor:
         if self.gate is None:
             return out
-        gates = torch.sigmoid(self.gate(x))[..., None]  # [T, H, 1]
+        gates = own_outputs(self.gate, x, [self.config.query_heads], tensor)
+        gates = torch.sigmoid(gates)[..., None]  # [T, H, 1]
         if isinstance(step, PackedStep) and step.probe is not None:
             observe_gates(step.probe, self.layer_index, gates)
         return out * gates

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from nsa_kernels import NsaConfig, compressed_cu_seqlens
 from nsa_platform.config.model import NsaAttentionConfig
 
+ALL = slice(None)
+
 
 def kernel_config(attention: NsaAttentionConfig) -> NsaConfig:
     """The block sizes of an attention config as the kernels' value object."""
@@ -159,14 +161,17 @@ class Compression(nn.Module):
         placed = blocks + self.position[:, None].to(blocks.dtype)
         folded = torch.bmm(placed.flatten(2), self.fold)
         if self.kind == "mlp":
-            folded = self._correct(blocks.mean(2), folded)
+            folded = self._correct(blocks.mean(2), folded, self.correct)
         return folded.transpose(0, 1)
 
-    def fold_packed(self, x: Tensor, blocks: CompressionBlocks) -> Tensor:
+    def fold_packed(self, x: Tensor, blocks: CompressionBlocks, heads: slice = ALL) -> Tensor:
         """Fold all blocks of packed sequences, tokens x [T, G, W], into [C, G, W].
 
         The same as forward on the gathered blocks. A stride meets the matrices of all its places
         in a block at once, and the positions become one vector that is added to each block.
+
+        Args:
+            heads: which of the layer's key/value heads the G heads of x are.
         """
         exact = torch.promote_types(x.dtype, torch.float32)
         strides = gather_rows(x.transpose(0, 1), blocks.tokens)
@@ -177,26 +182,27 @@ class Compression(nn.Module):
         if self.kind == "mean":
             assert mean is not None
             return mean.transpose(0, 1)
-        products = gather_rows(self._fold_strides(strides), blocks.parts)
-        folded = products.sum(2, dtype=exact) + self._fold_positions(exact)
+        position, fold = self.position[heads], self.fold[heads]
+        products = gather_rows(self._fold_strides(strides, fold), blocks.parts)
+        folded = products.sum(2, dtype=exact) + self._fold_positions(position, fold, exact)
         if mean is not None:
-            folded = self._correct(mean, folded.to(x.dtype))
+            folded = self._correct(mean, folded.to(x.dtype), self.correct[heads])
         return folded.transpose(0, 1)
 
-    def _fold_strides(self, strides: Tensor) -> Tensor:
+    def _fold_strides(self, strides: Tensor, fold: Tensor) -> Tensor:
         """Products of strides [G, S, d, W] with fold's rows for each of the P parts of a block,
         [G, S * P, W]."""
         parts = self.position.shape[1] // strides.shape[2]
-        side_by_side = self.fold.unflatten(1, (parts, -1)).transpose(1, 2).flatten(2)
+        side_by_side = fold.unflatten(1, (parts, -1)).transpose(1, 2).flatten(2)
         products = torch.bmm(strides.flatten(2), side_by_side)  # [G, S, P * W]
         return products.unflatten(2, (parts, -1)).flatten(1, 2)
 
-    def _fold_positions(self, exact: torch.dtype) -> Tensor:
+    def _fold_positions(self, position: Tensor, fold: Tensor, exact: torch.dtype) -> Tensor:
         """What the positions add to each folded block, [G, 1, W]: one pass over fold."""
-        products = self.position.flatten(1)[..., None] * self.fold
+        products = position.flatten(1)[..., None] * fold
         return products.sum(1, keepdim=True, dtype=exact)
 
-    def _correct(self, mean: Tensor, folded: Tensor) -> Tensor:
+    def _correct(self, mean: Tensor, folded: Tensor, correct: Tensor) -> Tensor:
         """The mean and the two-layer correction, [G, C, W]."""
-        correction = torch.bmm(nn.functional.silu(folded), self.correct)
+        correction = torch.bmm(nn.functional.silu(folded), correct)
         return mean.to(correction.dtype) + correction

@@ -12,6 +12,7 @@ from nsa_platform.config.model import (
     AttentionConfig,
     FullAttentionConfig,
     ModelConfig,
+    MoeConfig,
     NsaAttentionConfig,
 )
 
@@ -92,7 +93,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     active += dense_layers * 3 * width * config.ffn_width
     if moe is not None:
         expert = 3 * width * moe.expert_width
-        router = width * moe.routed_experts
+        router = width * moe.routed_experts + _balance_biases(moe)
         moe_layers = config.layers - dense_layers
         total += moe_layers * (router + (moe.routed_experts + moe.shared_experts) * expert)
         active += moe_layers * (router + (moe.experts_per_token + moe.shared_experts) * expert)
@@ -242,7 +243,14 @@ def _multiplied_parameters(config: ModelConfig) -> int:
     looked_up = 0 if config.tie_embeddings else config.vocab_size * width
     norms = (2 * config.layers + 1) * width
     beside = config.layers * (_vector_parameters(attention) + _phi_parameters(attention))
+    if config.moe is not None:
+        moe_layers = config.layers - min(config.moe.dense_layers, config.layers)
+        beside += moe_layers * _balance_biases(config.moe)
     return count.active - looked_up - norms - beside
+
+
+def _balance_biases(moe: MoeConfig) -> int:
+    return moe.routed_experts if moe.bias_update_rate else 0
 
 
 def _num_blocks(attention: NsaAttentionConfig, context: int) -> int:

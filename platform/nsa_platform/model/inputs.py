@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nsa_platform.model.cache import LayerCache
+from nsa_platform.model.partition import WHOLE, Partition
 from nsa_platform.model.probe import Probe
 
 
@@ -19,11 +20,13 @@ class PackedInputs:
     """Whole sequences laid end to end; nothing is kept for later (training, evaluation)."""
 
     positions: Tensor
-    """int32 [T], counted from 0 in each sequence."""
+    """int32 [T], counted from 0 in each sequence; where workers share tokens, of this one's."""
     cu_seqlens: Tensor
-    """int32 [B + 1], starts of the sequences in T, then T itself."""
+    """int32 [B + 1], starts of the sequences in T, then T itself: of the tokens of all workers."""
     probe: Probe | None = None
     """Collects the health of the sparse attention when given."""
+    partition: Partition = WHOLE
+    """How workers share the pass."""
 
     @classmethod
     def from_lengths(

@@ -1,6 +1,36 @@
-"""SwiGLU, the dense feed-forward of a layer."""
+"""Linear layers that workers share, and SwiGLU, the dense feed-forward of a layer."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
+
+from nsa_platform.model.exchange import summed
+from nsa_platform.model.partition import WHOLE, Axis, Partition
+
+
+def own_outputs(linear: nn.Linear, x: Tensor, sections: Sequence[int], axis: Axis) -> Tensor:
+    """This worker's outputs of a linear layer: of each section of them its own part.
+
+    Args:
+        x: [T, D], the same on all workers of the axis.
+        sections: how many outputs belong together, in their order; all of them in all.
+    """
+    if axis.size == 1:
+        return linear(x)
+    weights = [part[axis.own(len(part))] for part in linear.weight.split(list(sections))]
+    bias = None
+    if linear.bias is not None:
+        bias = torch.cat([part[axis.own(len(part))] for part in linear.bias.split(list(sections))])
+    return nn.functional.linear(x, torch.cat(weights), bias)
+
+
+def from_own_inputs(linear: nn.Linear, x: Tensor, axis: Axis) -> Tensor:
+    """A linear layer without bias whose inputs the workers of the axis share: x [T, own part]."""
+    if axis.size == 1:
+        return linear(x)
+    weight = linear.weight[:, axis.own(linear.weight.shape[1])]
+    return summed(nn.functional.linear(x, weight), axis)
 
 
 class SwiGlu(nn.Module):
@@ -8,10 +38,13 @@ class SwiGlu(nn.Module):
 
     def __init__(self, width: int, hidden_width: int) -> None:
         super().__init__()
+        self.hidden_width = hidden_width
         self.gate_up = nn.Linear(width, 2 * hidden_width, bias=False)
         self.down = nn.Linear(hidden_width, width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, partition: Partition = WHOLE) -> Tensor:
         """x [T, D] -> [T, D]."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(nn.functional.silu(gate) * up)
+        tensor = partition.tensor
+        both = own_outputs(self.gate_up, x, [self.hidden_width] * 2, tensor)
+        gate, up = both.chunk(2, dim=-1)
+        return from_own_inputs(self.down, nn.functional.silu(gate) * up, tensor)

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from nsa_platform.config.model import ModelConfig, NsaAttentionConfig
 from nsa_platform.model.compression import CompressionBlocks, compression_blocks, kernel_config
+from nsa_platform.model.exchange import joined
 from nsa_platform.model.inputs import PackedInputs, PagedInputs
+from nsa_platform.model.partition import Partition
 from nsa_platform.model.probe import Probe
 from nsa_platform.model.rotary import Rotation, rotation_of
 
@@ -21,13 +23,16 @@ class PackedStep:
     """Whole sequences."""
 
     positions: Tensor
+    """int32 [T], of all tokens, also of those that lie on other workers."""
     cu_seqlens: Tensor
     rotation: Rotation
+    """Of this worker's tokens."""
     blocks: CompressionBlocks | None
     """None for full attention, as block_rotation."""
     block_rotation: Rotation | None
     """Rotation of the starts of the compression blocks."""
     probe: Probe | None
+    partition: Partition
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,20 +66,22 @@ class PagedStep:
 def packed_step(inputs: PackedInputs, config: ModelConfig, *, dtype: torch.dtype) -> PackedStep:
     """Prepare a forward pass over whole sequences."""
     blocks, block_rotation = None, None
+    positions = joined(inputs.positions, inputs.partition.context)
     if isinstance(config.attention, NsaAttentionConfig):
         blocks = compression_blocks(
             inputs.cu_seqlens,
-            num_tokens=inputs.positions.numel(),
+            num_tokens=positions.numel(),
             config=kernel_config(config.attention),
         )
         block_rotation = rotation_of(blocks.starts, config, dtype=dtype)
     return PackedStep(
-        positions=inputs.positions,
+        positions=positions,
         cu_seqlens=inputs.cu_seqlens,
         rotation=rotation_of(inputs.positions, config, dtype=dtype),
         blocks=blocks,
         block_rotation=block_rotation,
         probe=inputs.probe,
+        partition=inputs.partition,
     )
 
 

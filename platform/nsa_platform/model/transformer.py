@@ -19,6 +19,7 @@ from nsa_platform.model.cache import LayerCache
 from nsa_platform.model.inputs import PackedInputs, PagedInputs
 from nsa_platform.model.layers import SwiGlu
 from nsa_platform.model.moe import MoeFeedForward
+from nsa_platform.model.partition import WHOLE
 from nsa_platform.model.step import PackedStep, PagedStep, packed_step, paged_step
 
 
@@ -30,6 +31,9 @@ class Output(NamedTuple):
     balance_loss: Tensor
     """Scalar to add to the loss: the experts' load-balance losses, weighted by
     moe.balance_loss, a mean over this pass's tokens, summed over layers. 0 without experts."""
+    expert_load: Tensor
+    """int64 [layers with experts, experts]: how many of this worker's tokens chose each; without
+    experts it is empty."""
 
 
 class Layer(nn.Module):
@@ -53,15 +57,18 @@ class Layer(nn.Module):
 
     def forward(
         self, x: Tensor, step: PackedStep | PagedStep, cache: LayerCache | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """x [T, D] -> x [T, D] and this layer's balance loss, a scalar."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, D] -> x [T, D], this layer's balance loss, a scalar, and its experts' load, int64
+        [experts], empty for a dense layer."""
         x = x + self.attention(self.attention_norm(x), step, cache)
         normed = self.ffn_norm(x)
+        partition = step.partition if isinstance(step, PackedStep) else WHOLE
         if isinstance(self.ffn, MoeFeedForward):
-            change, balance_loss = self.ffn(normed)
+            change, balance_loss, load = self.ffn(normed, partition)
         else:
-            change, balance_loss = self.ffn(normed), x.new_zeros(())
-        return x + change, balance_loss
+            change, balance_loss = self.ffn(normed, partition), x.new_zeros(())
+            load = x.new_zeros(0, dtype=torch.int64)
+        return x + change, balance_loss, load
 
 
 class Transformer(nn.Module):
@@ -93,13 +100,29 @@ class Transformer(nn.Module):
             step = paged_step(inputs, self.config, dtype=x.dtype)
             caches = inputs.caches
         balance_loss = torch.zeros((), dtype=torch.float32, device=x.device)
+        loads: list[Tensor] = []
         # A probe is read and written in Python: compiled layers run uncompiled with one.
         is_probed = isinstance(step, PackedStep) and step.probe is not None
         with torch.compiler.set_stance("force_eager") if is_probed else nullcontext():
             for layer, cache in zip(self.layers, caches, strict=True):
-                x, layer_loss = layer(x, step, cache)
+                x, layer_loss, load = layer(x, step, cache)
                 balance_loss = balance_loss + layer_loss
-        return Output(self.norm(x), balance_loss)
+                if load.numel():
+                    loads.append(load)
+        expert_load = torch.stack(loads) if loads else ids.new_zeros(0, 0)
+        return Output(self.norm(x), balance_loss, expert_load)
+
+    def steer_experts(self, load: Tensor) -> None:
+        """Move the biases of the experts' choice after a step; nothing where there are none.
+
+        Args:
+            load: int64 [layers with experts, experts], tokens of the step over all workers.
+        """
+        if self.config.moe is None or not self.config.moe.bias_update_rate:
+            return
+        mixtures = [m for m in self.modules() if isinstance(m, MoeFeedForward)]
+        for mixture, counts in zip(mixtures, load, strict=True):
+            mixture.steer(counts)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token: hidden [..., D] -> [..., vocab_size]."""
@@ -122,7 +145,9 @@ INIT = (
     ("*.compress_*.correct", "zeros"),
     ("*.output.weight", "residual"),
     ("*.shared.down.weight", "residual"),
-    ("*.ffn.down*", "residual"),
+    ("*.ffn.down.weight", "residual"),
+    ("*.experts.down", "residual"),
+    ("*.balance_bias", "zeros"),
     ("*", "fan_in"),
 )
 

@@ -9,6 +9,7 @@ from nsa_platform.config.model import ModelConfig
 from nsa_platform.config.train import TrainConfig
 from nsa_platform.model.transformer import Transformer, initial_tensor
 from nsa_platform.model.weights import load_model
+from nsa_platform.train.mesh import Mesh, make_mesh
 from nsa_platform.train.parallel import (
     World,
     compile_layers,
@@ -21,14 +22,41 @@ from nsa_platform.train.parallel import (
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+def build_mesh(
+    config: ModelConfig, train: TrainConfig, *, context_length: int, world: World
+) -> Mesh:
+    """The mesh that the run asks for. All workers call it.
+
+    Args:
+        context_length: tokens of a row.
+
+    Raises:
+        ValueError: these workers cannot form it, or the model cannot be shared so.
+    """
+    shards = resolve_parallel(train, on_gpu=world.device.type != "cpu") == "shard"
+    return make_mesh(
+        train.mesh,
+        config,
+        context_length=context_length,
+        shards=shards,
+        device_type=world.device.type,
+    )
+
+
 def build_model(
-    config: ModelConfig, train: TrainConfig, *, world: World, weights: Path | None = None
+    config: ModelConfig,
+    train: TrainConfig,
+    *,
+    world: World,
+    mesh: Mesh,
+    weights: Path | None = None,
 ) -> Transformer:
     """Build on the meta device, cut into shards, fill: no worker ever holds more than its part.
 
     The weights do not depend on the number of workers nor on how they share the model.
 
     Args:
+        mesh: as build_mesh made it.
         weights: exported model to start from; None: initial weights by train.seed.
     """
     with torch.device("meta"):
@@ -38,8 +66,8 @@ def build_model(
         compile_layers(layers)
     if train.activation_checkpointing == "full":
         recompute_activations(layers)
-    if resolve_parallel(train, on_gpu=world.device.type != "cpu") == "shard":
-        shard(model, layers, dtype=DTYPES[train.dtype], world=world)
+    if mesh.state is not None:
+        shard(model, dtype=DTYPES[train.dtype], mesh=mesh)
     model.to_empty(device=world.device)
     if weights is None:
         fill_parameters(

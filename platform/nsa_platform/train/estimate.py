@@ -42,8 +42,11 @@ class Estimate:
     state_bytes: int
     """Weights, gradients and optimizer of one worker."""
     activation_bytes: int
-    """Roughly what one worker keeps for the backward pass, logits included."""
+    """Roughly what one worker keeps for the backward pass, logits included; workers of the tensor
+    axis count as if each had its own tokens."""
     parallel: Literal["replicate", "shard"]
+    mesh: str
+    """Degrees of the mesh that are not 1; empty if there are none."""
 
 
 def estimate(
@@ -54,19 +57,23 @@ def estimate(
     flops = flops_per_token(model, data.context_length).training
     dense = flops_per_token(dense_equivalent(model), data.context_length).training
     parallel = resolve_parallel(train, on_gpu=cluster.use_gpu)
-    holders = cluster.num_workers if parallel == "shard" else 1
+    mesh = train.mesh
+    copies = mesh.data_parallel_replicate_degree
+    holders = cluster.num_workers // copies if parallel == "shard" else 1
     rows = train.tokens_per_step // data.context_length
-    tokens_at_once = data.context_length * train.sequences_per_microbatch
+    tokens_at_once = data.context_length * train.sequences_per_microbatch // mesh.row_workers
+    dealt = mesh.data_workers(cluster.num_workers)
     return Estimate(
         parameters=parameters,
         steps=train.steps,
         tokens=train.steps * train.tokens_per_step,
         flops_per_step=flops * train.tokens_per_step,
         dense_flops_per_step=dense * train.tokens_per_step,
-        microbatches=rows // (cluster.num_workers * train.sequences_per_microbatch),
+        microbatches=rows // (dealt * train.sequences_per_microbatch),
         state_bytes=-(-parameters.total * STATE_BYTES // holders),
         activation_bytes=_activation_bytes(model, train, tokens_at_once),
         parallel=parallel,
+        mesh=mesh.describe(cluster.num_workers),
     )
 
 

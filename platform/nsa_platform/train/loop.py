@@ -16,13 +16,13 @@ from nsa_platform import figures
 from nsa_platform.config.model import NsaAttentionConfig
 from nsa_platform.config.train import TrainConfig
 from nsa_platform.data.loader import Batch, Loader
-from nsa_platform.model.inputs import PackedInputs
 from nsa_platform.model.transformer import Transformer
 from nsa_platform.tracking import Tracker
 from nsa_platform.train.checkpoint import CheckpointStore
 from nsa_platform.train.health import health_figures, health_metrics, health_values
 from nsa_platform.train.history import History
 from nsa_platform.train.loss import chunk_tokens, cross_entropy_sum
+from nsa_platform.train.mesh import Mesh
 from nsa_platform.train.metrics import StepClock, Throughput, memory_metrics
 from nsa_platform.train.optimizer import set_learning_rate
 from nsa_platform.train.parallel import World, clip_gradients, sum_replica_gradients
@@ -61,6 +61,8 @@ class StepResult:
     targets: Tensor
     balance_loss: Tensor
     grad_norm: Tensor
+    expert_load: Tensor
+    """int64 [layers with experts, experts]."""
 
 
 def train(
@@ -70,6 +72,7 @@ def train(
     loader: Loader,
     config: TrainConfig,
     world: World,
+    mesh: Mesh,
     progress: Progress,
     history: History,
     validation: Validation | None,
@@ -97,10 +100,9 @@ def train(
         set_learning_rate(optimizer, rate)
         with clock.data():
             microbatches = loader.next_step(rows_per_step)
-        result = take_step(model, optimizer, microbatches, config=config, world=world)
+        result = take_step(model, optimizer, microbatches, config=config, world=world, mesh=mesh)
         progress.advance(config.tokens_per_step)
         clock.tick()
-
         is_last = progress.step == config.steps
         is_saved = is_last or progress.step % config.checkpoint.every_steps == 0
         metrics: dict[str, float] = {}
@@ -132,32 +134,43 @@ def take_step(
     *,
     config: TrainConfig,
     world: World,
+    mesh: Mesh,
 ) -> StepResult:
     """One optimizer step from this worker's microbatches.
 
     Every target of the step weighs the same, wherever it lies: losses are divided by the number of
-    targets of all microbatches of all workers before gradients are added up.
+    targets of all microbatches of all workers before gradients are added up. Workers of the tensor
+    axis compute the same loss, each of which counts as a part.
     """
     targets = torch.tensor(
         sum(batch.num_targets for batch in microbatches), dtype=torch.int64, device=world.device
     )
     world.sum(targets)
-    weight = 1.0 / targets.clamp(min=1)
+    targets //= mesh.config.row_workers
+    alike = mesh.partition.tensor.size
+    weight = 1.0 / (targets.clamp(min=1) * alike)
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    loads: list[Tensor] = []
     chunk = chunk_tokens(model.config.vocab_size)
     for batch in microbatches:
-        share = batch.ids.numel() / config.tokens_per_step
         batch = batch.to(world.device)
-        hidden, balance = model(batch.ids, PackedInputs(batch.positions, batch.cu_seqlens))
-        loss = cross_entropy_sum(hidden, batch.targets, model.logits, chunk=chunk)
+        ids, goals = mesh.own_tokens(batch.ids), mesh.own_tokens(batch.targets)
+        share = ids.numel() / (config.tokens_per_step * alike)
+        hidden, balance, load = model(ids, mesh.inputs(batch))
+        loss = cross_entropy_sum(hidden, goals, model.logits, chunk=chunk)
         (loss * weight + balance * share).backward()
-        sums += torch.stack([loss.detach(), balance.detach() * share])
+        sums += torch.stack([loss.detach() / alike, balance.detach() * share])
+        loads.append(load)
     sum_replica_gradients(model, world)
-    grad_norm = clip_gradients(model, config.optimizer.max_grad_norm)
+    grad_norm = clip_gradients(model, config.optimizer.max_grad_norm, world)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     nats, balance_loss = world.sum(sums)
-    return StepResult(nats=nats, targets=targets, balance_loss=balance_loss, grad_norm=grad_norm)
+    expert_load = torch.stack(loads).sum(0)
+    if model.config.moe is not None:
+        expert_load = world.sum(expert_load) // alike
+        model.steer_experts(expert_load)
+    return StepResult(nats, targets, balance_loss, grad_norm, expert_load)
 
 
 def read_step(result: StepResult, *, progress: Progress, model: Transformer) -> dict[str, float]:

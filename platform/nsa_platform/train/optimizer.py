@@ -1,9 +1,11 @@
-"""AdamW with two groups of parameters: matrices decay, the rest does not."""
+"""AdamW: matrices decay, the rest does not."""
 
 from fnmatch import fnmatch
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from nsa_platform.config.train import OptimizerConfig
 
@@ -19,24 +21,31 @@ def decays(name: str) -> bool:
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over all parameters of the model; the learning rate is set before each step.
 
+    Parameters on different meshes are in different groups: one operation takes one mesh.
+
     Source:
         arXiv 1711.05101 (decoupled weight decay).
     """
-    parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {
-            "params": [p for name, p in parameters if decays(name)],
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [p for name, p in parameters if not decays(name)], "weight_decay": 0.0},
-    ]
+    groups: dict[tuple[bool, DeviceMesh | None], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((decays(name), _mesh(parameter)), []).append(parameter)
     return torch.optim.AdamW(
-        groups,
+        [
+            {"params": parameters, "weight_decay": config.weight_decay if is_decayed else 0.0}
+            for (is_decayed, _), parameters in sorted(
+                groups.items(), key=lambda group: not group[0][0]
+            )
+        ],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         fused=next(model.parameters()).device.type == "cuda",
     )
+
+
+def _mesh(parameter: nn.Parameter) -> DeviceMesh | None:
+    return parameter.device_mesh if isinstance(parameter, DTensor) else None
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

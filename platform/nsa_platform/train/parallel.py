@@ -2,10 +2,11 @@
 
 Both ways add up the gradients of all workers; the loss of each microbatch has already been divided
 by the number of targets of the whole step, so the sum is the gradient of the step's mean loss, for
-any number of workers and microbatches.
+any number of workers and microbatches, and whatever they share within a row (model/partition.py).
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -13,12 +14,15 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from nsa_platform.config.train import TrainConfig
+from nsa_platform.model.experts import Experts
+from nsa_platform.model.transformer import Transformer
+from nsa_platform.train.mesh import Mesh
 
 # Gradients of replicas travel together up to this many elements.
 BUCKET_ELEMENTS = 1 << 25
@@ -45,10 +49,11 @@ class World:
 
 
 def resolve_parallel(config: TrainConfig, *, on_gpu: bool) -> Literal["replicate", "shard"]:
-    """auto: shard on a GPU or when computing in bfloat16, else replicate."""
+    """auto: shard on a GPU, when computing in bfloat16 or with a mesh, else replicate."""
     if config.parallel != "auto":
         return config.parallel
-    return "shard" if on_gpu or config.dtype == "bfloat16" else "replicate"
+    shards = on_gpu or config.dtype == "bfloat16" or not config.mesh.is_plain
+    return "shard" if shards else "replicate"
 
 
 def compile_layers(layers: Iterable[nn.Module]) -> None:
@@ -63,23 +68,53 @@ def recompute_activations(layers: Iterable[nn.Module]) -> None:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
 
-def shard(
-    model: nn.Module, layers: Iterable[nn.Module], *, dtype: torch.dtype, world: World
-) -> None:
-    """FSDP2 over all workers: one group of parameters for each layer and one for the rest.
+def shard(model: Transformer, *, dtype: torch.dtype, mesh: Mesh) -> None:
+    """FSDP2: one group of parameters for each layer, one for the rest, one for experts that are
+    spread over workers.
 
     Parameters, gradients after reduction and optimizer state are float32 and sharded; layers
     compute in `dtype`. Needs an initialised process group, also for one worker.
     """
-    mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for module in (*layers, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+    # Nothing casts or gathers what steers the choice of experts: it is small and must stay exact.
+    steering = {p for p in model.parameters() if not p.requires_grad}
+    if mesh.experts is not None:
+        for module in model.modules():
+            if isinstance(module, Experts):
+                spread(module, mesh.experts)
+                fully_shard(
+                    module,
+                    mesh=mesh.expert_state,
+                    mp_policy=policy,
+                    shard_placement_fn=_inside_experts(mesh.expert_state),
+                )
+    for module in (*model.layers, model):
+        fully_shard(module, mesh=mesh.state, mp_policy=policy, ignored_params=steering)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Sum instead of mean over workers, by a plain sum that every back end knows.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def spread(experts: Experts, mesh: DeviceMesh) -> None:
+    """Leave this worker its part of the experts, on the meta device still."""
+    for name, parameter in list(experts.named_parameters()):
+        shape = (parameter.shape[0] // mesh.size(), *parameter.shape[1:])
+        part = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
+        whole = DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
+        experts.register_parameter(name, nn.Parameter(whole))
+
+
+def _inside_experts(mesh: DeviceMesh | None) -> Callable[[nn.Parameter], Shard]:
+    """Workers may be more than experts: cut inside them where that comes out even."""
+    assert mesh is not None
+    workers = mesh.size(mesh.ndim - 1)
+
+    def place(parameter: nn.Parameter) -> Shard:
+        return Shard(1 if parameter.shape[1] % workers == 0 else 0)
+
+    return place
 
 
 def fill_parameters(model: nn.Module, value_of: Callable[[str, torch.Size], Tensor]) -> None:
@@ -142,10 +177,31 @@ def _sum_together(gradients: list[Tensor]) -> None:
         offset += gradient.numel()
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+def clip_gradients(model: nn.Module, max_norm: float, world: World) -> Tensor:
     """Scale all gradients so that their global norm is at most `max_norm`.
 
     Returns the norm before clipping as a plain scalar tensor, the same on every worker.
     """
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    by_copies: dict[int, list[Tensor]] = {}
+    for parameter in model.parameters():
+        gradient = parameter.grad
+        if gradient is not None:
+            part = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            by_copies.setdefault(num_copies(gradient, world.size), []).append(part)
+    square = torch.stack(
+        [nn.utils.get_total_norm(parts).square() / n for n, parts in by_copies.items()]
+    ).sum()
+    norm = world.sum(square).sqrt()
+    shrink = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for parts in by_copies.values():
+        torch._foreach_mul_(parts, shrink)  # pyright: ignore[reportPrivateImportUsage]
+    return norm
+
+
+def num_copies(tensor: Tensor, num_workers: int) -> int:
+    """Workers that hold the same part of a tensor."""
+    if not isinstance(tensor, DTensor):
+        return num_workers
+    mesh = tensor.device_mesh
+    cuts = [mesh.size(i) for i, each in enumerate(tensor.placements) if each.is_shard()]
+    return num_workers // math.prod(cuts)

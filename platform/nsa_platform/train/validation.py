@@ -11,10 +11,10 @@ from torch import Tensor
 from nsa_platform.config.data import LoaderConfig
 from nsa_platform.data.loader import Batch, Loader
 from nsa_platform.data.shards import ShardSet
-from nsa_platform.model.inputs import PackedInputs
 from nsa_platform.model.probe import LayerHealth, Probe
 from nsa_platform.model.transformer import Transformer
 from nsa_platform.train.loss import IGNORED, chunk_tokens, token_losses
+from nsa_platform.train.mesh import Mesh
 from nsa_platform.train.parallel import World, release_gathered
 
 POSITION_PARTS = 8
@@ -54,6 +54,7 @@ class Validation:
         tokens: int,
         rows_per_microbatch: int,
         world: World,
+        mesh: Mesh,
         token_bytes: Tensor | None,
     ) -> None:
         """Read up to `tokens` held-out tokens; `token_bytes` [vocab] gives the bytes of each id."""
@@ -61,6 +62,7 @@ class Validation:
         self._config = config
         self._rows_per_microbatch = rows_per_microbatch
         self._world = world
+        self._mesh = mesh
         self._token_bytes = None if token_bytes is None else token_bytes.to(world.device).double()
         available = self._loader().rows_per_epoch
         self.rows = min(max(1, tokens // config.context_length), available)
@@ -68,7 +70,8 @@ class Validation:
     def run(self, model: Transformer) -> Validated:
         """Validate. Every worker calls it; all get the same numbers."""
         model.eval()
-        # Nats, targets and bytes; then nats and targets of each part of the context.
+        # Nats, targets and bytes; then nats and targets of each part of the context. Workers with
+        # the same tokens add the same to all of them, and only quotients count.
         sums = torch.zeros(3 + 2 * POSITION_PARTS, dtype=torch.float64, device=self._world.device)
         probe = Probe()
         with torch.no_grad():
@@ -85,38 +88,40 @@ class Validation:
         return Loader(
             self._shards,
             self._config,
-            rank=self._world.rank,
-            world_size=self._world.size,
+            rank=self._mesh.data_rank,
+            world_size=self._mesh.data_size,
             rows_per_microbatch=self._rows_per_microbatch,
         )
 
     def _batches(self) -> Iterator[Batch]:
         """This worker's microbatches; rows that only fill up the last ones have no targets."""
         loader = self._loader()
-        unit = self._rows_per_microbatch * self._world.size
+        unit = self._rows_per_microbatch * self._mesh.data_size
         length = self._config.context_length
         for first_row in range(0, self.rows, unit):
             for batch in loader.next_step(unit):
                 targets = batch.targets.view(self._rows_per_microbatch, length)
                 for i in range(self._rows_per_microbatch):
-                    if first_row + i * self._world.size + self._world.rank >= self.rows:
+                    row = first_row + i * self._mesh.data_size + self._mesh.data_rank
+                    if row >= self.rows:
                         targets[i] = IGNORED
                 yield dataclasses.replace(batch, targets=targets.view(-1))
 
     def _add(self, sums: Tensor, model: Transformer, batch: Batch, probe: Probe | None) -> None:
-        inputs = PackedInputs(batch.positions, batch.cu_seqlens, probe)
+        inputs = dataclasses.replace(self._mesh.inputs(batch), probe=probe)
+        ids, targets = self._mesh.own_tokens(batch.ids), self._mesh.own_tokens(batch.targets)
         # A probe looks into every layer, which compiled code does not allow.
         with torch.compiler.set_stance("force_eager" if probe else "default"):
-            hidden = model(batch.ids, inputs).hidden
+            hidden = model(ids, inputs).hidden
         chunk = chunk_tokens(model.config.vocab_size)
-        losses = token_losses(hidden, batch.targets, model.logits, chunk=chunk).double()
-        has_target = batch.targets != IGNORED
+        losses = token_losses(hidden, targets, model.logits, chunk=chunk).double()
+        has_target = targets != IGNORED
         counts = has_target.double()
         sums[0] += losses.sum()
         sums[1] += counts.sum()
         if self._token_bytes is not None:
-            sums[2] += (self._token_bytes[batch.targets.clamp(min=0)] * counts).sum()
-        part = (batch.positions.long() * POSITION_PARTS) // self._config.context_length
+            sums[2] += (self._token_bytes[targets.clamp(min=0)] * counts).sum()
+        part = (inputs.positions.long() * POSITION_PARTS) // self._config.context_length
         sums[3 : 3 + POSITION_PARTS].index_add_(0, part, losses)
         sums[3 + POSITION_PARTS :].index_add_(0, part, counts)
 

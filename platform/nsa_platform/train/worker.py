@@ -20,11 +20,12 @@ from nsa_platform.model.cost import flops_per_token
 from nsa_platform.model.transformer import Transformer
 from nsa_platform.model.weights import ExportError
 from nsa_platform.tracking import RunHandle, SystemMonitor, Tracker
-from nsa_platform.train.build import build_model
+from nsa_platform.train.build import build_mesh, build_model
 from nsa_platform.train.checkpoint import CheckpointStore
 from nsa_platform.train.export import export
 from nsa_platform.train.history import History
 from nsa_platform.train.loop import Metrics, Progress, TrainingDiverged, train
+from nsa_platform.train.mesh import Mesh
 from nsa_platform.train.metrics import Throughput, peak_flops
 from nsa_platform.train.optimizer import build_optimizer
 from nsa_platform.train.parallel import World
@@ -111,7 +112,9 @@ def _train(task: Task, *, world: World, voice: Voice, tracker: Tracker | None) -
     progress, history = Progress(), History()
     try:
         tokenizer = Tokenizer(_tokenizer_folder(task))
-        model, optimizer, facts = _model(task, world=world, checkpoints=checkpoints)
+        length = task.data.context_length
+        mesh = build_mesh(task.model, task.train, context_length=length, world=world)
+        model, optimizer, facts = _model(task, world=world, mesh=mesh, checkpoints=checkpoints)
         if facts is not None:
             progress = Progress(facts["step"], facts["tokens"])
             history = History.from_dict(facts["history"])
@@ -120,12 +123,15 @@ def _train(task: Task, *, world: World, voice: Voice, tracker: Tracker | None) -
         train(
             model,
             optimizer,
-            loader=_loader(task, world=world, state=state, tracker=tracker),
+            loader=_loader(task, mesh=mesh, state=state, tracker=tracker),
             config=task.train,
             world=world,
+            mesh=mesh,
             progress=progress,
             history=history,
-            validation=_validation(task, world=world, tokenizer=tokenizer, tracker=tracker),
+            validation=_validation(
+                task, world=world, mesh=mesh, tokenizer=tokenizer, tracker=tracker
+            ),
             checkpoints=checkpoints,
             identity=task.identity,
             tracker=tracker,
@@ -150,13 +156,13 @@ def _train(task: Task, *, world: World, voice: Voice, tracker: Tracker | None) -
 
 
 def _model(
-    task: Task, *, world: World, checkpoints: CheckpointStore
+    task: Task, *, world: World, mesh: Mesh, checkpoints: CheckpointStore
 ) -> tuple[Transformer, torch.optim.Optimizer, dict[str, Any] | None]:
     """Model and optimizer of the newest checkpoint, else of the start; and its facts."""
     weights = None
     if task.start_from is not None and not checkpoints.has_any():
         weights = storage.fetch(task.start_from, task.cache_dir)
-    model = build_model(task.model, task.train, world=world, weights=weights)
+    model = build_model(task.model, task.train, world=world, mesh=mesh, weights=weights)
     optimizer = build_optimizer(model, task.train.optimizer)
     return model, optimizer, checkpoints.load(model=model, optimizer=optimizer)
 
@@ -166,22 +172,22 @@ def _tokenizer_folder(task: Task) -> Path:
 
 
 def _loader(
-    task: Task, *, world: World, state: LoaderState | None, tracker: Tracker | None
+    task: Task, *, mesh: Mesh, state: LoaderState | None, tracker: Tracker | None
 ) -> Loader:
     shards = open_split(task.data, "train")
     _track_data(shards, tracker, "training")
     return Loader(
         shards,
         task.data,
-        rank=world.rank,
-        world_size=world.size,
+        rank=mesh.data_rank,
+        world_size=mesh.data_size,
         rows_per_microbatch=task.train.sequences_per_microbatch,
         state=state,
     )
 
 
 def _validation(
-    task: Task, *, world: World, tokenizer: Tokenizer, tracker: Tracker | None
+    task: Task, *, world: World, mesh: Mesh, tokenizer: Tokenizer, tracker: Tracker | None
 ) -> Validation | None:
     if not task.has_validation:
         return None
@@ -198,6 +204,7 @@ def _validation(
         tokens=task.train.validation_tokens,
         rows_per_microbatch=task.train.sequences_per_microbatch,
         world=world,
+        mesh=mesh,
         token_bytes=token_bytes,
     )
 

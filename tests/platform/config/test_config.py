@@ -188,3 +188,31 @@ def test_every_place_of_a_run_is_listed() -> None:
         "tokenizer.path": ("t",),
         "output": ("s3://b/o",),
     }
+
+
+@pytest.mark.parametrize(
+    ("mesh", "workers", "message"),
+    [
+        ({"context_parallel_degree": 3}, 4, "num_workers=4 must be a multiple of"),
+        ({"context_parallel_degree": 3}, 3, "context_length=256 must be a multiple of"),
+        ({"tensor_parallel_degree": 2}, 2, "must divide kv_heads=1"),
+        ({"context_parallel_degree": 8}, 8, "context_parallel_degree=8 must divide the 1 key/"),
+        ({"expert_parallel_degree": 2}, 2, "must divide model.moe.routed_experts=0"),
+        ({"expert_parallel_degree": 3}, 2, "must divide the 2 workers of one copy"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused(mesh, workers: int, message: str) -> None:
+    broken = changed("train.mesh", mesh)
+    broken["model"]["attention"] |= {"query_heads": 4, "kv_heads": 1}
+    broken["train"]["tokens_per_step"] = 256 * 24
+    broken["cluster"] = {"num_workers": workers}
+    with pytest.raises(ConfigError, match=r"train\.mesh: ") as caught:
+        PretrainRun.parse(broken)
+    assert message in str(caught.value)
+
+
+def test_a_mesh_needs_shards() -> None:
+    broken = changed("train.mesh", {"context_parallel_degree": 2})
+    broken["train"]["parallel"] = "replicate"
+    with pytest.raises(ConfigError, match="the axes of mesh need parallel=shard"):
+        PretrainRun.parse(broken)

@@ -198,8 +198,8 @@ def test_initial_weights_follow_the_table(make_config):
         "layers.0.attention.output.weight": 32**-0.5 * residual,
         "layers.0.ffn.down.weight": 48**-0.5 * residual,
         "layers.0.attention.compress_key.fold": (8 * 16) ** -0.5,
-        "layers.1.ffn.gate_up": 64**-0.5,
-        "layers.1.ffn.down": 64**-0.5 * residual,
+        "layers.1.ffn.experts.gate_up": 64**-0.5,
+        "layers.1.ffn.experts.down": 64**-0.5 * residual,
         "layers.1.ffn.shared.down.weight": 128**-0.5 * residual,
         "embedding.weight": 64**-0.5,
     }

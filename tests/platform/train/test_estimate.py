@@ -30,6 +30,18 @@ def test_shards_share_the_state() -> None:
     assert (alone.microbatches, shared.microbatches) == (4, 2)
 
 
+def test_a_mesh_deals_rows_and_holds_copies() -> None:
+    mesh = {"context_parallel_degree": 2, "data_parallel_replicate_degree": 2}
+    alone = estimate(MODEL, DATA, settings(), ClusterConfig())
+    plan = estimate(MODEL, DATA, settings(mesh=mesh), ClusterConfig(num_workers=8))
+    assert plan.parallel == "shard"
+    assert plan.state_bytes == alone.state_bytes // 4
+    assert plan.microbatches == 1
+    assert plan.activation_bytes == alone.activation_bytes // 2
+    assert plan.mesh == "replicate 2, context 2, state over 4"
+    assert alone.mesh == ""
+
+
 def test_totals_and_what_makes_activations_small() -> None:
     plan = estimate(MODEL, DATA, settings(steps=10), ClusterConfig())
     assert plan.tokens == 10 * 8 * CONTEXT

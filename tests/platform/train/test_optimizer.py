@@ -24,7 +24,7 @@ from tests.platform.train.tiny_run import MOE
         ("layers.0.attention.compress_key.position", False),
         ("layers.0.attention.compress_key.fold", True),
         ("layers.0.ffn.gate_up.weight", True),
-        ("layers.1.ffn.gate_up", True),
+        ("layers.1.ffn.experts.gate_up", True),
         ("layers.1.ffn.router.weight", True),
     ],
 )

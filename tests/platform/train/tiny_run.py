@@ -14,7 +14,7 @@ from nsa_platform.config.train import TrainConfig
 from nsa_platform.data.loader import Loader, LoaderState
 from nsa_platform.data.manifest import SourceRecord, TokenizerRecord
 from nsa_platform.data.shards import ShardWriter, open_split
-from nsa_platform.train.build import build_model
+from nsa_platform.train.build import build_mesh, build_model
 from nsa_platform.train.checkpoint import CheckpointStore
 from nsa_platform.train.export import gather_weights
 from nsa_platform.train.history import History
@@ -121,7 +121,8 @@ def run(
 ) -> Recorded:
     """Train (or go on training) in `folder`, as a worker does."""
     recorded, world = Recorded(), this_world(device)
-    model = build_model(model_config, config, world=world)
+    mesh = build_mesh(model_config, config, context_length=data.context_length, world=world)
+    model = build_model(model_config, config, world=world, mesh=mesh)
     optimizer = build_optimizer(model, config.optimizer)
     checkpoints = CheckpointStore(
         str(folder),
@@ -138,8 +139,8 @@ def run(
     loader = Loader(
         open_split(data, "train"),
         data,
-        rank=world.rank,
-        world_size=world.size,
+        rank=mesh.data_rank,
+        world_size=mesh.data_size,
         rows_per_microbatch=config.sequences_per_microbatch,
         state=state,
     )
@@ -149,6 +150,7 @@ def run(
         tokens=config.validation_tokens,
         rows_per_microbatch=config.sequences_per_microbatch,
         world=world,
+        mesh=mesh,
         token_bytes=torch.arange(VOCAB) % 4,
     )
     train(
@@ -157,6 +159,7 @@ def run(
         loader=loader,
         config=config,
         world=world,
+        mesh=mesh,
         progress=progress,
         history=history,
         validation=validation,

@@ -1,0 +1,146 @@
+"""Whatever four workers share, they compute what one computes: losses, gradients, norms."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from nsa_platform.config.data import LoaderConfig
+from nsa_platform.config.model import ModelConfig
+from nsa_platform.config.train import TrainConfig
+from nsa_platform.data.loader import Loader
+from nsa_platform.data.shards import open_split
+from nsa_platform.train.build import build_mesh, build_model
+from nsa_platform.train.loop import take_step
+from tests.platform.train.tiny_run import (
+    CONTEXT,
+    MOE,
+    full,
+    run,
+    settings,
+    this_world,
+    write_data,
+)
+
+# The same sums in another order: float32 with a few hundred terms.
+ROUNDING = 2e-5
+
+NSA = ModelConfig.parse(
+    MOE.model_dump()
+    | {"moe": MOE.model_dump()["moe"] | {"balance_loss": 0.3, "bias_update_rate": 0.05}}
+)
+HEADS = {"query_heads": 4, "kv_heads": 2, "key_width": 8, "value_width": 8}
+SHARED = {"branch_kv": "shared", "compressed_rotary": "before"}
+QWEN = {"qk_norm": True, "qkv_bias": True}
+MODELS = {
+    "nsa": NSA,
+    "full": ModelConfig.parse(
+        MOE.model_dump() | {"attention": {"kind": "full", "gated": True, **HEADS, **QWEN}}
+    ),
+    "shared": ModelConfig.parse(
+        MOE.model_dump() | {"attention": MOE.attention.model_dump() | SHARED}
+    ),
+}
+MESHES: dict[str, dict[str, int]] = {
+    "shard": {},
+    "replicate": {"data_parallel_replicate_degree": 2},
+    "context": {"context_parallel_degree": 2},
+    "context-of-kin": {"context_parallel_degree": 4},
+    "tensor": {"tensor_parallel_degree": 2},
+    "expert": {"expert_parallel_degree": 2},
+    "all-experts": {"expert_parallel_degree": 4},
+    "context+tensor": {"context_parallel_degree": 2, "tensor_parallel_degree": 2},
+    "context+expert": {"context_parallel_degree": 2, "expert_parallel_degree": 2},
+    "context+replicate": {"context_parallel_degree": 2, "data_parallel_replicate_degree": 2},
+    "tensor+expert": {"tensor_parallel_degree": 2, "expert_parallel_degree": 4},
+    "tensor+replicate": {"tensor_parallel_degree": 2, "data_parallel_replicate_degree": 2},
+    "expert+replicate": {"expert_parallel_degree": 2, "data_parallel_replicate_degree": 2},
+}
+CASES = [
+    *(("nsa", mesh) for mesh in MESHES),
+    ("full", "context-of-kin"),
+    ("full", "context+tensor"),
+    ("shared", "context-of-kin"),
+]
+
+
+def _settings(mesh: dict[str, int], **changes: Any) -> TrainConfig:
+    # One row a microbatch: the balance loss, a mean over each, then knows no number of workers.
+    return settings(
+        parallel="shard",
+        sequences_per_microbatch=1,
+        tokens_per_step=4 * CONTEXT,
+        mesh=mesh,
+        **changes,
+    )
+
+
+def _two_steps(
+    model_config: ModelConfig, config: TrainConfig, data: LoaderConfig
+) -> dict[str, Any]:
+    """Plain gradient descent, so that weights tell gradients apart from their multiples."""
+    world = this_world()
+    mesh = build_mesh(model_config, config, context_length=CONTEXT, world=world)
+    model = build_model(model_config, config, world=world, mesh=mesh)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    descent = torch.optim.SGD(trained, lr=0.5, foreach=False)
+    loader = Loader(open_split(data, "train"), data, rank=mesh.data_rank, world_size=mesh.data_size)
+    results = [
+        take_step(model, descent, loader.next_step(4), config=config, world=world, mesh=mesh)
+        for _ in range(2)
+    ]
+    return {
+        "steps": [[r.nats, r.targets, r.balance_loss, r.grad_norm, r.expert_load] for r in results],
+        "weights": {name: full(p) for name, p in model.named_parameters()},
+    }
+
+
+def _worker(rank: int, size: int, folder: str, data: LoaderConfig) -> None:
+    meeting = (Path(folder) / f"group-{size}").as_uri()
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
+    cases = [(model, "shard") for model in MODELS] if size == 1 else CASES
+    for model, mesh in cases:
+        found = _two_steps(MODELS[model], _settings(MESHES[mesh]), data)
+        if rank == 0:
+            torch.save(found, Path(folder) / f"{model}-{mesh}-{size}.pt")
+    if size == 1:
+        straight = run(_settings({}), data, Path(folder) / "straight", model_config=NSA)
+        torch.save(straight.metrics, Path(folder) / "straight.pt")
+    else:
+        place = Path(folder) / "moving"
+        run(_settings(MESHES["expert"], steps=3), data, place, model_config=NSA)
+        moved = run(_settings(MESHES["context+tensor"]), data, place, model_config=NSA)
+        if rank == 0:
+            torch.save(moved.metrics, Path(folder) / "moved.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of what one worker and four workers have computed."""
+    folder = tmp_path_factory.mktemp("meshes")
+    data = write_data(folder / "data")
+    _worker(0, 1, str(folder), data)
+    spawn(_worker, args=(4, str(folder), data), nprocs=4)
+    return folder
+
+
+@pytest.mark.parametrize(("model", "mesh"), CASES, ids=lambda name: name)
+def test_four_workers_compute_what_one_computes(found: Path, model: str, mesh: str) -> None:
+    alone = torch.load(found / f"{model}-shard-1.pt")
+    shared = torch.load(found / f"{model}-{mesh}-4.pt")
+    for step, reference in zip(shared["steps"], alone["steps"], strict=True):
+        for value, wanted in zip(step, reference, strict=True):
+            torch.testing.assert_close(value, wanted, rtol=ROUNDING, atol=0)
+    assert shared["weights"].keys() == alone["weights"].keys()
+    for name, weight in alone["weights"].items():
+        torch.testing.assert_close(
+            shared["weights"][name],
+            weight,
+            rtol=0,
+            atol=ROUNDING,
+            msg=lambda t, n=name: f"{n}: {t}",
+        )
