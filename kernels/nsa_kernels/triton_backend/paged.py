@@ -14,7 +14,7 @@ from torch import Tensor
 from nsa_kernels.shapes import NsaConfig
 from nsa_kernels.triton_backend.paged_decode import decode_attention, is_decode, make_plan
 from nsa_kernels.triton_backend.paged_importance import paged_importance_kernel
-from nsa_kernels.triton_backend.paged_merge import paged_merge_kernel
+from nsa_kernels.triton_backend.paged_merge import merge_parts
 from nsa_kernels.triton_backend.paged_rows import Rows, locate_rows
 from nsa_kernels.triton_backend.paged_selected import paged_selected_sliding_forward_kernel
 from nsa_kernels.triton_backend.paged_span import paged_span_forward_kernel
@@ -221,22 +221,8 @@ def _selected_sliding_parts(
 
 def _merge(parts: Parts, gates: Tensor | None, rows: Rows, out: Tensor) -> None:
     """Join the parts of every row into its packed token's output."""
-    paged_merge_kernel[(rows.positions.shape[0], out.shape[1])](
-        parts.out,
-        parts.lse,
-        gates,
-        rows.positions,
-        rows.packed,
-        None,
-        out,
-        0,
-        out.shape[1],
-        **value_widths(out.shape[2]),
-        SPLITS_CMP=parts.splits.compressed,
-        SPLITS_SLC=parts.splits.selected,
-        SPLITS_WIN=parts.splits.sliding,
-        SPLITS_PADDED=triton.next_power_of_2(parts.splits.total),
-    )
+    splits = (parts.splits.compressed, parts.splits.selected, parts.splits.sliding)
+    merge_parts(parts.out, parts.lse, splits, gates, out, rows=(rows.positions, rows.packed))
 
 
 def _locate(

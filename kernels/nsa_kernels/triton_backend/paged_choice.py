@@ -1,8 +1,8 @@
 """The n most important selection blocks of one new token and group, inside a kernel (Eq. 9-11).
 
 What the parts of the compressed branch left is brought to a common maximum, normalised and summed
-over the heads. The n-th largest sum is then found three bits at a time, as in topn.py: importances
-are not negative, so that their bits keep their order as integers.
+over the heads. The n-th largest sum is then searched for among their bits: importances are not
+negative, so that these keep their order as integers.
 """
 
 import triton
@@ -37,6 +37,15 @@ def head_norms(
 
 
 @triton.jit
+def widen(b_tiles, TILE_S: tl.constexpr):
+    """Every number of [rows, tiles] for TILE_S columns."""
+    ROWS: tl.constexpr = b_tiles.shape[0]
+    TILES: tl.constexpr = b_tiles.shape[1]
+    b_wide = tl.broadcast_to(b_tiles[:, :, None], (ROWS, TILES, TILE_S))
+    return tl.reshape(b_wide, (ROWS, TILES * TILE_S))
+
+
+@triton.jit
 def store_importance(
     shares,
     rests,
@@ -62,24 +71,24 @@ def store_importance(
     scores give equal importances, which the rule for ties rests on.
     """
     o_r = tl.arange(0, R_PADDED)
-    m_r = (o_r < R)[:, None, None]
+    m_r = (o_r < R)[:, None]
     top, norm = head_norms(partial_lse, o_head + o_r, o_r < R, SPLITS, SPLITS_PADDED, ALL_SPLITS)
-    top, norm = top[:, None, None], norm[:, None, None]
-    o_block = tl.arange(0, TILE_S)[None, None, :]
-    o_row = (o_head + o_r)[:, None, None] * N
+    top, norm = top[:, None], norm[:, None]
+    o_row = (o_head + o_r)[:, None] * N
+    o_column = tl.arange(0, TILE_N * TILE_S)
+    is_first = (o_column % TILE_S == 0)[None, :]
     for first in range(0, num_seen // TILE_STRIDES + 1, TILE_N):
-        o_tile = first + tl.arange(0, TILE_N)[None, :, None]
+        o_tile = first + tl.arange(0, TILE_N)[None, :]
         m_tile = m_r & (o_tile * TILE_STRIDES < num_seen)
         m_before = m_r & (o_tile > 0) & ((o_tile - 1) * TILE_STRIDES < num_seen)
-        b_share = tl.load(shares + (o_row + o_tile) * TILE_S + o_block, m_tile, 0.0)
-        b_max = tl.load(maxima + o_row + o_tile, m_tile, -float("inf"))
+        b_factor = tl.exp2(tl.load(maxima + o_row + o_tile, m_tile, -float("inf")) - top)
         before = tl.load(maxima + o_row + o_tile - 1, m_before, -float("inf"))
         rest = tl.load(rests + o_row + o_tile - 1, m_before, 0.0) * tl.exp2(before - top)
-        b_share = b_share * tl.exp2(b_max - top) + tl.where(o_block == 0, rest, 0.0)
-        b_sum = tl.sum(b_share * norm, 0)
-        o_tile = first + tl.arange(0, TILE_N)[:, None]
-        o_out = o_tile * TILE_S + tl.arange(0, TILE_S)[None, :]
-        tl.store(importance + o_out, b_sum, o_tile < N)
+        o_block = first * TILE_S + o_column
+        m_block = m_r & (o_block // TILE_S * TILE_STRIDES < num_seen)[None, :]
+        b_share = tl.load(shares + o_row * TILE_S + o_block[None, :], m_block, 0.0)
+        b_share = b_share * widen(b_factor, TILE_S) + tl.where(is_first, widen(rest, TILE_S), 0.0)
+        tl.store(importance + o_block, tl.sum(b_share * norm, 0), o_block < N * TILE_S)
 
 
 @triton.jit
@@ -87,6 +96,7 @@ def store_chosen(
     importance,
     chosen_blocks,
     num_candidates,
+    OVERLAPS: tl.constexpr,
     CHOSEN: tl.constexpr,
     INITIAL: tl.constexpr,
     LOCAL: tl.constexpr,
@@ -95,24 +105,32 @@ def store_chosen(
     """Write the CHOSEN most important of num_candidates > CHOSEN blocks, ascending.
 
     The first INITIAL and the last LOCAL are among them; of equal ones the lower come first.
+    OVERLAPS is what the importances add up to, or little less.
     """
     o_block = tl.arange(0, NUM_BLOCKS)
     b_importance = tl.load(importance + o_block, o_block < num_candidates, 0.0)
     keys = tl.minimum(b_importance.to(tl.int32, bitcast=True), FORCED - 1)
     is_forced = (o_block < INITIAL) | (o_block >= num_candidates - LOCAL)
     keys = tl.where(o_block < num_candidates, tl.where(is_forced, FORCED, keys), -1)
-    o_digit = tl.arange(0, 8)
-    threshold = num_candidates * 0
-    shift = 28
+    # The CHOSEN-th largest is at least low and less than high. Eight trials a pass; the first ones
+    # are octaves down from the largest that CHOSEN of them can be at once.
+    o_trial = tl.arange(0, 8)
+    low = num_candidates * 0
+    high = low + FORCED
     num_left = num_candidates
-    # At least CHOSEN keys reach the threshold; with no more than that it is found.
-    while (shift >= -2) & (num_left > CHOSEN):
-        trial = threshold + (o_digit << tl.maximum(shift, 0))
-        counts = tl.sum((keys[None, :] >= trial[:, None]).to(tl.int32), 1)
-        is_reached = counts >= CHOSEN
-        num_left = tl.min(tl.where(is_reached, counts, num_candidates), 0)
-        threshold = tl.max(tl.where(is_reached, trial, 0), 0)
-        shift -= 3
+    first = tl.full([], OVERLAPS / CHOSEN, tl.float32).to(tl.int32, bitcast=True) - (7 << 23)
+    step = low + (1 << 23)
+    while (high - low > 1) & (num_left > CHOSEN):
+        counts = tl.sum((keys[None, :] >= (first + o_trial * step)[:, None]).to(tl.int32), 1)
+        # Counts fall with the trial: the least that suffices belongs to the last that is reached.
+        best = tl.min(tl.where(counts >= CHOSEN, counts * 8 + 7 - o_trial, num_left * 8 + 8), 0)
+        num_reached = tl.where(best < num_left * 8 + 8, 8 - best % 8, 0)
+        high = tl.where(num_reached < 8, first + num_reached * step, high)
+        low = tl.where(num_reached > 0, first + (num_reached - 1) * step, low)
+        num_left = tl.minimum(best // 8, num_left)
+        step = (high - low + 8) // 9
+        first = low + step
+    threshold = low
     is_above = (keys > threshold).to(tl.int32)
     is_equal = (keys == threshold).to(tl.int32)
     room = CHOSEN - tl.sum(is_above, 0)
@@ -143,6 +161,7 @@ def choose_blocks(
     SPLITS: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
     ALL_SPLITS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
     CHOSEN: tl.constexpr,
     INITIAL: tl.constexpr,
     LOCAL: tl.constexpr,
@@ -158,5 +177,7 @@ def choose_blocks(
     )  # fmt: skip
     # Each thread reads what others of this program wrote, here and below.
     tl.debug_barrier()
-    store_chosen(importance, chosen_blocks, num_candidates, CHOSEN, INITIAL, LOCAL, NUM_BLOCKS)
+    store_chosen(
+        importance, chosen_blocks, num_candidates, OVERLAPS, CHOSEN, INITIAL, LOCAL, NUM_BLOCKS
+    )
     tl.debug_barrier()

@@ -200,7 +200,8 @@ def paged_chosen_kernel(
                 shares, rests, maxima, partial_lse, importance + i_choice * N * TILE_S, p_chosen,
                 first_head, visible_high(position, COMPRESSION_BLOCK, STRIDE), last_block + 1, N,
                 R, R_CHOICE, TILE_N, TILE_S, TILE_S * (SELECTION_BLOCK // STRIDE),
-                SPLITS_CMP, SPLITS_PADDED, ALL_SPLITS, CHOSEN, INITIAL, LOCAL, NUM_BLOCKS,
+                SPLITS_CMP, SPLITS_PADDED, ALL_SPLITS, R * (COMPRESSION_BLOCK // STRIDE),
+                CHOSEN, INITIAL, LOCAL, NUM_BLOCKS,
             )  # fmt: skip
         p_table = page_table
         k, v = k_slc, v_slc

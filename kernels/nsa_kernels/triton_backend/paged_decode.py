@@ -15,8 +15,8 @@ from nsa_kernels.packing import num_tiles
 from nsa_kernels.shapes import NsaConfig
 from nsa_kernels.triton_backend.paged_chosen import paged_chosen_kernel
 from nsa_kernels.triton_backend.paged_compressed import paged_compressed_kernel
-from nsa_kernels.triton_backend.paged_merge import paged_merge_kernel
-from nsa_kernels.triton_backend.tiles import LOG2_E, key_widths, value_widths
+from nsa_kernels.triton_backend.paged_merge import merge_parts
+from nsa_kernels.triton_backend.tiles import LOG2_E, key_widths, register_limit, value_widths
 
 # Two programs for each processor of a large GPU.
 _WANTED_PROGRAMS = 264
@@ -28,6 +28,11 @@ _SHARING_ROWS = 64
 _MOST_BLOCKS = 4096
 _MOST_TOKENS = 16
 _TILE_B = 256
+# Importances that a program holds at once. With four to a thread and four warps 512 blocks fit side
+# by side, so that the heads of a block lie in one thread and are summed without waiting.
+_HELD_IMPORTANCES = 8192
+# Registers of a thread, with which three programs of the choice share a multiprocessor.
+_CHOICE_REGISTERS = 168
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +58,9 @@ class Plan:
     sliding_splits: int
 
     @property
-    def splits(self) -> int:
-        return self.compressed.splits + self.selected.splits + self.sliding_splits
+    def splits(self) -> tuple[int, int, int]:
+        """Parts of the compressed, the selected and the sliding branch."""
+        return self.compressed.splits, self.selected.splits, self.sliding_splits
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +112,8 @@ class Scratch:
 
         rests, maxima = empty(2, num_tokens, num_heads, tiles)
         return cls(
-            partial_out=empty(num_tokens, num_heads, plan.splits, value_width),
-            partial_lse=empty(num_tokens, num_heads, plan.splits),
+            partial_out=empty(num_tokens, num_heads, sum(plan.splits), value_width),
+            partial_lse=empty(num_tokens, num_heads, sum(plan.splits)),
             shares=empty(num_tokens, num_heads, tiles, plan.tile_blocks),
             rests=rests,
             maxima=maxima,
@@ -217,7 +223,7 @@ def _compressed_parts(
         R_PADDED=rows // plan.tokens,
         TILE_ROWS=rows,
         SPLITS=launch.splits,
-        ALL_SPLITS=plan.splits,
+        ALL_SPLITS=sum(plan.splits),
         STRIDES_PADDED=triton.next_power_of_2(strides),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
@@ -240,8 +246,7 @@ def _chosen_parts(
     num_groups = v_slc.shape[2]
     padded = triton.next_power_of_2(num_heads // num_groups)
     tiles, launch = scratch.tiles, plan.selected
-    # Tiles of importances that a program holds at once, of all its heads.
-    held = max(1, min(triton.next_power_of_2(tiles), 4096 // (padded * plan.tile_blocks)))
+    held = max(1, _HELD_IMPORTANCES // (padded * plan.tile_blocks))
     paged_chosen_kernel[(num_tokens * num_groups, launch.splits + plan.sliding_splits)](
         q, *caches, places.page_table, places.window_page_table, places.cu_seqlens,
         places.context_lens, scratch.shares, scratch.rests, scratch.maxima, scratch.importance,
@@ -258,33 +263,12 @@ def _chosen_parts(
         SPLITS_SLC=launch.splits,
         SPLITS_WIN=plan.sliding_splits,
         NUM_BLOCKS=triton.next_power_of_2(tiles * plan.tile_blocks),
-        TILE_N=held,
+        TILE_N=min(triton.next_power_of_2(tiles), held),
         TILE_K=launch.keys,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
+        **register_limit(q.device, _CHOICE_REGISTERS),
     )  # fmt: skip
-
-
-def _merge(scratch: Scratch, gates: Tensor, places: Places, plan: Plan, out: Tensor) -> None:
-    """Join the parts of every packed token into out [T, H, V]."""
-    num_tokens, num_heads, value_width = out.shape
-    paged_merge_kernel[(num_tokens, num_heads)](
-        scratch.partial_out,
-        scratch.partial_lse,
-        gates,
-        None,
-        None,
-        places.cu_seqlens,
-        out,
-        places.context_lens.shape[0],
-        num_heads,
-        **value_widths(value_width),
-        SPLITS_CMP=plan.compressed.splits,
-        SPLITS_SLC=plan.selected.splits,
-        SPLITS_WIN=plan.sliding_splits,
-        SPLITS_PADDED=triton.next_power_of_2(plan.splits),
-        num_warps=1 if plan.splits <= 8 else 4,
-    )
 
 
 def decode_attention(
@@ -310,5 +294,7 @@ def decode_attention(
     out = q.new_empty(*q.shape[:2], v_slc.shape[3])
     _compressed_parts(q, k_cmp, v_cmp, places, scratch, plan, config, scale)
     _chosen_parts(q, caches[2:], places, scratch, plan, config, scale)
-    _merge(scratch, gates, places, plan, out)
+    merge_parts(
+        scratch.partial_out, scratch.partial_lse, plan.splits, gates, out, cu_seqlens=cu_seqlens
+    )
     return out

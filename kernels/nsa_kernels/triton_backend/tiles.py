@@ -94,6 +94,11 @@ def has_copy_engine(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def register_limit(device: torch.device, registers: int) -> dict[str, int]:
+    """The option of a launch that bounds a thread's registers, on the GPUs it was chosen for."""
+    return {"maxnreg": registers} if has_copy_engine(device) else {}
+
+
 def descriptors(
     k: Tensor, v: Tensor, tiles: Tiles
 ) -> tuple[TensorDescriptor, TensorDescriptor] | tuple[None, None]:
