@@ -18,6 +18,8 @@ from deployments.backend import Method, Piece, Spent
 from deployments.config import LLMConfig, LLMServingArgs
 from deployments.errors import broken_off, overloaded, unavailable
 from deployments.ingress import build_app
+from deployments.metric_families import FAMILIES
+from deployments.ray_metrics import RaySink
 from deployments.visits import log_to_stdout
 
 ATTEMPTS = 3
@@ -43,6 +45,7 @@ class ServeBackend:
             and config.deployment_config.autoscaling_config.min_replicas == 0
         }
         self._handles = handles
+        self._metrics = RaySink()
         self._max_model_len: dict[str, int] = {}
 
     async def answer(
@@ -65,6 +68,7 @@ class ServeBackend:
                     yield piece
                 return
             except BackPressureError as error:
+                self._count_refusal(model)
                 answer = self._backpressure[model]
                 yield overloaded(
                     str(error), status=answer.status_code, retry_after_s=answer.retry_after_s
@@ -100,6 +104,11 @@ class ServeBackend:
 
     async def metrics(self) -> Sequence[str]:
         return [text for model in self.models for text in await self._ask_all(model, "metrics")]
+
+    def _count_refusal(self, model: str) -> None:
+        """One that no replica has seen, and so none can count."""
+        labels = {"model_name": model, "engine": "ingress", "reason": "overloaded"}
+        self._metrics.record(FAMILIES["admission_rejections"], 1, labels)
 
     async def _ask_all(self, model: str, method: str) -> list[Any]:
         """What each replica answers; of those that do not, nothing."""

@@ -1,114 +1,132 @@
-"""Prometheus metrics of one replica.
+"""What one replica counts about its engine and its requests."""
 
-Names are vLLM's with the prefix `nsa:`, so that dashboards port.
-"""
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
-
+from deployments.metric_families import FAMILIES, LABELS, Family
 from nsa_platform.serve.engine import EngineStats
 
-LABELS = ("model_name", "engine")
-
-FIRST_TOKEN_S = (
-    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10),
-    *(20, 40, 80, 160, 640, 2560),
-)
-NEXT_TOKEN_S = (
-    *(0.001, 0.0025, 0.005, 0.0075, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5),
-    *(0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80),
-)
-WHOLE_S = (
-    *(0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920),
-    7680,
-)
-TOKENS = (1, 10, 50, 100, 500, 1000, 5000, 10_000, 50_000, 100_000, 500_000, 1_000_000)
-
 GAUGES = {
-    "nsa:num_requests_running": ("Requests in the batch.", "num_running"),
-    "nsa:num_requests_waiting": ("Requests that wait for their first step.", "num_waiting"),
-    "nsa:kv_pages_used": ("Pages of the cache in use.", "pages_used"),
-    "nsa:kv_pages_total": ("Pages of the cache.", "pages_total"),
+    "num_requests_running": "num_running",
+    "num_requests_waiting": "num_waiting",
+    "kv_pages_used": "pages_used",
+    "kv_pages_total": "pages_total",
+    "kv_window_pages_used": "window_pages_used",
+    "kv_window_pages_total": "window_pages_total",
 }
 COUNTERS = {
-    "nsa:prompt_tokens": ("Prompt tokens computed.", "prompt_tokens_total"),
-    "nsa:generation_tokens": ("Tokens generated.", "generation_tokens_total"),
-    "nsa:num_preemptions": ("Requests put back for lack of pages.", "preemptions_total"),
-    "nsa:engine_steps": ("Steps of the engine.", "steps_total"),
+    "prompt_tokens": "prompt_tokens_total",
+    "generation_tokens": "generation_tokens_total",
+    "computed_tokens": "computed_tokens_total",
+    "num_preemptions": "preemptions_total",
+    "engine_steps": "steps_total",
 }
+"""Of metrics that the engine itself keeps, the fields of its stats."""
 
 
-class EngineCollector(Collector):
-    """The engine's own numbers, read when they are asked for."""
+class Sink(Protocol):
+    """Where metrics go. Labels are all of a family's."""
 
-    def __init__(self, stats: Callable[[], EngineStats], labels: Sequence[str]) -> None:
-        self._stats = stats
-        self._labels = labels
+    def record(self, family: Family, value: float, labels: Mapping[str, str]) -> None:
+        """Set a gauge, add to a counter, or observe a value of a histogram."""
+        ...
 
-    def describe(self) -> Iterable[Metric]:
-        return ()
 
-    def collect(self) -> Iterator[Metric]:
-        stats = self._stats()
-        for name, (about, field) in GAUGES.items():
-            gauge = GaugeMetricFamily(name, about, labels=LABELS)
-            gauge.add_metric(self._labels, getattr(stats, field))
-            yield gauge
-        used = GaugeMetricFamily(
-            "nsa:kv_cache_usage_perc", "Share of the cache in use, 0 to 1.", labels=LABELS
-        )
-        used.add_metric(self._labels, stats.pages_used / max(1, stats.pages_total))
-        yield used
-        for name, (about, field) in COUNTERS.items():
-            counter = CounterMetricFamily(name, about, labels=LABELS)
-            counter.add_metric(self._labels, getattr(stats, field))
-            yield counter
+class PrometheusSink:
+    """Metrics of this process in Prometheus' text format, under names that begin with `nsa:`."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._metrics = {name: self._metric(family) for name, family in FAMILIES.items()}
+
+    def record(self, family: Family, value: float, labels: Mapping[str, str]) -> None:
+        metric = self._metrics[family.name].labels(**labels)
+        if isinstance(metric, Gauge):
+            metric.set(value)
+        elif isinstance(metric, Counter):
+            metric.inc(value)
+        else:
+            metric.observe(value)
+
+    def exposition(self) -> str:
+        """All metrics that have been recorded."""
+        return generate_latest(self._registry).decode()
+
+    def _metric(self, family: Family) -> Gauge | Counter | Histogram:
+        name, names = f"nsa:{family.name}", (*LABELS, *family.labels)
+        if family.kind == "gauge":
+            return Gauge(name, family.about, names, registry=self._registry)
+        if family.kind == "counter":
+            return Counter(name, family.about, names, registry=self._registry)
+        return Histogram(name, family.about, names, buckets=family.buckets, registry=self._registry)
 
 
 class Meter:
-    """What one replica counts about its requests."""
+    """Takes down what happens, for Prometheus and for any other sinks."""
 
-    def __init__(self, stats: Callable[[], EngineStats], *, model: str, replica: str) -> None:
-        self._registry = CollectorRegistry()
-        self._labels = (model, replica)
-        self._registry.register(EngineCollector(stats, self._labels))
-        self._first = self._histogram("time_to_first_token_seconds", FIRST_TOKEN_S)
-        self._next = self._histogram("inter_token_latency_seconds", NEXT_TOKEN_S)
-        self._whole = self._histogram("e2e_request_latency_seconds", WHOLE_S)
-        self._prompt = self._histogram("request_prompt_tokens", TOKENS)
-        self._generated = self._histogram("request_generation_tokens", TOKENS)
-        self._success = self._counter("request_success", "finished_reason")
-        self._refused = self._counter("admission_rejections", "reason")
+    def __init__(
+        self,
+        stats: Callable[[], EngineStats],
+        *,
+        model: str,
+        replica: str,
+        sinks: Sequence[Sink] = (),
+    ) -> None:
+        self._stats = stats
+        self._labels = dict(zip(LABELS, (model, replica), strict=True))
+        self._prometheus = PrometheusSink()
+        self._sinks: tuple[Sink, ...] = (self._prometheus, *sinks)
+        self._told = dict.fromkeys(COUNTERS, 0)
 
-    def first_token(self, seconds: float) -> None:
-        self._first.observe(seconds)
+    def asked(self, *, max_tokens: int, n: int) -> None:
+        """A request was taken."""
+        self._record("request_params_max_tokens", max_tokens)
+        self._record("request_params_n", n)
+
+    def first_token(self, seconds: float, *, prompt: int, cached: int) -> None:
+        """A choice has begun; of its prompt's tokens some came from the cache."""
+        self._record("time_to_first_token_seconds", seconds)
+        self._record("prefix_cache_queries", prompt)
+        self._record("prefix_cache_hits", cached)
 
     def next_token(self, seconds: float) -> None:
-        self._next.observe(seconds)
+        """A token came that long after the one before."""
+        self._record("inter_token_latency_seconds", seconds)
 
-    def finished(self, reason: str, *, prompt: int, generated: int, seconds: float) -> None:
-        """One choice came to its end."""
-        self._success.labels(*self._labels, reason).inc()
-        self._whole.observe(seconds)
-        self._prompt.observe(prompt)
-        self._generated.observe(generated)
+    def finished(
+        self, reason: str, *, prompt: int, generated: int, seconds: float, decode_s: float
+    ) -> None:
+        """One choice came to its end; decode_s of its seconds passed after its first token."""
+        self._record("request_success", 1, finished_reason=reason)
+        self._record("e2e_request_latency_seconds", seconds)
+        self._record("request_decode_time_seconds", decode_s)
+        self._record("request_prompt_tokens", prompt)
+        self._record("request_generation_tokens", generated)
+        if generated > 1:
+            self._record("request_time_per_output_token_seconds", decode_s / (generated - 1))
 
     def refused(self, reason: str) -> None:
         """A request was not taken."""
-        self._refused.labels(*self._labels, reason).inc()
+        self._record("admission_rejections", 1, reason=reason)
+
+    def publish(self) -> None:
+        """Take down what the engine holds and has done since the last time."""
+        stats = self._stats()
+        for name, field in GAUGES.items():
+            self._record(name, getattr(stats, field))
+        self._record("kv_cache_usage_perc", stats.pages_used / max(1, stats.pages_total))
+        for name, field in COUNTERS.items():
+            total = getattr(stats, field)
+            self._record(name, total - self._told[name])
+            self._told[name] = total
 
     def exposition(self) -> str:
         """All metrics in Prometheus' text format."""
-        return generate_latest(self._registry).decode()
+        self.publish()
+        return self._prometheus.exposition()
 
-    def _histogram(self, name: str, buckets: Sequence[float]) -> Histogram:
-        about = f"{name.replace('_', ' ')}, one observation a choice or token."
-        family = Histogram(f"nsa:{name}", about, LABELS, buckets=buckets, registry=self._registry)
-        return family.labels(*self._labels)
-
-    def _counter(self, name: str, label: str) -> Counter:
-        about = f"{name.replace('_', ' ')} by {label.replace('_', ' ')}."
-        return Counter(f"nsa:{name}", about, (*LABELS, label), registry=self._registry)
+    def _record(self, name: str, value: float, **labels: str) -> None:
+        for sink in self._sinks:
+            sink.record(FAMILIES[name], value, {**self._labels, **labels})

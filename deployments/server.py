@@ -1,5 +1,6 @@
 """The model's deployment: one replica holds one engine."""
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -17,11 +18,14 @@ from deployments.protocol import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from deployments.ray_metrics import RaySink
 from deployments.service import OpenAiService
 from nsa_platform.model.weights import weights_digest
 from nsa_platform.serve.async_engine import AsyncEngine
 
 log = logging.getLogger("ray.serve")
+
+PUBLISH_EVERY_S = 2.0
 
 
 class LLMServer:
@@ -39,7 +43,9 @@ class LLMServer:
             self._engine.stats,
             model=config.model_id,
             replica=serve.get_replica_context().replica_id.unique_id,
+            sinks=(RaySink(),),
         )
+        self._publishing = asyncio.get_running_loop().create_task(self._publish())
         self._service = OpenAiService(
             self._engine,
             engine.tokenizer,
@@ -99,7 +105,14 @@ class LLMServer:
         """Raises if the engine has died; Ray Serve then replaces the replica."""
         self._engine.check_health()
 
+    async def _publish(self) -> None:
+        """Tell Ray's exporter again and again what the engine does."""
+        while True:
+            self._meter.publish()
+            await asyncio.sleep(PUBLISH_EVERY_S)
+
     async def __del__(self) -> None:
         if hasattr(self, "_service"):
+            self._publishing.cancel()
             self._service.close()
             await self._engine.close()

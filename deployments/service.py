@@ -166,6 +166,7 @@ class OpenAiService:
 
         try:
             prompts, jobs = await self._read(prepare)
+            self.meter.asked(max_tokens=jobs[0][1].max_tokens, n=request.n or 1)
             yield Spent(prompt_tokens=sum(len(prompt.ids) for prompt in prompts))
             async with aclosing(self._pieces(request, start(prompts), jobs)) as pieces:
                 async for piece in pieces:
@@ -217,15 +218,20 @@ class OpenAiService:
     ) -> AsyncGenerator[Output, None]:
         """One choice's increments. Raises ApiError if the engine refuses or fails."""
         request_id = uuid.uuid4().hex
-        started = last = time.monotonic()
+        started = begun = last = time.monotonic()
         is_first = True
         try:
             stream = self._engine.generate(prompt.ids, params, request_id)
             async with aclosing(stream):
                 async for output in stream:
                     now = time.monotonic()
-                    observe = self.meter.first_token if is_first else self.meter.next_token
-                    observe(now - last)
+                    if is_first:
+                        begun = now
+                        self.meter.first_token(
+                            now - started, prompt=len(prompt.ids), cached=output.num_cached_tokens
+                        )
+                    else:
+                        self.meter.next_token(now - last)
                     is_first, last = False, now
                     if output.finish_reason is not None:
                         self.meter.finished(
@@ -233,6 +239,7 @@ class OpenAiService:
                             prompt=len(prompt.ids),
                             generated=output.num_output_tokens,
                             seconds=now - started,
+                            decode_s=now - begun,
                         )
                     yield output
         except ValueError as error:

@@ -48,6 +48,8 @@ class Serving:
 
     http_port: int
     dashboard: str
+    exporter_port: int
+    """Where the node's Ray metrics are."""
     head: "subprocess.Popen[bytes]"
     environment: dict[str, str]
     folder: Path
@@ -119,6 +121,10 @@ class Serving:
         assert values, f"there is no {name}"
         return sum(float(value) for value in values)
 
+    def exported(self) -> str:
+        """What Ray's exporter shows of this node."""
+        return httpx2.get(f"http://127.0.0.1:{self.exporter_port}/metrics", timeout=30).text
+
     def kill_replica(self) -> None:
         """kill -9 of a process that holds the model."""
         children = psutil.Process(self.head.pid).children(recursive=True)
@@ -137,7 +143,7 @@ def _title(process: psutil.Process) -> str:
 @contextmanager
 def serving(model: Path, folder: Path) -> Iterator[Serving]:
     """`ray start --head` and `serve deploy`; ends with everything that it started."""
-    dashboard, gcs, agent, http = free_ports(4)
+    dashboard, gcs, agent, http, exporter = free_ports(5)
     environment = {
         **os.environ,
         "RAY_AUTH_MODE": "disabled",
@@ -157,7 +163,7 @@ def serving(model: Path, folder: Path) -> Iterator[Serving]:
             ["ray", "start", "--head", "--block", "--num-cpus=4", f"--port={gcs}",
              "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
              # Fixed otherwise, and taken if another cluster runs on this machine.
-             f"--dashboard-agent-listen-port={agent}",
+             f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={exporter}",
              # The clusters of other tests find themselves by what lies in the usual folder.
              f"--temp-dir={temporary}"],
             env={name: value for name, value in environment.items() if name != "RAY_ADDRESS"},
@@ -166,7 +172,9 @@ def serving(model: Path, folder: Path) -> Iterator[Serving]:
             stderr=log,
         )  # fmt: skip
         try:
-            running = Serving(http, f"http://127.0.0.1:{dashboard}", head, environment, folder)
+            running = Serving(
+                http, f"http://127.0.0.1:{dashboard}", exporter, head, environment, folder
+            )
             eventually(lambda: _answers(running.dashboard), what="dashboard")
             _deploy(running, model)
             yield running

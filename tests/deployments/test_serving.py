@@ -18,6 +18,7 @@ import pytest
 from openai import APIError, BadRequestError, NotFoundError, RateLimitError
 from playwright.sync_api import Page, expect
 
+from deployments.metric_families import FAMILIES
 from jobs import benchmark
 from nsa_platform.data.chat import render_prompt
 from nsa_platform.data.tokenizer import Tokenizer
@@ -163,6 +164,27 @@ def test_a_replica_that_is_killed_ends_its_stream_with_an_error(serving):
     assert caught.value.type == "server_error"
     # The next request waits for the replica that takes the dead one's place.
     assert text_of(stream_of(serving, max_tokens=5))
+
+
+def test_rays_exporter_shows_what_dashboards_ask_for(serving):
+    # Counters and histograms that only a mishap moves are not shown before it.
+    rare = re.compile(r"preemptions|prefix_cache_hits")
+    wanted = {
+        f"ray_nsa_{name}"
+        for family in FAMILIES.values()
+        for name in family.series
+        if not rare.search(name)
+    } | {"ray_serve_deployment_queued_queries"}
+
+    def missing() -> set[str]:
+        return wanted - set(re.findall(r"^(ray_\w+)", serving.exported(), re.MULTILINE))
+
+    deadline = time.monotonic() + 30
+    while missing() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not missing()
+    line = next(x for x in serving.exported().splitlines() if x.startswith("ray_nsa_kv_pages_to"))
+    assert f'model_name="{MODEL_ID}"' in line and 'engine="' in line
 
 
 @contextmanager
