@@ -110,6 +110,8 @@ def _walk_queries(
     p_delta,
     first,
     end,
+    gap,
+    gap_size,
     i_part,
     length,
     o_begin,
@@ -130,6 +132,7 @@ def _walk_queries(
 ):
     """Add the query tiles of [first, end) dealt to i_part, last first, to dk / scale and dv.
 
+    Tiles from gap on are gap_size further on: what lies between is left out.
     All tiles are transposed, [keys, rows], so that p and ds feed their dots as left operands.
     """
     TOKENS: tl.constexpr = TILE_ROWS // R
@@ -142,6 +145,7 @@ def _walk_queries(
     count = tl.maximum(last - first + PARTS, 0) // PARTS
     for i_step in range(0, count):
         i_tile = last - i_step * PARTS
+        i_tile += tl.where(i_tile >= gap, gap_size, 0)
         o_token = i_tile * TOKENS + o_row // R
         m_row = (o_token < length) & (o_row < TOKENS * R)
         row = i_tile * q_stride
@@ -240,20 +244,17 @@ def span_backward_dkv_kernel(
     high = (end + TOKENS - 1) // TOKENS
     open_low = tl.minimum((open_begin + TOKENS - 1) // TOKENS, high)
     open_high = tl.maximum(open_end // TOKENS, open_low)
+    open_tiles = open_high - open_low
     b_dk, b_dk_tail, b_dv = _walk_queries(
         b_dk, b_dk_tail, b_dv, b_k, b_k_tail, b_v, q + row * K, dout + row * V, lse + row,
-        delta + row, open_high, high, i_part, length, o_begin, o_key, scale_log2,
+        delta + row, low, high - open_tiles, open_low, open_tiles, i_part, length, o_begin, o_key,
+        scale_log2,
         G, R, PARTS, K, K_MAIN, K_TAIL, V, V_PADDED, WINDOW, TILE_ROWS, PRECISION, True,
     )  # fmt: skip
     b_dk, b_dk_tail, b_dv = _walk_queries(
         b_dk, b_dk_tail, b_dv, b_k, b_k_tail, b_v, q + row * K, dout + row * V, lse + row,
-        delta + row, open_low, open_high, i_part, length, o_begin, o_key, scale_log2,
+        delta + row, open_low, open_high, open_high, 0, i_part, length, o_begin, o_key, scale_log2,
         G, R, PARTS, K, K_MAIN, K_TAIL, V, V_PADDED, WINDOW, TILE_ROWS, PRECISION, False,
-    )  # fmt: skip
-    b_dk, b_dk_tail, b_dv = _walk_queries(
-        b_dk, b_dk_tail, b_dv, b_k, b_k_tail, b_v, q + row * K, dout + row * V, lse + row,
-        delta + row, low, open_low, i_part, length, o_begin, o_key, scale_log2,
-        G, R, PARTS, K, K_MAIN, K_TAIL, V, V_PADDED, WINDOW, TILE_ROWS, PRECISION, True,
     )  # fmt: skip
 
     part_row = (i_part.to(tl.int64) * num_keys) * G + key_row
