@@ -32,7 +32,9 @@ def start_engine(config: LLMConfig) -> tuple[Engine, Path]:
     try:
         folder = find_model(loading)
         with _with_tokenizer(folder, loading.tokenizer_source) as whole:
-            return load_engine(whole, config.engine_kwargs, _device(config)), folder
+            engine = load_engine(whole, config.engine_kwargs, _device(config))
+        engine.calibrate()
+        return engine, folder
     except (ValueError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise StartError(f"model {loading.model_id!r} cannot be served: {reason}") from None

@@ -245,7 +245,7 @@ class OpenAiService:
         except ValueError as error:
             raise bad_request(str(error)) from None
         except QueueFull as error:
-            raise ApiError(overloaded(str(error))) from None
+            raise ApiError(overloaded(str(error), retry_after_s=error.retry_after_s)) from None
         except EngineDead as error:
             raise ApiError(unavailable(str(error))) from error
 

@@ -35,26 +35,46 @@ class EngineConfig(Strict):
     """Requests that run at once."""
     max_num_batched_tokens: PositiveInt = 2048
     """Tokens of one step: one for each request that decodes, the rest for chunks of prompts."""
+    max_step_ms: PositiveFloat | None = 50.0
+    """Chunks of prompts are cut so that a step takes no longer, as measured steps predict, or twice
+    what it would take without prompts: a decode waits no longer for its next token, and a short
+    prompt no longer for its turn. null: a step is as long as max_num_batched_tokens make it."""
+    max_num_partial_prefills: PositiveInt = 8
+    """Prompts that share a step's tokens."""
+    max_long_partial_prefills: PositiveInt = 4
+    """Long ones among them; short ones need not wait behind more."""
+    long_prefill_token_threshold: PositiveInt = 8192
+    """A prompt with more tokens to compute is long."""
     block_size: PositiveInt | None = None
     """Tokens of a page, a multiple of the model's selection block (full attention: of 64); null:
     one block."""
     num_kv_tokens: PositiveInt | None = None
     """Tokens that the cache holds; null: for max_num_seqs requests of max_model_len, as far as
     memory goes."""
+    enable_prefix_caching: bool = True
+    """Keep what is known of earlier prompts and answers as long as their memory is not needed: a
+    request that begins with the same tokens computes only the rest."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Share of the free GPU memory that the cache may take when num_kv_tokens is null."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights and cache; auto: bfloat16 on a GPU, float32 on a CPU."""
     max_num_queued: PositiveInt = 256
     """Requests that may wait; more are refused at once."""
+    max_ttft_s: PositiveFloat | None = None
+    """A request whose first token is predicted to come later is refused at once; null: none is."""
     seed: int = 0
     """Together with its id it seeds a request that brings no seed of its own."""
 
     @model_validator(mode="after")
-    def _a_step_holds_every_decode(self) -> Self:
+    def _limits_fit(self) -> Self:
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} must be at least "
                 f"max_num_seqs={self.max_num_seqs}: every running request decodes in every step"
+            )
+        if self.max_long_partial_prefills > self.max_num_partial_prefills:
+            raise ValueError(
+                f"max_long_partial_prefills={self.max_long_partial_prefills} must not exceed "
+                f"max_num_partial_prefills={self.max_num_partial_prefills}"
             )
         return self

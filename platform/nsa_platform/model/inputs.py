@@ -58,5 +58,8 @@ class PagedInputs:
     """int32 [B, M], physical page of each logical page; -1 where there is none."""
     window_page_table: Tensor | None
     """int32 [B, M], the same for the window pool; None for full attention."""
+    shared_lens: Tensor
+    """int32 [B], so many first tokens lie in pages of other sequences too: their rows of the
+    selection pool are not written. A whole number of pages; 0 where nothing is shared."""
     caches: list[LayerCache]
     """One cache for each layer. The forward pass writes the new tokens into them."""

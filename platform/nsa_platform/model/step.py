@@ -42,7 +42,8 @@ class NewBlocks:
     tail_rows: Tensor
     """int64 [E, l], rows of the window pool with the tokens of each block."""
     rows: Tensor
-    """int64 [E], row of the compressed pool for each block; a scratch row where there is none."""
+    """int64 [E], row of the compressed pool for each block; a scratch row where there is none, and
+    for a block that starts in a shared page."""
     rotation: Rotation
     """Rotation of the starts of the blocks."""
 
@@ -57,7 +58,8 @@ class PagedStep:
     window_page_table: Tensor | None
     rotation: Rotation
     token_rows: Tensor
-    """int64 [T], row of the selection pool (of the only pool, for full attention)."""
+    """int64 [T], row of the selection pool (of the only pool, for full attention); a scratch row
+    for a token whose page is shared."""
     window_rows: Tensor | None
     """int64 [T], row of the window pool."""
     new_blocks: NewBlocks | None
@@ -98,13 +100,15 @@ def paged_step(inputs: PagedInputs, config: ModelConfig, *, dtype: torch.dtype) 
         assert inputs.window_page_table is not None
         window_rows = _rows(inputs.window_page_table, sequence, positions, page_size)
         new_blocks = _new_blocks(inputs, config, config.attention, dtype)
+    token_rows = _rows(inputs.page_table, sequence, positions, page_size)
+    is_own = positions >= inputs.shared_lens[sequence]
     return PagedStep(
         cu_seqlens=inputs.cu_seqlens,
         context_lens=inputs.context_lens,
         page_table=inputs.page_table,
         window_page_table=inputs.window_page_table,
         rotation=rotation_of(inputs.positions, config, dtype=dtype),
-        token_rows=_rows(inputs.page_table, sequence, positions, page_size),
+        token_rows=torch.where(is_own, token_rows, 0),
         window_rows=window_rows,
         new_blocks=new_blocks,
     )
@@ -134,7 +138,7 @@ def _new_blocks(
     rows = _rows(inputs.page_table, sequence, starts, page_size) // stride
     return NewBlocks(
         tail_rows=torch.where(is_block[:, None], tail_rows, 0),
-        rows=torch.where(is_block, rows, 0),
+        rows=torch.where(is_block & (starts >= inputs.shared_lens[sequence]), rows, 0),
         rotation=rotation_of(starts, config, dtype=dtype),
     )
 

@@ -22,9 +22,9 @@ class _Stream:
     """Where the outputs of one request go."""
 
     loop: asyncio.AbstractEventLoop
-    items: asyncio.Queue[Output | EngineDead]
+    items: asyncio.Queue[Output | EngineDead | QueueFull]
 
-    def put(self, item: Output | EngineDead) -> None:
+    def put(self, item: Output | EngineDead | QueueFull) -> None:
         """Hand over an item from the engine's thread."""
         try:
             self.loop.call_soon_threadsafe(self.items.put_nowait, item)
@@ -38,6 +38,9 @@ class _Add:
     request_id: str
     prompt_ids: tuple[int, ...]
     params: SamplingParams
+    cache_salt: str | None
+    priority: int
+    deadline_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +83,18 @@ class AsyncEngine:
             return self._stats
 
     def generate(
-        self, prompt_ids: Sequence[int], params: SamplingParams, request_id: str
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        request_id: str,
+        *,
+        cache_salt: str | None = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
     ) -> AsyncGenerator[Output, None]:
         """Outputs of a new request, the last of which has a finish_reason.
+
+        cache_salt, priority and deadline_s are those of Engine.add.
 
         The request is checked by this call and begins with the first output that is asked for.
         Closing the iterator, or cancelling the task that waits in it, aborts the request: its
@@ -90,14 +102,17 @@ class AsyncEngine:
 
         Raises:
             ValueError: the request can never be served, or its id is in use.
-            QueueFull: max_num_queued requests wait already; raised by the first output too.
+            QueueFull: max_num_queued requests wait already, or the first token would come too
+                late; raised by the first output too.
             EngineDead: the engine has failed or is closed; raised by any output too.
         """
         self.check_health()
         self.engine.check_request(prompt_ids, params)
         with self._changed:
             self._check_place(request_id)
-        return self._outputs(_Add(request_id, tuple(prompt_ids), params))
+        return self._outputs(
+            _Add(request_id, tuple(prompt_ids), params, cache_salt, priority, deadline_s)
+        )
 
     async def close(self) -> None:
         """End the thread after the step at hand; open streams raise EngineDead."""
@@ -119,6 +134,8 @@ class AsyncEngine:
                 item = await stream.items.get()
                 if isinstance(item, EngineDead):
                     raise EngineDead(*item.args) from item.__cause__
+                if isinstance(item, QueueFull):
+                    raise item
                 yield item
                 if item.finish_reason is not None:
                     return
@@ -134,7 +151,8 @@ class AsyncEngine:
         if len(self._streams) >= self.engine.max_num_requests:
             raise QueueFull(
                 f"{len(self._streams)} requests run or wait, and no more than max_num_seqs + "
-                f"max_num_queued = {self.engine.max_num_requests} may"
+                f"max_num_queued = {self.engine.max_num_requests} may",
+                retry_after_s=self._stats.next_end_s,
             )
 
     def _tell(self, order: _Add | _Abort) -> None:
@@ -166,10 +184,25 @@ class AsyncEngine:
             orders, self._inbox = self._inbox, deque()
         for order in orders:
             if isinstance(order, _Add):
-                self.engine.add(order.request_id, order.prompt_ids, order.params)
+                self._add(order)
             else:
                 self._abort(order)
         return True
+
+    def _add(self, order: _Add) -> None:
+        try:
+            self.engine.add(
+                order.request_id,
+                order.prompt_ids,
+                order.params,
+                cache_salt=order.cache_salt,
+                priority=order.priority,
+                deadline_s=order.deadline_s,
+            )
+        except QueueFull as refusal:
+            with self._changed:
+                stream = self._streams.pop(order.request_id)
+            stream.put(refusal)
 
     def _abort(self, order: _Abort) -> None:
         with self._changed:

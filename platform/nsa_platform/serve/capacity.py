@@ -1,11 +1,14 @@
 """The cache of an engine: how many tokens it is to hold, from the configuration and the memory."""
 
+from bisect import bisect_right
+
 import psutil
 import torch
 
 from nsa_platform.config.model import ModelConfig
 from nsa_platform.config.serve import EngineConfig
 from nsa_platform.serve.kv_cache import KvCache, page_size_of
+from nsa_platform.serve.scheduler import Limits
 
 CPU_MEMORY_SHARE = 0.25
 """Of the memory that is available: the machine does other things too."""
@@ -41,6 +44,18 @@ def blocks_per_page_of(model: ModelConfig, config: EngineConfig) -> int:
     return config.block_size // block
 
 
+def limits_of(config: EngineConfig) -> Limits:
+    """What the configuration says of steps, in the scheduler's words."""
+    return Limits(
+        max_num_seqs=config.max_num_seqs,
+        max_step_tokens=config.max_num_batched_tokens,
+        max_step_s=None if config.max_step_ms is None else config.max_step_ms / 1000,
+        max_prompts=config.max_num_partial_prefills,
+        max_long_prompts=config.max_long_partial_prefills,
+        long_prompt_tokens=config.long_prefill_token_threshold,
+    )
+
+
 def make_cache(
     model: ModelConfig, config: EngineConfig, *, device: torch.device, dtype: torch.dtype
 ) -> KvCache:
@@ -73,15 +88,14 @@ def _tokens_in(
     budget: float, model: ModelConfig, config: EngineConfig, *, dtype: torch.dtype
 ) -> int:
     """Tokens that a cache of this many bytes holds; below 1 if it holds none."""
-    # Tensors on the meta device have sizes and take no memory.
     most = config.max_num_seqs * model_len_of(model, config)
-    largest = _cache(model, config, most, device=torch.device("meta"), dtype=dtype)
-    if largest.num_bytes() <= budget:
-        return most
-    page_bytes = sum(t[0].nbytes for layer in largest.layers for t in layer.page_tensors())
-    window_bytes = sum(t.nbytes for layer in largest.layers for t in layer.window_tensors())
-    num_pages = int(budget - window_bytes) // page_bytes
-    return (num_pages - config.max_num_seqs) * largest.page_size
+
+    def num_bytes(num_tokens: int) -> int:
+        # Tensors on the meta device have sizes and take no memory.
+        meta = torch.device("meta")
+        return _cache(model, config, num_tokens, device=meta, dtype=dtype).num_bytes()
+
+    return bisect_right(range(1, most + 1), budget, key=num_bytes)
 
 
 def _cache(
@@ -99,6 +113,7 @@ def _cache(
         max_sequences=config.max_num_seqs,
         max_step_tokens=config.max_num_batched_tokens,
         blocks_per_page=blocks_per_page_of(model, config),
+        enable_prefix_caching=config.enable_prefix_caching,
         device=device,
         dtype=dtype,
     )

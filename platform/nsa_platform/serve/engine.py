@@ -7,6 +7,8 @@ one thread.
 """
 
 import hashlib
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +16,10 @@ from functools import partial
 from nsa_platform.config.serve import EngineConfig
 from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.model.transformer import Transformer
+from nsa_platform.serve.admission import next_end_s, predicted_ttft_s, queued_tokens
 from nsa_platform.serve.batch_sampler import BatchSampler, Sampled
-from nsa_platform.serve.capacity import make_cache, model_len_of
+from nsa_platform.serve.calibration import measured_steps
+from nsa_platform.serve.capacity import limits_of, make_cache, model_len_of
 from nsa_platform.serve.detokenizer import Detokenizer, StopStrings
 from nsa_platform.serve.grammar import Grammars
 from nsa_platform.serve.request import (
@@ -27,10 +31,21 @@ from nsa_platform.serve.request import (
 )
 from nsa_platform.serve.runner import ModelRunner
 from nsa_platform.serve.scheduler import Scheduler, Step
+from nsa_platform.serve.step_cost import CostModel
+
+MEAN_PROMPT_TOKENS = 1024.0
+"""Length of an average prompt before any has come."""
+MEAN_OVER = 32
+"""Prompts that the average is taken over, about."""
 
 
 class QueueFull(RuntimeError):
-    """The engine holds as many requests as it may; the same request may be accepted later."""
+    """The engine does not take a request now; the same one may be accepted later."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        """retry_after_s: when it is likely to be accepted if nobody else comes."""
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +54,16 @@ class EngineStats:
 
     num_running: int
     num_waiting: int
+    queued_prefill_tokens: int
+    """Tokens to compute before the next tokens of all that run or wait can come."""
+    predicted_ttft_s: float
+    """When the first token of a request of average length would come if it came now; 0 as long as
+    no step has been measured."""
+    next_end_s: float
+    """When the next request ends at the latest, as predicted."""
     pages_used: int
+    pages_cached: int
+    """Pages that nobody uses and whose contents are still known."""
     pages_total: int
     window_pages_used: int
     """0 for full attention, as window_pages_total."""
@@ -47,6 +71,10 @@ class EngineStats:
     prompt_tokens_total: int
     """Tokens of the prompts of all requests that have generated a token."""
     generation_tokens_total: int
+    prefix_cache_queries_total: int
+    """Tokens of the prompts of all requests that have begun to run."""
+    prefix_cache_hits_total: int
+    """How many of them the prefix cache knew."""
     computed_tokens_total: int
     """Tokens that went through the model; again after a preemption."""
     preemptions_total: int
@@ -83,17 +111,17 @@ class Engine:
         self.max_model_len = model_len_of(model.config, config)
         weight = model.embedding.weight
         self.cache = make_cache(model.config, config, device=weight.device, dtype=weight.dtype)
-        self.scheduler = Scheduler(
-            self.cache.book,
-            max_num_seqs=config.max_num_seqs,
-            max_step_tokens=config.max_num_batched_tokens,
-        )
+        self.cost = CostModel()
+        self.scheduler = Scheduler(self.cache.book, limits_of(config), self.cost)
         self.runner = ModelRunner(model, self.cache)
         self.grammars = Grammars(tokenizer, vocab_size=self.vocab_size)
         self.sampler = BatchSampler(self.grammars)
         self._live: dict[str, _Live] = {}
         self._num_added = 0
+        self._mean_prompt_tokens = MEAN_PROMPT_TOKENS
+        self._is_measuring = False
         self._prompt_tokens = self._generation_tokens = self._computed_tokens = 0
+        self._prefix_queries = self._prefix_hits = 0
         self._preemptions = self._steps = 0
 
     @property
@@ -135,21 +163,42 @@ class Engine:
         if params.grammar is not None:
             self.grammars.matcher(params.grammar)
 
-    def add(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+    def add(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        cache_salt: str | None = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
+    ) -> None:
         """Accept a request; its outputs come from step().
 
+        cache_salt: the prefix cache shares nothing between requests of different salts. priority:
+        the lower, the sooner. deadline_s: seconds from now until which the first token must come;
+        a request that misses it ends with finish_reason "abort" and stop_reason "deadline".
+
         Raises:
-            ValueError: as check_request, or a request of this id is there already.
-            QueueFull: max_num_queued requests wait already.
+            ValueError: as check_request, a request of this id is there already, or the deadline is
+                not positive.
+            QueueFull: max_num_queued requests wait already, or the first token is predicted to
+                come later than after max_ttft_s or deadline_s.
         """
         self.check_request(prompt_ids, params)
         if request_id in self._live:
             raise ValueError(f"request_id={request_id!r} is in use")
+        if deadline_s is not None and not deadline_s > 0:
+            raise ValueError(f"deadline_s={deadline_s} must be positive")
         if len(self._live) >= self.max_num_requests:
             raise QueueFull(
                 f"{len(self._live)} requests run or wait, and no more than max_num_seqs="
-                f"{self.config.max_num_seqs} + max_num_queued={self.config.max_num_queued} may"
+                f"{self.config.max_num_seqs} + max_num_queued={self.config.max_num_queued} may",
+                retry_after_s=next_end_s(self.scheduler),
             )
+        keys = self.cache.book.keys(prompt_ids, cache_salt)
+        num_to_compute = len(prompt_ids) - self.cache.book.num_known(keys)
+        self._check_promise(num_to_compute, priority, deadline_s)
         own_stops = () if params.ignore_eos else self.tokenizer.stop_ids()
         request = Request(
             request_id,
@@ -157,10 +206,15 @@ class Engine:
             params,
             arrival=self._num_added,
             seed=_seed_of(self.config.seed, request_id) if params.seed is None else params.seed,
+            keys=keys,
+            num_to_compute=num_to_compute,
+            priority=priority,
+            deadline_s=math.inf if deadline_s is None else time.monotonic() + deadline_s,
             stop_ids=frozenset((*own_stops, *params.stop_token_ids)),
         )
-        self._num_added += 1
         self.scheduler.add(request)
+        self._num_added += 1
+        self._mean_prompt_tokens += (num_to_compute - self._mean_prompt_tokens) / MEAN_OVER
         self._live[request_id] = _Live(
             request,
             Detokenizer(
@@ -186,20 +240,42 @@ class Engine:
         Raises:
             RuntimeError: there is work, and nothing of it can go on: a bug.
         """
+        expired = [self._expire(request) for request in self._overdue()]
         step = self.scheduler.schedule()
         if not step.chunks:
             if self.has_work:
                 raise RuntimeError(f"no request can go on: {self.stats()}")
-            return []
+            return expired
+        started = time.perf_counter()
         logits = self.runner.run(step)
         requests = [chunk.request for chunk in step.chunks if chunk.is_last]
         sampled = [] if logits is None else self.sampler.sample(logits, requests)
+        if self._is_measuring and sampled:  # else the device may still be at work
+            self.cost.observe(step.work, time.perf_counter() - started)
         self._count(step, requests)
         self.scheduler.settle(step)
-        return [
+        advanced = [
             self._advance(self._live[request.request_id], token)
             for request, token in zip(requests, sampled, strict=True)
         ]
+        return expired + advanced
+
+    def calibrate(self) -> None:
+        """Measure some steps, so that later ones can be predicted; from now on each step is learnt
+        from. The engine must be idle; nothing of it changes.
+
+        Without it steps are as long as max_num_batched_tokens make them, and the same requests
+        share the same steps whenever they are run.
+        """
+        assert not self.has_work
+        for work, seconds in measured_steps(self.runner, self.scheduler.limits):
+            self.cost.observe(work, seconds)
+        self.cost.fit()
+        self._is_measuring = True
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all prompts and answers. Requests that run keep what they have."""
+        self.cache.book.forget()
 
     def check(self) -> None:
         """Prove that no page and no request is lost. Raises PageLeak or AssertionError."""
@@ -213,20 +289,51 @@ class Engine:
     def stats(self) -> EngineStats:
         """What the engine holds now and has done so far."""
         book = self.cache.book
-        window = book.window_allocator
+        window = book.window_pool
         return EngineStats(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
+            queued_prefill_tokens=queued_tokens(self.scheduler),
+            predicted_ttft_s=predicted_ttft_s(self.scheduler, round(self._mean_prompt_tokens)),
+            next_end_s=next_end_s(self.scheduler),
             pages_used=book.num_pages - book.num_free_pages,
+            pages_cached=book.pool.num_cached,
             pages_total=book.num_pages,
             window_pages_used=0 if window is None else window.num_used,
             window_pages_total=0 if window is None else window.num_pages - 1,
             prompt_tokens_total=self._prompt_tokens,
             generation_tokens_total=self._generation_tokens,
+            prefix_cache_queries_total=self._prefix_queries,
+            prefix_cache_hits_total=self._prefix_hits,
             computed_tokens_total=self._computed_tokens,
             preemptions_total=self._preemptions,
             steps_total=self._steps,
         )
+
+    def _check_promise(self, num_to_compute: int, priority: int, deadline_s: float | None) -> None:
+        """Raise QueueFull if a request's first token is predicted to come too late."""
+        bound = min(self.config.max_ttft_s or math.inf, deadline_s or math.inf)
+        if math.isinf(bound):
+            return
+        predicted = predicted_ttft_s(self.scheduler, num_to_compute, priority)
+        if predicted > bound:
+            which = "max_ttft_s" if bound == self.config.max_ttft_s else "deadline_s"
+            raise QueueFull(
+                f"the first token is predicted to come after {predicted:.1f} s, and {which} is "
+                f"{bound:g}",
+                # What is ahead of it is worked off at the rate of time.
+                retry_after_s=predicted - bound,
+            )
+
+    def _overdue(self) -> list[Request]:
+        """Requests whose deadline has passed without a token."""
+        now = time.monotonic()
+        waiting = (*self.scheduler.waiting, *self.scheduler.prompts())
+        return [r for r in waiting if r.deadline_s < now and not r.output_ids]
+
+    def _expire(self, request: Request) -> Output:
+        self._finish(request, "abort", "deadline")
+        return _output(request, None, text="")
 
     def _advance(self, live: _Live, sampled: Sampled) -> Output:
         """Take a request's next token, and say what came of it."""
@@ -268,6 +375,8 @@ class Engine:
         self._steps += 1
         self._preemptions += step.num_preempted
         self._computed_tokens += step.num_tokens
+        self._prefix_queries += sum(len(request.prompt_ids) for request in step.begun)
+        self._prefix_hits += sum(request.num_cached_tokens for request in step.begun)
         self._generation_tokens += len(sampled)
         self._prompt_tokens += sum(len(r.prompt_ids) for r in sampled if not r.output_ids)
 
@@ -289,7 +398,7 @@ def _output(
         finish_reason=request.finish_reason,
         stop_reason=request.stop_reason,
         num_prompt_tokens=len(request.prompt_ids),
-        num_cached_tokens=0,
+        num_cached_tokens=request.num_cached_tokens,
         num_output_tokens=len(request.output_ids),
     )
 

@@ -12,6 +12,9 @@ from nsa_platform.model.inputs import PagedInputs
 from nsa_platform.serve.pages import ABSENT, PageBook, SequencePages
 
 FULL_ATTENTION_PAGE_SIZE = 64
+CACHED_TAILS = 16
+"""With the prefix cache the window pool has one page more for so many pages of the first pool: as
+many as the tails of sequences of CACHED_TAILS * (w + page) tokens take, 9,216 by default."""
 
 
 def page_size_of(config: ModelConfig, blocks_per_page: int = 1) -> int:
@@ -36,6 +39,7 @@ class KvCache:
         max_sequences: int = 1,
         max_step_tokens: int | None = None,
         blocks_per_page: int = 1,
+        enable_prefix_caching: bool = False,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -44,28 +48,37 @@ class KvCache:
         max_new_tokens bounds the tokens that one sequence gets in one step (a prefill chunk).
         max_step_tokens bounds those of all sequences in one step: then the window pool can be
         smaller, and suffices as long as sequences are trimmed after each step.
+        enable_prefix_caching: pages stay known after their sequences; the window pool is larger.
         """
         self.config = config
         self.device = torch.device(device)
         page_size = page_size_of(config, blocks_per_page)
         # The last page of each sequence may be partly empty; one page more is scratch.
         num_pages = -(-num_tokens // page_size) + max_sequences
-        tail_tokens, num_window_pages = 0, None
+        tail_tokens, lookahead, num_window_pages = 0, 0, None
         if isinstance(config.attention, NsaAttentionConfig):
             tail_tokens = window_tokens(config.attention)
-            num_window_pages = min(
-                num_pages,
-                1 + max_sequences * (-(-(tail_tokens + max_new_tokens) // page_size) + 1),
+            lookahead = (
+                config.attention.compression_block_size - config.attention.compression_stride
             )
+            # Tail and new tokens of a sequence start and end anywhere in a page; with the cache a
+            # page more holds the tail of its last boundary.
+            tail_pages = -(-tail_tokens // page_size) + (3 if enable_prefix_caching else 2)
+            num_window_pages = 1 + max_sequences * (tail_pages + max_new_tokens // page_size)
             if max_step_tokens is not None:
-                # Tail and new tokens of a sequence start and end anywhere in a page.
-                tails = max_sequences * (-(-tail_tokens // page_size) + 2)
-                num_window_pages = min(num_window_pages, 1 + tails + max_step_tokens // page_size)
+                num_window_pages = min(
+                    num_window_pages, 1 + max_sequences * tail_pages + max_step_tokens // page_size
+                )
+            if enable_prefix_caching:
+                num_window_pages += tail_pages + num_pages // CACHED_TAILS
+            num_window_pages = min(num_window_pages, num_pages)
         self.book = PageBook(
             page_size=page_size,
             num_pages=num_pages,
             tail_tokens=tail_tokens,
             num_window_pages=num_window_pages,
+            enable_prefix_caching=enable_prefix_caching,
+            lookahead=lookahead,
         )
         self.layers: list[LayerCache] = [
             _layer_cache(config, page_size, num_pages, num_window_pages or 0, self.device, dtype)
@@ -107,7 +120,7 @@ class KvCache:
         ends = [0]
         for count in num_new:
             ends.append(ends[-1] + count)
-        has_window = self.book.window_allocator is not None
+        has_window = self.book.window_pool is not None
         return PagedInputs(
             positions=self._ints(positions),
             cu_seqlens=self._ints(ends),
@@ -118,6 +131,7 @@ class KvCache:
                 if has_window
                 else None
             ),
+            shared_lens=self._ints([s.num_shared * self.page_size for s in sequences]),
             caches=self.layers,
         )
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
 
+from nsa_platform.serve.page_keys import PageKeys
 from nsa_platform.serve.pages import SequencePages
 
 MAX_LOGPROBS = 20
@@ -200,14 +201,33 @@ class Request:
     """Number of the request in the order of arrival: the smaller, the older."""
     seed: int
     """What its randomness hangs on."""
+    keys: PageKeys
+    """Names of its pages' contents: what the prefix cache knows them by."""
+    num_to_compute: int
+    """Tokens of the prompt that the prefix cache did not know when the request came."""
+    priority: int = 0
+    """The lower, the more important."""
+    deadline_s: float = math.inf
+    """When the first token must have come, by the engine's clock."""
     stop_ids: frozenset[int] = frozenset()
     """Ids that end it: the tokenizer's own unless they are ignored, and params.stop_token_ids."""
     output_ids: list[int] = field(default_factory=list)
     pages: SequencePages = field(default_factory=SequencePages)
     """Places of the tokens that the model has seen, and of those of the step at hand."""
+    deficit: float = 0.0
+    """Prompt tokens that the scheduler owes it; below 0: that it has borrowed."""
+    num_cached_tokens: int = 0
+    """Tokens of the prompt that the prefix cache knew when the request began to run."""
+    has_begun: bool = False
+    """Whether it has run before; it may wait again after a preemption."""
     state: RequestState = RequestState.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Who is served first: the smaller."""
+        return self.priority, self.arrival
 
     @property
     def num_tokens(self) -> int:
@@ -223,6 +243,11 @@ class Request:
     def is_decoding(self) -> bool:
         """Whether the next token is all that is missing: its one pending token was generated."""
         return self.num_pending == 1 and bool(self.output_ids)
+
+    def update_keys(self) -> None:
+        """Let the keys know all tokens that are known."""
+        num_known = self.keys.num_tokens - len(self.prompt_ids)
+        self.keys.append(self.output_ids[num_known:])
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Known tokens at positions [start, end)."""

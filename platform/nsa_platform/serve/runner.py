@@ -1,8 +1,11 @@
 """One forward pass for the chunks of a step: the only place where the engine meets the model."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from nsa_platform.model.inputs import PagedInputs
 from nsa_platform.model.transformer import Transformer
 from nsa_platform.serve.kv_cache import KvCache
 from nsa_platform.serve.prompt_scores import PromptScores
@@ -17,7 +20,6 @@ class ModelRunner:
         self.cache = cache
         self.prompt_scores = PromptScores(model.logits)
 
-    @torch.no_grad()
     def run(self, step: Step) -> Tensor | None:
         """Scores of the next token [S, vocab] of the S chunks that are their request's last, in
         the order of the step; None if there are none."""
@@ -32,6 +34,13 @@ class ModelRunner:
             [chunk.request.pages for chunk in step.chunks],
             [chunk.num_tokens for chunk in step.chunks],
         )
+        return self.forward(ids, inputs, last_rows)
+
+    @torch.no_grad()
+    def forward(
+        self, ids: Sequence[int], inputs: PagedInputs, last_rows: Sequence[int]
+    ) -> Tensor | None:
+        """Scores [S, vocab] at the S rows among the new tokens; None if there are none."""
         device = self.cache.device
         hidden = self.model(torch.tensor(ids, device=device), inputs).hidden
         self.prompt_scores.add(hidden, step)

@@ -1,26 +1,57 @@
 """Which tokens of which requests go into the next step. No tensors.
 
 A request waits, runs or is finished. schedule() gives every running request that decodes its one
-token, and fills the rest of the step with chunks of prompts: first of those that have begun, then
-of those that wait. So a decode never waits for more than one step's chunks of prompts.
+token, and fills the rest of the step with chunks of prompts, several at once (prompt_shares.py). A
+step takes no longer than max_step_s, as the cost model predicts, or twice what it would take
+without prompts: so a decode never waits for more than one such chunk, and the fixed time of steps
+costs prompts half of theirs at most.
 
-Order is first come, first served: whoever waits came after everybody who runs. A request that
-finds no page takes those of the youngest running one, if that is younger than itself. The loser
-goes back to the head of the line and is computed again from its prompt and what it had generated;
-it loses time, never tokens.
+Requests have a rank: priority first (lower is more important), then arrival. They begin to run in
+this order, but only max_long_prompts long prompts at once, so that short ones pass long ones that
+wait for their turn. Nobody passes a request that waits for pages. A running request that finds no
+page takes those of the running one of the lowest rank, if that is below its own. The loser waits
+again, in its old place; with the prefix cache it computes little twice, and never loses a token.
 
 Invariants, which check() proves:
-    - a request is in exactly one place, and both lines are in order of arrival;
-    - every page in use belongs to one request;
-and while anything is unfinished, schedule() makes progress: the oldest running request can take
-the pages of all others, and a request that does not fit alone is never added.
+    - a request is in exactly one place, and those that wait stand in order of rank;
+    - every page in use belongs to as many requests as are counted;
+and while anything is unfinished, schedule() makes progress: the running request of the highest
+rank can take the pages of all others, and a request that does not fit alone is never added.
 """
 
-from collections import deque
+import math
+from bisect import insort
 from dataclasses import dataclass
 
 from nsa_platform.serve.pages import PageBook
+from nsa_platform.serve.prompt_shares import PromptShares
 from nsa_platform.serve.request import Request, RequestState
+from nsa_platform.serve.step_cost import CostModel, StepWork
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much a scheduler takes on at once."""
+
+    max_num_seqs: int
+    """Requests that run."""
+    max_step_tokens: int
+    """Tokens of one step."""
+    max_step_s: float | None = None
+    """Time of a step with prompts, as far as it can be predicted; None: any."""
+    max_prompts: int = 8
+    """Prompts that are being prefilled."""
+    max_long_prompts: int = 4
+    """Long ones among them."""
+    long_prompt_tokens: int = 8192
+    """A prompt with more tokens to compute than this is long."""
+
+    def __post_init__(self) -> None:
+        if self.max_step_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_step_tokens={self.max_step_tokens} must be at least "
+                f"max_num_seqs={self.max_num_seqs}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,30 +71,43 @@ class Step:
     chunks: tuple[Chunk, ...]
     num_preempted: int
     """Requests that gave their pages back."""
+    begun: tuple[Request, ...]
+    """Requests that run for the first time."""
 
     @property
     def num_tokens(self) -> int:
         return sum(chunk.num_tokens for chunk in self.chunks)
 
+    @property
+    def work(self) -> StepWork:
+        return StepWork.of((c.num_tokens, c.request.pages.num_tokens) for c in self.chunks)
+
 
 class Scheduler:
-    """The two lines of an engine, and the book of its pages."""
+    """Requests that wait and that run, and the book of their pages."""
 
-    def __init__(self, book: PageBook, *, max_num_seqs: int, max_step_tokens: int) -> None:
-        """max_num_seqs: requests that run at once. max_step_tokens: tokens of one step."""
-        if max_step_tokens < max_num_seqs:
-            raise ValueError(
-                f"max_step_tokens={max_step_tokens} must be at least max_num_seqs={max_num_seqs}"
-            )
+    def __init__(self, book: PageBook, limits: Limits, cost: CostModel) -> None:
         self.book = book
-        self.max_num_seqs = max_num_seqs
-        self.max_step_tokens = max_step_tokens
-        self.waiting: deque[Request] = deque()
+        self.limits = limits
+        self.cost = cost
+        self.shares = PromptShares(cost, max_deficit=2 * limits.max_step_tokens)
+        self.waiting: list[Request] = []
         self.running: list[Request] = []
+        # Who was last found to lack pages, and how many were free: it is not looked at again before
+        # there are more.
+        self._lacking: tuple[Request, int] | None = None
 
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
+
+    def prompts(self) -> list[Request]:
+        """Running requests that are being prefilled."""
+        return [request for request in self.running if not request.is_decoding]
+
+    def is_long(self, num_pending: int) -> bool:
+        """Whether a prompt with so many tokens to compute counts as long."""
+        return num_pending > self.limits.long_prompt_tokens
 
     def check_size(self, num_prompt_tokens: int, max_tokens: int) -> None:
         """Raise ValueError if such a request does not fit into the cache even alone."""
@@ -77,36 +121,28 @@ class Scheduler:
             )
 
     def add(self, request: Request) -> None:
-        """Put a new request, younger than all others, at the end of the line.
+        """Let a new request wait for its turn.
 
         Raises:
             ValueError: it could never run, for its tokens do not fit into the cache.
         """
         self.check_size(len(request.prompt_ids), request.params.max_tokens)
-        self.waiting.append(request)
+        insort(self.waiting, request, key=_rank)
 
     def schedule(self) -> Step:
         """Choose the next step, and give its tokens their places."""
-        chunks: list[Chunk] = []
-        num_preempted = 0
-        budget = self.max_step_tokens - sum(request.is_decoding for request in self.running)
-        for request in list(self.running):
-            if request.state is not RequestState.RUNNING:
-                continue  # its pages went to an older one
-            is_decoding = request.is_decoding
-            wanted = 1 if is_decoding else min(request.num_pending, budget)
-            if wanted:
-                num_preempted += self._make_room(request)
-                wanted = min(wanted, self.book.room(request.pages))
-            if wanted:
-                chunks.append(self._take(request, wanted))
-                budget -= 0 if is_decoding else wanted
-        chunks += self._admit(budget)
-        return Step(tuple(chunks), num_preempted)
+        chunks: dict[Request, Chunk] = {}
+        num_preempted = self._decode(chunks)
+        begun = [] if num_preempted else self._admit()
+        num_preempted += self._prefill(chunks)
+        return Step(tuple(chunks.values()), num_preempted, tuple(begun))
 
     def settle(self, step: Step) -> None:
-        """After the step has run: give back window pages that no later token reaches."""
+        """After the step has run: make known what it has computed, and give back window pages that
+        no later token reaches."""
         for chunk in step.chunks:
+            chunk.request.update_keys()
+            self.book.publish(chunk.request.pages, chunk.request.keys)
             self.book.trim(chunk.request.pages)
 
     def finish(self, request: Request) -> None:
@@ -122,50 +158,120 @@ class Scheduler:
         """Prove the invariants.
 
         Raises:
-            PageLeak: a page is lost, or held twice.
+            PageLeak: a page is lost, or held by more than are counted.
             AssertionError: a request is in the wrong place.
         """
         self.book.check(request.pages for request in self.running)
-        arrivals = [request.arrival for request in (*self.running, *self.waiting)]
-        assert arrivals == sorted(set(arrivals)), "the lines are not in order of arrival"
+        ranks = [request.rank for request in self.waiting]
+        assert ranks == sorted(ranks), "those that wait are not in order of rank"
+        everybody = [*self.running, *self.waiting]
+        assert len({request.arrival for request in everybody}) == len(everybody)
         assert all(request.state is RequestState.RUNNING for request in self.running)
         assert all(request.state is RequestState.WAITING for request in self.waiting)
         assert not any(request.pages.pages for request in self.waiting)
-        assert len(self.running) <= self.max_num_seqs
+        assert len(self.running) <= self.limits.max_num_seqs
 
-    def _make_room(self, request: Request) -> int:
-        """Preempt younger requests until there is a place for one token; how many it took."""
+    def _decode(self, chunks: dict[Request, Chunk]) -> int:
+        """One token for each request that decodes; how many had to give their pages to others."""
         num_preempted = 0
-        while not self.book.room(request.pages) and self.running[-1] is not request:
-            victim = self.running.pop()
+        decoding = [request for request in self.running if request.is_decoding]
+        for request in sorted(decoding, key=_rank):
+            if request.state is RequestState.RUNNING:  # its pages may have gone to a higher rank
+                num_preempted += self._make_room(request, chunks)
+                if self.book.room(request.pages):
+                    chunks[request] = self._take(request, 1)
+        return num_preempted
+
+    def _admit(self) -> list[Request]:
+        """Let waiting requests begin, as long as nobody who runs is short of pages for it; which
+        of them have never run before."""
+        begun: list[Request] = []
+        prompts = self.prompts()
+        num_prompts, num_long = len(prompts), sum(self.is_long(r.num_pending) for r in prompts)
+        # What the running ones still need: the rest of their prompts, and a page now and then.
+        reserved = sum(self.book.missing(r.pages, r.num_pending) for r in prompts)
+        for request in list(self.waiting):
+            if num_prompts >= self.limits.max_prompts:
+                break
+            if len(self.running) >= self.limits.max_num_seqs:
+                break
+            is_long = self.is_long(request.num_to_compute)
+            if is_long and num_long >= self.limits.max_long_prompts:
+                continue
+            if not self._begin(request, reserved):
+                break
+            reserved += self.book.missing(request.pages, request.num_pending)
+            num_prompts += 1
+            num_long += is_long
+            if not request.has_begun:
+                request.has_begun = True
+                request.num_cached_tokens = request.pages.num_tokens
+                begun.append(request)
+        return begun
+
+    def _begin(self, request: Request, num_reserved: int) -> bool:
+        """Let a request run if there are pages for all its tokens; whether there are."""
+        num_free = self.book.num_free_pages - num_reserved
+        if self.running and self._lacking == (request, num_free):
+            return False
+        request.update_keys()
+        hit = self.book.match(request.keys)
+        if self.book.missing_after(hit, request.keys) + len(self.running) > num_free:
+            self._lacking = (request, num_free)
+            return False
+        self.waiting.remove(request)
+        self.book.attach(request.pages, request.keys, hit)
+        request.state = RequestState.RUNNING
+        request.deficit = 0.0
+        self.running.append(request)
+        return True
+
+    def _prefill(self, chunks: dict[Request, Chunk]) -> int:
+        """Chunks of prompts beside the decodes; how many had to give their pages to others."""
+        prompts = self.prompts()
+        if not prompts:
+            return 0
+        num_tokens = self.limits.max_step_tokens - len(chunks)
+        counts = self.shares.split(prompts, num_tokens, self._prompt_seconds(chunks))
+        if not counts:
+            counts = self.shares.split(prompts, min(num_tokens, self.book.page_size), math.inf)
+        num_preempted, taken = 0, {}
+        for request, count in sorted(counts.items(), key=lambda item: item[0].rank):
+            if request.state is RequestState.RUNNING:
+                num_preempted += self._make_room(request, chunks)
+                taken[request] = min(count, self.book.room(request.pages))
+                if taken[request]:
+                    chunks[request] = self._take(request, taken[request])
+        self.shares.book(prompts, taken)
+        return num_preempted
+
+    def _prompt_seconds(self, chunks: dict[Request, Chunk]) -> float:
+        """Time for prompts in a step with these decodes."""
+        if self.limits.max_step_s is None:
+            return math.inf
+        rest = self.cost.seconds(Step((*chunks.values(),), 0, ()).work)
+        return max(self.limits.max_step_s - rest, rest)
+
+    def _make_room(self, request: Request, chunks: dict[Request, Chunk]) -> int:
+        """Preempt requests of lower ranks that are not in the step yet, until there is a place for
+        one token; how many it took."""
+        num_preempted = 0
+        while not self.book.room(request.pages):
+            below = [r for r in self.running if r.rank > request.rank and r not in chunks]
+            if not below:
+                break
+            victim = max(below, key=_rank)
+            self.running.remove(victim)
             self.book.release(victim.pages)
             victim.state = RequestState.WAITING
-            self.waiting.appendleft(victim)
+            insort(self.waiting, victim, key=_rank)
             num_preempted += 1
         return num_preempted
 
-    def _admit(self, budget: int) -> list[Chunk]:
-        """First chunks of waiting requests, as long as nobody who runs is short of pages for it.
-
-        There is budget left only when every prompt that has begun is through: what the running
-        ones still need is a page each, now and then.
-        """
-        chunks: list[Chunk] = []
-        while self.waiting and len(self.running) < self.max_num_seqs and budget:
-            request = self.waiting[0]
-            needed = self.book.missing(request.pages, request.num_pending)
-            if needed + len(self.running) > self.book.num_free_pages:
-                break
-            count = min(request.num_pending, budget, self.book.room(request.pages))
-            if not count:
-                break
-            self.waiting.popleft()
-            request.state = RequestState.RUNNING
-            self.running.append(request)
-            chunks.append(self._take(request, count))
-            budget -= count
-        return chunks
-
     def _take(self, request: Request, num_tokens: int) -> Chunk:
-        self.book.extend(request.pages, num_tokens)
+        self.book.extend(request.pages, num_tokens, request.keys)
         return Chunk(request, num_tokens, is_last=not request.num_pending)
+
+
+def _rank(request: Request) -> tuple[int, int]:
+    return request.rank

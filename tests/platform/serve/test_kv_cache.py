@@ -6,7 +6,8 @@ import torch
 from nsa_platform.model.cost import cache_bytes
 from nsa_platform.model.inputs import PackedInputs
 from nsa_platform.serve.kv_cache import KvCache, page_size_of
-from nsa_platform.serve.pages import ABSENT, OutOfPages, PageAllocator, SequencePages
+from nsa_platform.serve.page_pool import OutOfPages, PagePool
+from nsa_platform.serve.pages import ABSENT, SequencePages
 
 VARIANTS = {
     "nsa": {},
@@ -42,8 +43,8 @@ def poison_free_pages(cache: KvCache) -> None:
     """Large numbers where no sequence has a page: a step that reads them goes wrong visibly."""
     for layer in cache.layers:
         for tensors, allocator in (
-            (layer.page_tensors(), cache.book.allocator),
-            (layer.window_tensors(), cache.book.window_allocator),
+            (layer.page_tensors(), cache.book.pool),
+            (layer.window_tensors(), cache.book.window_pool),
         ):
             for tensor in tensors:
                 assert allocator is not None
@@ -112,19 +113,19 @@ def test_pages_of_an_ended_sequence_serve_the_next(make_model):
             wanted = model(ids, PackedInputs.from_lengths([50])).hidden
         torch.testing.assert_close(hidden, wanted)
         cache.release(sequence)
-    assert not cache.book.allocator.in_use()
+    assert not cache.book.pool.in_use()
 
 
 def test_window_pages_are_given_back(make_model):
     model = make_model()
     cache = KvCache(model.config, num_tokens=120, max_new_tokens=1)
     sequence = SequencePages()
-    assert cache.book.window_allocator is not None
+    assert cache.book.window_pool is not None
     for count in range(1, 121):
         inputs = cache.extend([sequence], [1])
         # 12 tokens of the window before the new one, pages of 8.
-        assert len(cache.book.window_allocator.in_use()) <= 3
-        assert len(cache.book.allocator.in_use()) == -(-count // 8)
+        assert len(cache.book.window_pool.in_use()) <= 3
+        assert len(cache.book.pool.in_use()) == -(-count // 8)
     assert sequence.window_pages[:13] == [ABSENT] * 13
     assert inputs.window_page_table is not None
     assert inputs.window_page_table.shape == inputs.page_table.shape == (1, 15)
@@ -143,13 +144,13 @@ def test_pages_in_use_take_the_bytes_that_cost_says(make_model, attention, conte
         config, context, element_bytes=dtype.itemsize, page_size=page_size_of(config)
     )
 
-    def bytes_in_use(tensors: list[torch.Tensor], allocator: PageAllocator | None) -> int:
+    def bytes_in_use(tensors: list[torch.Tensor], allocator: PagePool | None) -> int:
         return sum(tensor[0].nbytes * len(allocator.in_use()) for tensor in tensors if allocator)
 
     pages = [tensor for layer in cache.layers for tensor in layer.page_tensors()]
     window = [tensor for layer in cache.layers for tensor in layer.window_tensors()]
-    assert bytes_in_use(pages, cache.book.allocator) == cost.selected + cost.compressed
-    assert bytes_in_use(window, cache.book.window_allocator) == cost.sliding + cost.tail
+    assert bytes_in_use(pages, cache.book.pool) == cost.selected + cost.compressed
+    assert bytes_in_use(window, cache.book.window_pool) == cost.sliding + cost.tail
     assert cache.num_bytes() == sum(tensor.nbytes for tensor in pages + window)
 
 

@@ -4,22 +4,23 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nsa_platform.serve.pages import ABSENT, OutOfPages, PageAllocator, PageBook, SequencePages
+from nsa_platform.serve.page_pool import OutOfPages, PagePool
+from nsa_platform.serve.pages import ABSENT, PageBook, SequencePages
 
 
 def check(book: PageBook, sequences: list[SequencePages]) -> None:
     held = [page for sequence in sequences for page in sequence.pages]
-    assert len(held) == len(set(held)) and set(held) == book.allocator.in_use()
-    assert book.allocator.num_free + len(held) == book.allocator.num_pages - 1
+    assert len(held) == len(set(held)) and set(held) == book.pool.in_use()
+    assert book.pool.num_free + len(held) == book.pool.num_pages - 1
     assert 0 not in held
     for sequence in sequences:
         assert len(sequence.pages) == -(-sequence.num_tokens // book.page_size)
-    if book.window_allocator is None:
+    if book.window_pool is None:
         assert not any(sequence.window_pages for sequence in sequences)
         return
     held = [p for sequence in sequences for p in sequence.window_pages if p != ABSENT]
-    assert len(held) == len(set(held)) and set(held) == book.window_allocator.in_use()
-    assert book.window_allocator.num_free + len(held) == book.window_allocator.num_pages - 1
+    assert len(held) == len(set(held)) and set(held) == book.window_pool.in_use()
+    assert book.window_pool.num_free + len(held) == book.window_pool.num_pages - 1
     assert 0 not in held
     for sequence in sequences:
         assert len(sequence.window_pages) == len(sequence.pages)
@@ -57,7 +58,7 @@ def test_invariants_hold_after_any_steps(steps, page_size, tail, num_pages, num_
             start = sequence.num_tokens
             book.extend(sequence, count)
             assert sequence.num_tokens == start + count
-            if book.window_allocator is not None:  # what this step reads is still there
+            if book.window_pool is not None:  # what this step reads is still there
                 first = max(0, start - tail) // page_size
                 assert ABSENT not in sequence.window_pages[first:]
         else:
@@ -68,7 +69,7 @@ def test_invariants_hold_after_any_steps(steps, page_size, tail, num_pages, num_
         check(book, sequences)
     for sequence in sequences:
         book.release(sequence)
-    assert book.allocator.num_free == num_pages - 1
+    assert book.pool.num_free == num_pages - 1
 
 
 def test_trim_leaves_the_tail_alone():
@@ -83,8 +84,8 @@ def test_trim_leaves_the_tail_alone():
 
 def test_wrong_use_is_refused():
     with pytest.raises(ValueError, match="scratch"):
-        PageAllocator(1)
-    allocator = PageAllocator(3)
+        PagePool(1)
+    allocator = PagePool(3)
     pages = allocator.allocate(2)
     with pytest.raises(OutOfPages, match="1 pages are needed and 0 of 2 are free"):
         allocator.allocate(1)

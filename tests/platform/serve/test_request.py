@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from nsa_platform.serve.page_keys import PageKeys
 from nsa_platform.serve.request import Request, SamplingParams
 
 
@@ -43,8 +44,14 @@ def test_a_bias_out_of_range_is_named(bias):
         SamplingParams(max_tokens=8, logit_bias=bias)
 
 
+def request_of(*prompt: int) -> Request:
+    keys = PageKeys(prompt, page_size=2, lookahead=0)
+    params = SamplingParams(max_tokens=4)
+    return Request("a", prompt, params, arrival=0, seed=0, keys=keys, num_to_compute=len(prompt))
+
+
 def test_tokens_are_the_prompt_and_the_output():
-    request = Request("a", (10, 11, 12), SamplingParams(max_tokens=4), arrival=0, seed=0)
+    request = request_of(10, 11, 12)
     assert (request.num_tokens, request.num_pending, request.is_decoding) == (3, 3, False)
     request.pages.num_tokens = 3
     request.output_ids += [20]
@@ -54,9 +61,13 @@ def test_tokens_are_the_prompt_and_the_output():
     for start in range(7):
         for end in range(start, 7):
             assert request.tokens(start, end) == whole[start:end]
+    for _ in range(2):
+        request.update_keys()
+        assert request.keys.num_tokens == 6
+    assert request.keys.key(2) == PageKeys(whole, page_size=2, lookahead=0).key(2)
 
 
 def test_a_prompt_of_one_token_is_no_decode():
-    request = Request("a", (10,), SamplingParams(max_tokens=4), arrival=0, seed=0)
+    request = request_of(10)
     assert request.num_pending == 1
     assert not request.is_decoding

@@ -7,6 +7,7 @@ import torch
 
 from nsa_platform.serve.batch_sampler import BatchSampler
 from nsa_platform.serve.grammar import Grammars
+from nsa_platform.serve.page_keys import PageKeys
 from nsa_platform.serve.request import Request, SamplingParams
 from nsa_platform.serve.sampler import Sampler, Sampling, choose_tokens, uniform
 
@@ -110,7 +111,17 @@ def request_of(prompt: list[int], output: list[int], **settings: Any) -> Request
     params = SamplingParams(**{"max_tokens": 50, "temperature": 0.0, **settings})
     name = f"{prompt}{output}{settings}"
     stop_ids = frozenset({3})
-    return Request(name, tuple(prompt), params, 0, 0, output_ids=output, stop_ids=stop_ids)
+    return Request(
+        name,
+        tuple(prompt),
+        params,
+        arrival=0,
+        seed=0,
+        keys=PageKeys(prompt, page_size=8, lookahead=0),
+        num_to_compute=len(prompt),
+        output_ids=output,
+        stop_ids=stop_ids,
+    )
 
 
 @pytest.mark.parametrize(

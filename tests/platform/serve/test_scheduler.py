@@ -3,12 +3,15 @@
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import event, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from nsa_platform.serve.pages import ABSENT, PageBook, PageLeak
+from nsa_platform.serve.page_pool import PageLeak
+from nsa_platform.serve.pages import ABSENT, PageBook
 from nsa_platform.serve.request import Request, RequestState, SamplingParams
-from nsa_platform.serve.scheduler import Scheduler, Step
+from nsa_platform.serve.scheduler import Limits, Scheduler, Step
+from nsa_platform.serve.step_cost import CostModel
 
 
 def next_token(tokens: list[int]) -> int:
@@ -21,15 +24,22 @@ def next_token(tokens: list[int]) -> int:
 
 @dataclass
 class Machine:
-    """A scheduler with a memory that holds tokens instead of keys and values."""
+    """A scheduler with a memory that holds, instead of keys and values, what these hang on.
+
+    A row of a page hangs on all tokens up to its own, that of a compressed block on all up to the
+    block's last one. Rows of shared pages are not written, as on a device.
+    """
 
     scheduler: Scheduler
-    memory: dict[tuple[str, int], tuple[str, int, int]] = field(default_factory=dict)
-    """(pool, slot) -> request, position, token."""
+    block: int
+    stride: int
+    memory: dict[tuple[str, int], int] = field(default_factory=dict)
+    """(pool, row) -> digest of the tokens that it hangs on."""
     emitted: dict[str, list[int]] = field(default_factory=dict)
     """Every token that was sampled, by request: what its listener has got."""
     num_arrived: int = 0
     num_preempted: int = 0
+    num_cached: int = 0
 
     @classmethod
     def of(
@@ -40,27 +50,55 @@ class Machine:
         tail: int | None = 6,
         max_num_seqs: int = 4,
         max_step_tokens: int = 8,
+        block: int = 2,
+        stride: int = 1,
+        is_caching: bool = True,
+        spare_window_pages: int = 6,
+        coefficients: tuple[float, ...] = (0.0,) * 5,
+        max_step_s: float | None = None,
+        **limits: int,
     ) -> "Machine":
         num_window_pages = None
         if tail is not None:
-            tails = max_num_seqs * (-(-tail // page_size) + 2)
-            num_window_pages = 1 + tails + max_step_tokens // page_size
+            tails = max_num_seqs * (-(-tail // page_size) + 3)
+            num_window_pages = 1 + tails + max_step_tokens // page_size + spare_window_pages
         book = PageBook(
             page_size=page_size,
             num_pages=num_pages + 1,
             tail_tokens=tail or 0,
             num_window_pages=num_window_pages,
+            enable_prefix_caching=is_caching,
+            lookahead=0 if tail is None else block - stride,
         )
-        return cls(Scheduler(book, max_num_seqs=max_num_seqs, max_step_tokens=max_step_tokens))
+        limits = Limits(max_num_seqs, max_step_tokens, max_step_s, **limits)
+        return cls(Scheduler(book, limits, CostModel(coefficients)), block, stride)
 
-    def add(self, num_prompt: int, max_tokens: int) -> Request:
+    def add(
+        self,
+        num_prompt: int,
+        max_tokens: int,
+        *,
+        family: int | None = None,
+        num_own: int = 0,
+        priority: int = 0,
+    ) -> Request:
+        """Prompts of one family begin alike; the last num_own tokens are the request's own."""
         number = self.num_arrived
+        root = 13 * number if family is None else 500 + family
+        tokens = [(root + i) % 997 for i in range(num_prompt)]
+        tokens[max(0, num_prompt - num_own) :] = [
+            (7 * number + i) % 997 for i in range(min(num_own, num_prompt))
+        ]
+        keys = self.scheduler.book.keys(tokens)
         request = Request(
             str(number),
-            tuple((13 * number + i) % 997 for i in range(num_prompt)),
+            tuple(tokens),
             SamplingParams(max_tokens=max_tokens),
             arrival=number,
             seed=0,
+            keys=keys,
+            num_to_compute=len(tokens) - self.scheduler.book.num_known(keys),
+            priority=priority,
         )
         self.scheduler.add(request)
         self.emitted[request.request_id] = []
@@ -69,28 +107,34 @@ class Machine:
 
     def step(self) -> Step:
         decoding = [r for r in self.scheduler.running if r.is_decoding]
-        oldest = (*self.scheduler.running, *self.scheduler.waiting)[:1]
+        has_work = self.scheduler.has_work
         step = self.scheduler.schedule()
         self.scheduler.check()
-        assert step.num_tokens <= self.scheduler.max_step_tokens
+        assert step.num_tokens <= self.scheduler.limits.max_step_tokens
         served = [chunk.request for chunk in step.chunks]
         assert len(served) == len(set(served))
-        assert oldest == () or oldest[0] in served
+        assert bool(served) == has_work
+        if served:  # who ranks highest of those that run is served, or behind in its fair share
+            first = min((*self.scheduler.running, *self.scheduler.waiting), key=lambda r: r.rank)
+            assert first in served or not first.is_decoding
         stalled = [r for r in decoding if r.state is RequestState.RUNNING and r not in served]
         assert all(self.scheduler.book.room(request.pages) == 0 for request in stalled)
         for chunk in step.chunks:
             self._compute(chunk.request, chunk.num_tokens)
         for chunk in step.chunks:
-            self._read_back(chunk.request)
+            self._read_back(chunk.request, chunk.num_tokens)
+        self.scheduler.settle(step)
+        self.scheduler.check()
+        for chunk in step.chunks:
             if chunk.is_last:
                 self._sample(chunk.request)
-        self.scheduler.settle(step)
         self.scheduler.check()
         book = self.scheduler.book
         for request in self.scheduler.running:
             held = sum(page != ABSENT for page in request.pages.window_pages)
-            assert held <= -(-book.tail_tokens // book.page_size) + 1
+            assert held <= -(-book.tail_tokens // book.page_size) + 2
         self.num_preempted += step.num_preempted
+        self.num_cached += sum(request.num_cached_tokens for request in step.begun)
         return step
 
     def drain(self) -> None:
@@ -100,29 +144,45 @@ class Machine:
             self.step()
         raise AssertionError("it does not end")
 
-    def _slots(self, request: Request, position: int) -> list[tuple[str, int]]:
-        size, pages = self.scheduler.book.page_size, request.pages
-        slots = [("all", pages.pages[position // size] * size + position % size)]
-        if self.scheduler.book.window_allocator is not None:
-            page = pages.window_pages[position // size]
-            slots += [("window", page * size + position % size)] if page != ABSENT else []
-        return slots
+    def _row(self, pages: list[int], position: int) -> int:
+        size = self.scheduler.book.page_size
+        assert pages[position // size] != ABSENT
+        return pages[position // size] * size + position % size
+
+    def _blocks(self, num_tokens: int) -> int:
+        """Complete compressed blocks of so many tokens."""
+        return max(0, (num_tokens - self.block) // self.stride + 1)
 
     def _compute(self, request: Request, num_tokens: int) -> None:
-        end = request.pages.num_tokens
+        pages, end = request.pages, request.pages.num_tokens
+        shared = pages.num_shared * self.scheduler.book.page_size
+        digests = digests_of(request.tokens(0, end))
+        has_window = self.scheduler.book.window_pool is not None
         for position in range(end - num_tokens, end):
-            token = request.tokens(position, position + 1)[0]
-            for slot in self._slots(request, position):
-                self.memory[slot] = (request.request_id, position, token)
+            if position >= shared:
+                self.memory["all", self._row(pages.pages, position)] = digests[position]
+            if has_window:
+                self.memory["window", self._row(pages.window_pages, position)] = digests[position]
+        for index in range(self._blocks(end - num_tokens), self._blocks(end)):
+            start = index * self.stride
+            if has_window and start >= shared:
+                row = self._row(pages.pages, start)
+                self.memory["blocks", row] = digests[start + self.block - 1]
 
-    def _read_back(self, request: Request) -> None:
-        end, tail = request.pages.num_tokens, self.scheduler.book.tail_tokens
+    def _read_back(self, request: Request, num_tokens: int) -> None:
+        """All that attention of the new tokens may read hangs on the request's own tokens."""
+        book, pages, end = self.scheduler.book, request.pages, request.pages.num_tokens
+        digests = digests_of(request.tokens(0, end))
         for position in range(end):
-            slots = self._slots(request, position)
-            token = request.tokens(position, position + 1)[0]
-            assert all(self.memory[s] == (request.request_id, position, token) for s in slots)
-            if self.scheduler.book.window_allocator is not None:
-                assert len(slots) == 2 or position < end - tail
+            assert self.memory["all", self._row(pages.pages, position)] == digests[position]
+        if book.window_pool is None:
+            return
+        for position in range(max(0, end - num_tokens - book.tail_tokens), end):
+            row = self._row(pages.window_pages, position)
+            assert self.memory["window", row] == digests[position]
+        for index in range(self._blocks(end)):
+            row = self._row(pages.pages, index * self.stride)
+            assert self.memory["blocks", row] == digests[index * self.stride + self.block - 1]
 
     def _sample(self, request: Request) -> None:
         assert request.num_pending == 0
@@ -133,6 +193,15 @@ class Machine:
             self.scheduler.finish(request)
 
 
+def digests_of(tokens: list[int]) -> list[int]:
+    """For each token a number that hangs on it and on all before."""
+    value, digests = 7, []
+    for token in tokens:
+        value = (1_000_003 * value + token + 1) % (2**61 - 1)
+        digests.append(value)
+    return digests
+
+
 def wanted(request: Request) -> list[int]:
     tokens = list(request.prompt_ids)
     for _ in range(request.params.max_tokens):
@@ -140,63 +209,97 @@ def wanted(request: Request) -> list[int]:
     return tokens[len(request.prompt_ids) :]
 
 
-OPERATIONS = st.lists(
-    st.one_of(
-        st.tuples(st.just("add"), st.integers(1, 12), st.integers(1, 40)),
-        st.tuples(st.just("add"), st.integers(1, 60), st.integers(1, 3)),
-        st.tuples(st.just("abort"), st.integers(0, 15), st.just(0)),
-        st.tuples(st.just("step"), st.integers(1, 9), st.just(0)),
-    ),
-    min_size=12,
-    max_size=40,
-)
+class Arrivals(RuleBasedStateMachine):
+    """Requests come, run, are aborted and preempted in any order; the books stay straight."""
 
-
-@settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.too_slow])
-@given(
-    operations=OPERATIONS,
-    num_pages=st.integers(5, 20),
-    page_size=st.sampled_from([2, 3, 4]),
-    tail=st.one_of(st.none(), st.integers(1, 12)),
-    max_num_seqs=st.integers(2, 5),
-    extra_tokens=st.integers(0, 20),
-)
-def test_no_page_and_no_token_is_lost_whatever_happens(
-    operations, num_pages, page_size, tail, max_num_seqs, extra_tokens
-):
-    machine = Machine.of(
-        num_pages=num_pages,
-        page_size=page_size,
-        tail=tail,
-        max_num_seqs=max_num_seqs,
-        max_step_tokens=max_num_seqs + extra_tokens,
+    @initialize(
+        num_pages=st.integers(5, 20),
+        sizes=st.sampled_from([(2, 2, 1), (3, 2, 1), (4, 3, 1), (4, 4, 2), (2, 2, 2), (8, 4, 2)]),
+        tail=st.one_of(st.none(), st.integers(4, 12)),
+        max_num_seqs=st.integers(2, 5),
+        extra_tokens=st.integers(0, 20),
+        max_step_s=st.sampled_from([None, 4.0, 12.0]),
+        max_prompts=st.integers(1, 4),
+        long_prompt_tokens=st.integers(5, 40),
+        is_caching=st.sampled_from([True, True, False]),
+        spare_window_pages=st.integers(0, 12),
     )
-    requests: list[Request] = []
-    aborted: set[str] = set()
-    for what, first, second in operations:
-        if what == "add":
-            # As long as the cache allows, and one token more is refused.
-            room = num_pages * page_size + 1 - first
-            if second > room:
-                with pytest.raises(ValueError, match=f"the whole cache has {num_pages}"):
-                    machine.add(first, second)
-            if room > 0:
-                requests.append(machine.add(first, min(second, room)))
-        elif what == "abort" and first < len(requests):
-            request = requests[first]
-            if request.state is not RequestState.FINISHED:
-                machine.scheduler.finish(request)
-                aborted.add(request.request_id)
-                machine.scheduler.check()
-        elif what == "step":
-            for _ in range(first):
-                machine.step()
-    machine.drain()
-    event(f"preemptions: {min(machine.num_preempted, 5)}")
-    assert machine.scheduler.book.num_free_pages == num_pages
-    for request in requests:
-        emitted, whole = machine.emitted[request.request_id], wanted(request)
-        assert emitted == (whole[: len(emitted)] if request.request_id in aborted else whole)
+    def start(self, num_pages, sizes, max_num_seqs, extra_tokens, max_prompts, **fields) -> None:
+        page_size, block, stride = sizes
+        self.machine = Machine.of(
+            num_pages=num_pages,
+            page_size=page_size,
+            max_num_seqs=max_num_seqs,
+            max_step_tokens=max_num_seqs + extra_tokens,
+            block=block,
+            stride=stride,
+            coefficients=(2.0, 1.0, 0.01, 0.5, 0.001),
+            max_prompts=max_prompts,
+            max_long_prompts=(max_prompts + 1) // 2,
+            **fields,
+        )
+        self.num_places = num_pages * page_size
+        self.requests: list[Request] = []
+        self.aborted: set[str] = set()
+        self._add(min(30, self.num_places), 1, family=0)
+        self.machine.drain()
+
+    @rule(num_prompt=st.integers(1, 60), max_tokens=st.integers(1, 40), priority=st.integers(0, 1))
+    def add_stranger(self, num_prompt: int, max_tokens: int, priority: int) -> None:
+        self._add(num_prompt, max_tokens, priority=priority)
+
+    @rule(
+        num_prompt=st.integers(8, 60),
+        max_tokens=st.integers(1, 12),
+        family=st.integers(0, 1),
+        num_own=st.integers(0, 9),
+    )
+    def add_relative(self, num_prompt: int, max_tokens: int, family: int, num_own: int) -> None:
+        self._add(num_prompt, max_tokens, family=family, num_own=num_own)
+
+    @rule(count=st.integers(1, 25))
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            self.machine.step()
+
+    @rule(which=st.integers(0, 30))
+    def abort_or_forget(self, which: int) -> None:
+        scheduler = self.machine.scheduler
+        if which < len(self.requests) and self.requests[which].state is not RequestState.FINISHED:
+            scheduler.finish(self.requests[which])
+            self.aborted.add(self.requests[which].request_id)
+        elif which == 30:
+            scheduler.book.forget()
+        scheduler.check()
+
+    def _add(self, num_prompt: int, max_tokens: int, **fields: int) -> None:
+        # As long as the cache allows, and one token more is refused.
+        room = self.num_places + 1 - num_prompt
+        if max_tokens > room:
+            with pytest.raises(ValueError, match="the whole cache has"):
+                self.machine.add(num_prompt, max_tokens, **fields)
+        if room > 0:
+            request = self.machine.add(num_prompt, min(max_tokens, room), **fields)
+            self.requests.append(request)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "machine"):
+            return
+        self.machine.drain()
+        event(f"preemptions: {min(self.machine.num_preempted, 3)}")
+        event(f"cached tokens: {min(self.machine.num_cached, 1)}")
+        book = self.machine.scheduler.book
+        assert book.num_free_pages == book.num_pages
+        for request in self.requests:
+            emitted, whole = self.machine.emitted[request.request_id], wanted(request)
+            is_cut = request.request_id in self.aborted
+            assert emitted == (whole[: len(emitted)] if is_cut else whole)
+
+
+class TestArrivals(Arrivals.TestCase):
+    """No page and no token is lost, and nobody reads another's contents, whatever happens."""
+
+    settings = settings(deadline=None, max_examples=120, stateful_step_count=30)
 
 
 def counts(step: Step) -> dict[str, int]:
@@ -209,13 +312,85 @@ def test_decodes_go_on_beside_chunks_of_prompts():
     assert counts(machine.step()) == {"0": 3}
     machine.add(30, 2)
     machine.add(2, 2)
-    assert counts(machine.step()) == {"0": 1, "1": 7}
-    assert counts(machine.step()) == {"0": 1, "1": 7}
-    assert counts(machine.step()) == {"0": 1, "1": 7}
-    assert counts(machine.step()) == {"0": 1, "1": 7}
-    # The end of one prompt and the whole next share a step.
-    assert counts(machine.step()) == {"0": 1, "1": 2, "2": 2}
-    assert counts(machine.step()) == {"0": 1, "1": 1, "2": 1}
+    # The short prompt is through at once, and the long one goes on beside it.
+    assert counts(machine.step()) == {"0": 1, "2": 2, "1": 5}
+    assert counts(machine.step()) == {"0": 1, "2": 1, "1": 6}
+    for _ in range(2):
+        assert counts(machine.step()) == {"0": 1, "1": 7}
+    # The end of one prompt and the beginning of the next share a step.
+    machine.add(9, 2)
+    assert counts(machine.step()) == {"0": 1, "1": 5, "3": 2}
+
+
+def test_a_step_takes_no_longer_than_it_may():
+    # 1 s a step, 1 s a prompt token and 2 s a decode.
+    machine = Machine.of(
+        num_pages=60,
+        max_step_tokens=40,
+        coefficients=(1.0, 1.0, 0.0, 2.0, 0.0),
+        max_step_s=10.0,
+    )
+    machine.add(30, 9)
+    assert counts(machine.step()) == {"0": 9}
+    machine.add(2, 40)
+    machine.add(3, 40)
+    assert counts(machine.step()) == {"1": 2, "2": 3, "0": 4}
+    # Two decodes take 5 s without prompts; with three, 7 s, prompts may take as much.
+    assert counts(machine.step()) == {"1": 1, "2": 1, "0": 5}
+    machine.add(1, 40)
+    machine.step()
+    assert counts(machine.step()) == {"1": 1, "2": 1, "3": 1, "0": 7}
+
+
+def test_a_step_moves_a_page_however_little_time_there_is():
+    machine = Machine.of(coefficients=(0.0, 1.0, 0.0, 0.0, 0.0), max_step_s=0.1)
+    machine.add(10, 2)
+    assert counts(machine.step()) == {"0": 4}
+
+
+def test_a_long_prompt_gets_its_share_while_short_ones_keep_coming():
+    machine = Machine.of(num_pages=400, max_num_seqs=3, max_step_tokens=10)
+    long = machine.add(300, 1)
+    machine.step()
+    num_steps = 0
+    while long.state is not RequestState.FINISHED:
+        machine.add(9, 1)
+        machine.step()
+        num_steps += 1
+        assert long.deficit <= machine.scheduler.shares.max_deficit + 10
+    # Three prompts at a time share steps of ten tokens: a third of them is its due.
+    assert 300 / 10 < num_steps <= 3 * 300 / 10 + 8
+
+
+def test_short_prompts_pass_long_ones_that_wait_for_their_turn():
+    machine = Machine.of(
+        num_pages=200, max_step_tokens=10, max_prompts=3, max_long_prompts=1, long_prompt_tokens=20
+    )
+    machine.add(60, 1)
+    machine.add(50, 1)
+    machine.add(5, 1)
+    assert counts(machine.step()) == {"2": 5, "0": 5}
+    assert [request.request_id for request in machine.scheduler.waiting] == ["1"]
+    machine.drain()
+
+
+def test_lower_priorities_wait_and_give_way():
+    machine = Machine.of(num_pages=10, page_size=4, max_num_seqs=3, max_step_tokens=20)
+    low = machine.add(10, 12, priority=1)
+    machine.step()
+    high, lowest = machine.add(10, 12, priority=0), machine.add(10, 2, priority=2)
+    assert counts(machine.step())["1"] == 10
+    ended: list[Request] = []
+    while machine.scheduler.has_work:
+        machine.step()
+        assert high.state is not RequestState.WAITING
+        ended += [
+            request
+            for request in (low, high, lowest)
+            if request.state is RequestState.FINISHED and request not in ended
+        ]
+    assert machine.num_preempted > 0
+    assert ended.index(high) < ended.index(low)
 
 
 def test_several_prompts_share_a_step():
@@ -284,10 +459,10 @@ def test_a_lost_page_is_noticed():
     with pytest.raises(PageLeak, match=rf"nobody holds: \[{page}\]"):
         machine.scheduler.check()
     request.pages.pages += [page, page]
-    with pytest.raises(PageLeak, match="1 pages are held twice"):
+    with pytest.raises(PageLeak, match=rf"{page}: \(2, 1\)"):
         machine.scheduler.check()
 
 
 def test_a_step_must_hold_every_decode():
     with pytest.raises(ValueError, match="max_step_tokens=3 must be at least max_num_seqs=4"):
-        Machine.of(max_num_seqs=4, max_step_tokens=3)
+        Limits(max_num_seqs=4, max_step_tokens=3)

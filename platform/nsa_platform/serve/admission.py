@@ -1,0 +1,96 @@
+"""When the first token of a request would come if it were accepted now. No tensors.
+
+Prompts are served in shares, the shortest first: what is shorter goes before, what is longer only
+fills the steps up, but for what it is owed. Where a request has to wait for a place among the
+prompts, or among the long ones, those that come to their end first make it. Where it has to wait
+for pages, they come back when requests have generated all that they may: the latest time, for they
+may end earlier.
+"""
+
+import math
+
+from nsa_platform.serve.request import Request
+from nsa_platform.serve.scheduler import Scheduler
+from nsa_platform.serve.step_cost import StepWork
+
+
+def predicted_ttft_s(scheduler: Scheduler, num_tokens: int, priority: int = 0) -> float:
+    """Seconds until the first token of a request with num_tokens tokens to compute; 0 as long as
+    the cost model knows nothing."""
+    cost, limits = scheduler.cost, scheduler.limits
+    own = cost.prompt_seconds(num_tokens, 0)
+    ahead = [r for r in (*scheduler.prompts(), *scheduler.waiting) if r.priority <= priority]
+    theirs = {r: cost.prompt_seconds(_num_to_go(r), r.pages.num_tokens) for r in ahead}
+    by_work = sorted(ahead, key=lambda request: theirs[request])
+    before = set(by_work[: max(0, len(ahead) - limits.max_prompts + 1)])
+    if scheduler.is_long(num_tokens):
+        long_ones = [request for request in by_work if scheduler.is_long(_num_to_go(request))]
+        before |= set(long_ones[: max(0, len(long_ones) - limits.max_long_prompts + 1)])
+    work = own
+    for request in ahead:
+        if request in before or request.priority < priority or theirs[request] <= own:
+            work += theirs[request]
+        elif request.deficit > scheduler.shares.max_deficit:
+            work += min(theirs[request], cost.prompt_seconds(int(request.deficit), 0))
+    fixed = _decode_s(scheduler)
+    in_a_step = cost.prompt_seconds(limits.max_step_tokens, 0)
+    if limits.max_step_s is not None:
+        in_a_step = min(in_a_step, max(limits.max_step_s - fixed, fixed))
+    num_steps = math.ceil(work / in_a_step) if in_a_step > 0.0 else 1
+    filled = min(num_steps * in_a_step, own + sum(theirs.values()))
+    return max(filled, _pages_s(scheduler, num_tokens) + own) + num_steps * fixed
+
+
+def next_end_s(scheduler: Scheduler) -> float:
+    """Seconds until a request ends, at the latest, as predicted."""
+    return next(iter(_endings(scheduler)), (0.0, 0))[0]
+
+
+def queued_tokens(scheduler: Scheduler) -> int:
+    """Tokens to compute before all that are prefilled or wait have their next token."""
+    return sum(_num_to_go(request) for request in (*scheduler.prompts(), *scheduler.waiting))
+
+
+def _num_to_go(request: Request) -> int:
+    """Tokens to compute before the request's next token comes."""
+    return min(request.num_pending, request.num_to_compute)
+
+
+def _decode_s(scheduler: Scheduler) -> float:
+    """Time of a step of all requests that decode, without prompts."""
+    contexts = [r.num_tokens for r in scheduler.running if r.is_decoding]
+    work = StepWork(num_decodes=len(contexts), decode_reads=float(sum(contexts)))
+    return scheduler.cost.seconds(work)
+
+
+def _endings(scheduler: Scheduler) -> list[tuple[float, int]]:
+    """Of each running request the seconds until it ends at the latest, and its pages; the first to
+    end first."""
+    step_s, prompts_s = _decode_s(scheduler), 0.0
+    prompts = scheduler.prompts()
+    if scheduler.limits.max_step_s is not None and prompts:
+        step_s = max(scheduler.limits.max_step_s, 2 * step_s)
+    for request in prompts:
+        prompts_s += scheduler.cost.prompt_seconds(request.num_pending, request.pages.num_tokens)
+    endings = []
+    for request in scheduler.running:
+        num_left = request.params.max_tokens - len(request.output_ids)
+        begins_s = 0.0 if request.is_decoding else prompts_s
+        endings.append((begins_s + num_left * step_s, len(request.pages.pages)))
+    return sorted(endings)
+
+
+def _pages_s(scheduler: Scheduler, num_tokens: int) -> float:
+    """Seconds until there are pages for a prompt of so many tokens behind all that wait."""
+    book = scheduler.book
+    wanted = [num_tokens, *(request.num_to_compute for request in scheduler.waiting)]
+    needed = sum(-(-count // book.page_size) for count in wanted)
+    needed += sum(book.missing(r.pages, r.num_pending) for r in scheduler.prompts())
+    needed += len(scheduler.running) - book.num_free_pages
+    seconds = 0.0
+    for ends_s, num_pages in _endings(scheduler):
+        if needed <= 0:
+            break
+        seconds = ends_s
+        needed -= num_pages
+    return seconds
