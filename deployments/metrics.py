@@ -6,7 +6,7 @@ from typing import Protocol
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from deployments.metric_families import FAMILIES, LABELS, Family
-from nsa_platform.serve.engine import EngineStats
+from nsa_platform.serve.stats import EngineStats
 
 GAUGES = {
     "num_requests_running": "num_running",

@@ -34,8 +34,8 @@ from deployments.replies import Detokenized, Tokens
 from deployments.settings import sampling
 from deployments.token_text import TokenTexts
 from nsa_platform.data.tokenizer import Tokenizer
+from nsa_platform.serve.admission import QueueFull
 from nsa_platform.serve.async_engine import AsyncEngine, EngineDead
-from nsa_platform.serve.engine import QueueFull
 from nsa_platform.serve.request import Output, SamplingParams
 
 Result = TypeVar("Result")

@@ -1,4 +1,4 @@
-"""When the first token of a request would come if it were accepted now. No tensors.
+"""Whether a request is accepted: when would its first token come? No tensors.
 
 Prompts are served in shares, the shortest first: what is shorter goes before, what is longer only
 fills the steps up, but for what it is owed. Where a request has to wait for a place among the
@@ -10,8 +10,22 @@ may end earlier.
 import math
 
 from nsa_platform.serve.request import Request
-from nsa_platform.serve.scheduler import Scheduler
+from nsa_platform.serve.scheduler import LEAST_FOR_PROMPTS, Scheduler
 from nsa_platform.serve.step_cost import StepWork
+
+MEAN_PROMPT_TOKENS = 1024.0
+"""Length of an average prompt before any has come."""
+MEAN_OVER = 32
+"""Prompts that the average is taken over, about."""
+
+
+class QueueFull(RuntimeError):
+    """The engine does not take a request now; the same one may be accepted later."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        """retry_after_s: when it is likely to be accepted if nobody else comes."""
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 def predicted_ttft_s(scheduler: Scheduler, num_tokens: int, priority: int = 0) -> float:
@@ -35,7 +49,7 @@ def predicted_ttft_s(scheduler: Scheduler, num_tokens: int, priority: int = 0) -
     fixed = _decode_s(scheduler)
     in_a_step = cost.prompt_seconds(limits.max_step_tokens, 0)
     if limits.max_step_s is not None:
-        in_a_step = min(in_a_step, max(limits.max_step_s - fixed, fixed))
+        in_a_step = min(in_a_step, max(limits.max_step_s - fixed, fixed * LEAST_FOR_PROMPTS))
     num_steps = math.ceil(work / in_a_step) if in_a_step > 0.0 else 1
     filled = min(num_steps * in_a_step, own + sum(theirs.values()))
     return max(filled, _pages_s(scheduler, num_tokens) + own) + num_steps * fixed
@@ -69,7 +83,7 @@ def _endings(scheduler: Scheduler) -> list[tuple[float, int]]:
     step_s, prompts_s = _decode_s(scheduler), 0.0
     prompts = scheduler.prompts()
     if scheduler.limits.max_step_s is not None and prompts:
-        step_s = max(scheduler.limits.max_step_s, 2 * step_s)
+        step_s = max(scheduler.limits.max_step_s, step_s * (1 + LEAST_FOR_PROMPTS))
     for request in prompts:
         prompts_s += scheduler.cost.prompt_seconds(request.num_pending, request.pages.num_tokens)
     endings = []
@@ -94,3 +108,54 @@ def _pages_s(scheduler: Scheduler, num_tokens: int) -> float:
         seconds = ends_s
         needed -= num_pages
     return seconds
+
+
+class Admission:
+    """Accepts what the engine has a place for and can answer in time."""
+
+    def __init__(
+        self, scheduler: Scheduler, *, max_num_queued: int, max_ttft_s: float | None
+    ) -> None:
+        """max_num_queued: requests that may wait. max_ttft_s: the latest first token; None: any."""
+        self.scheduler = scheduler
+        self.max_num_queued = max_num_queued
+        self.max_ttft_s = max_ttft_s
+        self._mean_tokens = MEAN_PROMPT_TOKENS
+
+    @property
+    def max_num_requests(self) -> int:
+        """Requests that run or wait at once."""
+        return self.scheduler.limits.max_num_seqs + self.max_num_queued
+
+    def check(self, num_tokens: int, *, priority: int, deadline_s: float | None) -> None:
+        """Tell whether a request with num_tokens tokens to compute is accepted.
+
+        Raises:
+            ValueError: the deadline, in seconds from now, is not positive.
+            QueueFull: it is not.
+        """
+        if deadline_s is not None and not deadline_s > 0:
+            raise ValueError(f"deadline_s={deadline_s} must be positive")
+        num_here = len(self.scheduler.running) + len(self.scheduler.waiting)
+        if num_here >= self.max_num_requests:
+            raise QueueFull(
+                f"{num_here} requests run or wait, and no more than max_num_seqs="
+                f"{self.scheduler.limits.max_num_seqs} + max_num_queued={self.max_num_queued} may",
+                retry_after_s=next_end_s(self.scheduler),
+            )
+        for name, bound in (("deadline_s", deadline_s), ("max_ttft_s", self.max_ttft_s)):
+            if bound is None:
+                continue
+            predicted = predicted_ttft_s(self.scheduler, num_tokens, priority)
+            if predicted > bound:
+                raise QueueFull(
+                    f"the first token is predicted to come after {predicted:.1f} s, and {name} is "
+                    f"{bound:g}",
+                    # What is ahead of it is worked off at the rate of time.
+                    retry_after_s=predicted - bound,
+                )
+        self._mean_tokens += (num_tokens - self._mean_tokens) / MEAN_OVER
+
+    def predicted_ttft_s(self) -> float:
+        """When the first token of a request of average length would come if it came now."""
+        return predicted_ttft_s(self.scheduler, round(self._mean_tokens))

@@ -7,8 +7,10 @@ from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
-from nsa_platform.serve.engine import Engine, EngineStats, QueueFull
+from nsa_platform.serve.admission import QueueFull
+from nsa_platform.serve.engine import Engine
 from nsa_platform.serve.request import Output, SamplingParams
+from nsa_platform.serve.stats import EngineStats
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from functools import partial
 from nsa_platform.config.serve import EngineConfig
 from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.model.transformer import Transformer
-from nsa_platform.serve.admission import next_end_s, predicted_ttft_s, queued_tokens
+from nsa_platform.serve.admission import Admission, next_end_s, queued_tokens
 from nsa_platform.serve.batch_sampler import BatchSampler, Sampled
 from nsa_platform.serve.calibration import measured_steps
 from nsa_platform.serve.capacity import limits_of, make_cache, model_len_of
@@ -31,54 +31,8 @@ from nsa_platform.serve.request import (
 )
 from nsa_platform.serve.runner import ModelRunner
 from nsa_platform.serve.scheduler import Scheduler, Step
+from nsa_platform.serve.stats import EngineStats
 from nsa_platform.serve.step_cost import CostModel
-
-MEAN_PROMPT_TOKENS = 1024.0
-"""Length of an average prompt before any has come."""
-MEAN_OVER = 32
-"""Prompts that the average is taken over, about."""
-
-
-class QueueFull(RuntimeError):
-    """The engine does not take a request now; the same one may be accepted later."""
-
-    def __init__(self, message: str, *, retry_after_s: float) -> None:
-        """retry_after_s: when it is likely to be accepted if nobody else comes."""
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """What an engine holds now and has done so far."""
-
-    num_running: int
-    num_waiting: int
-    queued_prefill_tokens: int
-    """Tokens to compute before the next tokens of all that run or wait can come."""
-    predicted_ttft_s: float
-    """When the first token of a request of average length would come if it came now; 0 as long as
-    no step has been measured."""
-    next_end_s: float
-    """When the next request ends at the latest, as predicted."""
-    pages_used: int
-    pages_cached: int
-    """Pages that nobody uses and whose contents are still known."""
-    pages_total: int
-    window_pages_used: int
-    """0 for full attention, as window_pages_total."""
-    window_pages_total: int
-    prompt_tokens_total: int
-    """Tokens of the prompts of all requests that have generated a token."""
-    generation_tokens_total: int
-    prefix_cache_queries_total: int
-    """Tokens of the prompts of all requests that have begun to run."""
-    prefix_cache_hits_total: int
-    """How many of them the prefix cache knew."""
-    computed_tokens_total: int
-    """Tokens that went through the model; again after a preemption."""
-    preemptions_total: int
-    steps_total: int
 
 
 @dataclass(slots=True)
@@ -113,12 +67,14 @@ class Engine:
         self.cache = make_cache(model.config, config, device=weight.device, dtype=weight.dtype)
         self.cost = CostModel()
         self.scheduler = Scheduler(self.cache.book, limits_of(config), self.cost)
+        self.admission = Admission(
+            self.scheduler, max_num_queued=config.max_num_queued, max_ttft_s=config.max_ttft_s
+        )
         self.runner = ModelRunner(model, self.cache)
         self.grammars = Grammars(tokenizer, vocab_size=self.vocab_size)
         self.sampler = BatchSampler(self.grammars)
         self._live: dict[str, _Live] = {}
         self._num_added = 0
-        self._mean_prompt_tokens = MEAN_PROMPT_TOKENS
         self._is_measuring = False
         self._prompt_tokens = self._generation_tokens = self._computed_tokens = 0
         self._prefix_queries = self._prefix_hits = 0
@@ -127,7 +83,7 @@ class Engine:
     @property
     def max_num_requests(self) -> int:
         """Requests that run or wait at once."""
-        return self.config.max_num_seqs + self.config.max_num_queued
+        return self.admission.max_num_requests
 
     @property
     def has_work(self) -> bool:
@@ -188,17 +144,12 @@ class Engine:
         self.check_request(prompt_ids, params)
         if request_id in self._live:
             raise ValueError(f"request_id={request_id!r} is in use")
-        if deadline_s is not None and not deadline_s > 0:
-            raise ValueError(f"deadline_s={deadline_s} must be positive")
-        if len(self._live) >= self.max_num_requests:
-            raise QueueFull(
-                f"{len(self._live)} requests run or wait, and no more than max_num_seqs="
-                f"{self.config.max_num_seqs} + max_num_queued={self.config.max_num_queued} may",
-                retry_after_s=next_end_s(self.scheduler),
-            )
-        keys = self.cache.book.keys(prompt_ids, cache_salt)
+        # Known tokens have no scores: whoever asks for those of its prompt shares with nobody.
+        is_private = params.prompt_logprobs is not None
+        salt = f"{request_id}\n{cache_salt}" if is_private else cache_salt
+        keys = self.cache.book.keys(prompt_ids, salt)
         num_to_compute = len(prompt_ids) - self.cache.book.num_known(keys)
-        self._check_promise(num_to_compute, priority, deadline_s)
+        self.admission.check(num_to_compute, priority=priority, deadline_s=deadline_s)
         own_stops = () if params.ignore_eos else self.tokenizer.stop_ids()
         request = Request(
             request_id,
@@ -214,7 +165,6 @@ class Engine:
         )
         self.scheduler.add(request)
         self._num_added += 1
-        self._mean_prompt_tokens += (num_to_compute - self._mean_prompt_tokens) / MEAN_OVER
         self._live[request_id] = _Live(
             request,
             Detokenizer(
@@ -294,7 +244,7 @@ class Engine:
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
             queued_prefill_tokens=queued_tokens(self.scheduler),
-            predicted_ttft_s=predicted_ttft_s(self.scheduler, round(self._mean_prompt_tokens)),
+            predicted_ttft_s=self.admission.predicted_ttft_s(),
             next_end_s=next_end_s(self.scheduler),
             pages_used=book.num_pages - book.num_free_pages,
             pages_cached=book.pool.num_cached,
@@ -309,21 +259,6 @@ class Engine:
             preemptions_total=self._preemptions,
             steps_total=self._steps,
         )
-
-    def _check_promise(self, num_to_compute: int, priority: int, deadline_s: float | None) -> None:
-        """Raise QueueFull if a request's first token is predicted to come too late."""
-        bound = min(self.config.max_ttft_s or math.inf, deadline_s or math.inf)
-        if math.isinf(bound):
-            return
-        predicted = predicted_ttft_s(self.scheduler, num_to_compute, priority)
-        if predicted > bound:
-            which = "max_ttft_s" if bound == self.config.max_ttft_s else "deadline_s"
-            raise QueueFull(
-                f"the first token is predicted to come after {predicted:.1f} s, and {which} is "
-                f"{bound:g}",
-                # What is ahead of it is worked off at the rate of time.
-                retry_after_s=predicted - bound,
-            )
 
     def _overdue(self) -> list[Request]:
         """Requests whose deadline has passed without a token."""

@@ -20,6 +20,7 @@ class ModelRunner:
         self.cache = cache
         self.prompt_scores = PromptScores(model.logits)
 
+    @torch.no_grad()
     def run(self, step: Step) -> Tensor | None:
         """Scores of the next token [S, vocab] of the S chunks that are their request's last, in
         the order of the step; None if there are none."""
@@ -34,16 +35,16 @@ class ModelRunner:
             [chunk.request.pages for chunk in step.chunks],
             [chunk.num_tokens for chunk in step.chunks],
         )
-        return self.forward(ids, inputs, last_rows)
+        hidden = self.forward(ids, inputs)
+        self.prompt_scores.add(hidden, step)
+        return self.scores(hidden, last_rows) if last_rows else None
 
     @torch.no_grad()
-    def forward(
-        self, ids: Sequence[int], inputs: PagedInputs, last_rows: Sequence[int]
-    ) -> Tensor | None:
-        """Scores [S, vocab] at the S rows among the new tokens; None if there are none."""
-        device = self.cache.device
-        hidden = self.model(torch.tensor(ids, device=device), inputs).hidden
-        self.prompt_scores.add(hidden, step)
-        if not last_rows:
-            return None
-        return self.model.logits(hidden[torch.tensor(last_rows, device=device)])
+    def forward(self, ids: Sequence[int], inputs: PagedInputs) -> Tensor:
+        """Hidden states [T, width] of new tokens, whose places are written."""
+        return self.model(torch.tensor(ids, device=self.cache.device), inputs).hidden
+
+    @torch.no_grad()
+    def scores(self, hidden: Tensor, rows: Sequence[int]) -> Tensor:
+        """Scores of the next token [S, vocab] at S rows of hidden states."""
+        return self.model.logits(hidden[torch.tensor(rows, device=self.cache.device)])

@@ -2,9 +2,9 @@
 
 A request waits, runs or is finished. schedule() gives every running request that decodes its one
 token, and fills the rest of the step with chunks of prompts, several at once (prompt_shares.py). A
-step takes no longer than max_step_s, as the cost model predicts, or twice what it would take
-without prompts: so a decode never waits for more than one such chunk, and the fixed time of steps
-costs prompts half of theirs at most.
+step takes no longer than max_step_s, as the cost model predicts, or one and a half times what it
+would take without prompts: so a decode never waits for more than one such chunk, and a third of a
+step is for prompts at least.
 
 Requests have a rank: priority first (lower is more important), then arrival. They begin to run in
 this order, but only max_long_prompts long prompts at once, so that short ones pass long ones that
@@ -27,6 +27,9 @@ from nsa_platform.serve.pages import PageBook
 from nsa_platform.serve.prompt_shares import PromptShares
 from nsa_platform.serve.request import Request, RequestState
 from nsa_platform.serve.step_cost import CostModel, StepWork
+
+LEAST_FOR_PROMPTS = 0.5
+"""Time for prompts in a step at least, as a share of what the step takes without them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +106,7 @@ class Scheduler:
 
     def prompts(self) -> list[Request]:
         """Running requests that are being prefilled."""
-        return [request for request in self.running if not request.is_decoding]
+        return [r for r in self.running if r.num_pending and not r.is_decoding]
 
     def is_long(self, num_pending: int) -> bool:
         """Whether a prompt with so many tokens to compute counts as long."""
@@ -250,7 +253,7 @@ class Scheduler:
         if self.limits.max_step_s is None:
             return math.inf
         rest = self.cost.seconds(Step((*chunks.values(),), 0, ()).work)
-        return max(self.limits.max_step_s - rest, rest)
+        return max(self.limits.max_step_s - rest, rest * LEAST_FOR_PROMPTS)
 
     def _make_room(self, request: Request, chunks: dict[Request, Chunk]) -> int:
         """Preempt requests of lower ranks that are not in the step yet, until there is a place for

@@ -5,8 +5,8 @@ import time
 import pytest
 
 from nsa_platform.config.serve import EngineConfig
-from nsa_platform.serve.admission import next_end_s, predicted_ttft_s, queued_tokens
-from nsa_platform.serve.engine import Engine, QueueFull
+from nsa_platform.serve.admission import QueueFull, next_end_s, predicted_ttft_s, queued_tokens
+from nsa_platform.serve.engine import Engine
 from nsa_platform.serve.pages import PageBook
 from nsa_platform.serve.request import Request, SamplingParams
 from nsa_platform.serve.scheduler import Limits, Scheduler
@@ -104,8 +104,9 @@ def test_an_engine_that_knows_nothing_promises_nothing():
 
 @pytest.fixture
 def engine(make_speaker, toy_tokenizer) -> Engine:
-    sizes = {"max_num_seqs": 2, "max_num_batched_tokens": 32, "max_num_queued": 2}
-    config = EngineConfig(max_ttft_s=1.0, **sizes)
+    config = EngineConfig(
+        max_num_seqs=2, max_num_batched_tokens=32, max_num_queued=2, max_ttft_s=1.0
+    )
     return Engine(make_speaker(), toy_tokenizer, config)
 
 

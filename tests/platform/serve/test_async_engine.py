@@ -7,8 +7,9 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from nsa_platform.config.serve import EngineConfig
+from nsa_platform.serve.admission import QueueFull
 from nsa_platform.serve.async_engine import AsyncEngine, EngineDead
-from nsa_platform.serve.engine import Engine, QueueFull
+from nsa_platform.serve.engine import Engine
 from nsa_platform.serve.generator import Generator
 from nsa_platform.serve.request import SamplingParams
 

@@ -7,7 +7,8 @@ import torch
 
 from nsa_platform.config.serve import EngineConfig
 from nsa_platform.model.inputs import PackedInputs
-from nsa_platform.serve.engine import Engine, QueueFull
+from nsa_platform.serve.admission import QueueFull
+from nsa_platform.serve.engine import Engine
 from nsa_platform.serve.generator import Generator
 from nsa_platform.serve.kv_cache import page_size_of
 from nsa_platform.serve.request import Output, SamplingParams
