@@ -1,0 +1,127 @@
+"""What one GPU can serve of a model, from its configuration alone: memory, places, speed limits.
+
+Speeds are bounds that nothing can beat: every product at the GPU's peak, every byte once at its
+full bandwidth, nothing between them. What an engine reaches is measured, not planned.
+"""
+
+from dataclasses import dataclass
+
+from nsa_platform.config.model import ModelConfig, NsaAttentionConfig
+from nsa_platform.model.cost import CacheBytes, cache_bytes, count_parameters, flops_per_token
+from nsa_platform.serve.kv_cache import page_size_of
+
+ELEMENT_BYTES = 2
+"""bfloat16 weights and cache."""
+WORKSPACE_BYTES = 2 << 30
+"""What torch, the kernels' scratch and the tokens of a step take beside them, about."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU, as its maker describes it."""
+
+    memory_bytes: int
+    """What a process can have of it."""
+    bytes_per_s: float
+    """Bandwidth of its memory."""
+    flops_per_s: float
+    """Dense bfloat16 products."""
+
+
+GPUS = {
+    "A100": Gpu(79 << 30, 2.04e12, 312e12),
+    "H100": Gpu(79 << 30, 3.35e12, 989e12),
+    "H200": Gpu(139 << 30, 4.8e12, 989e12),
+    "B200": Gpu(178 << 30, 8.0e12, 2250e12),
+    "L40S": Gpu(44 << 30, 0.864e12, 362e12),
+    "MI300X": Gpu(190 << 30, 5.3e12, 1307e12),
+}
+"""By Ray's names of accelerators where it has them. Source: the makers' data sheets."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServingPlan:
+    """What one GPU holds, and how fast it could be at best."""
+
+    weight_bytes: int
+    budget_bytes: int
+    """Left for the cache; below 0: the weights do not fit."""
+    sequence: CacheBytes
+    """Cache of one sequence of the whole context, in whole pages."""
+    num_fitting: int
+    """Sequences of the whole context that the cache holds."""
+    num_sequences: int
+    """How many of them run at once; 0: not even one fits."""
+    ttft_s: float
+    """Least time to compute a prompt of the whole context."""
+    step_s: float
+    """Least time of a step that decodes one token for one sequence of the whole context."""
+    full_step_s: float
+    """The same for num_sequences of them; 0 if there are none."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Most tokens a second of one sequence alone."""
+        return 1 / self.step_s
+
+    @property
+    def full_tokens_per_s(self) -> float:
+        """Most tokens a second of num_sequences together."""
+        return self.num_sequences / self.full_step_s if self.num_sequences else 0.0
+
+
+def plan_serving(
+    model: ModelConfig,
+    gpu: Gpu,
+    *,
+    context: int,
+    max_num_seqs: int,
+    memory_share: float = 0.9,
+    blocks_per_page: int = 1,
+) -> ServingPlan:
+    """Work it out; nothing is built or read.
+
+    Args:
+        context: tokens of one sequence, prompt and output together.
+        max_num_seqs: sequences that run at once at most.
+        memory_share: of what the weights leave, what the cache may take.
+
+    Raises:
+        ValueError: context or max_num_seqs is not positive.
+    """
+    if context < 1 or max_num_seqs < 1:
+        raise ValueError(f"context={context} and max_num_seqs={max_num_seqs} must be positive")
+    parameters = count_parameters(model)
+    weight_bytes = parameters.total * ELEMENT_BYTES
+    free = gpu.memory_bytes - WORKSPACE_BYTES - weight_bytes
+    budget = int(free * memory_share) if free > 0 else free
+    page_size = page_size_of(model, blocks_per_page)
+    sequence = cache_bytes(model, context, element_bytes=ELEMENT_BYTES, page_size=page_size)
+    num_fitting = max(0, budget // sequence.total)
+    num_sequences = min(max_num_seqs, num_fitting)
+    read = parameters.active * ELEMENT_BYTES
+    cached = decode_read_bytes(model, context)
+    prefill_flops = flops_per_token(model, context).forward * context
+    return ServingPlan(
+        weight_bytes=weight_bytes,
+        budget_bytes=budget,
+        sequence=sequence,
+        num_fitting=num_fitting,
+        num_sequences=num_sequences,
+        ttft_s=max(prefill_flops / gpu.flops_per_s, read / gpu.bytes_per_s),
+        step_s=(read + cached) / gpu.bytes_per_s,
+        full_step_s=(read + num_sequences * cached) / gpu.bytes_per_s if num_sequences else 0.0,
+    )
+
+
+def decode_read_bytes(model: ModelConfig, context: int) -> int:
+    """Bytes of the cache that one new token after `context` others reads, over all layers."""
+    attention = model.attention
+    keys = context
+    if isinstance(attention, NsaAttentionConfig):
+        size, stride = attention.compression_block_size, attention.compression_stride
+        blocks = 0 if context < size else (context - size) // stride + 1
+        selected = attention.num_selected_blocks * attention.selection_block_size
+        keys = blocks + min(selected, context) + min(attention.window_size, context)
+    row = attention.kv_heads * (attention.key_width + attention.value_width) * ELEMENT_BYTES
+    return model.layers * row * keys

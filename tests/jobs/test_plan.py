@@ -1,0 +1,109 @@
+"""Plans: by hand where they can be, against the real cache where they cannot."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs import plan
+from nsa_platform.config.base import ConfigError
+from nsa_platform.config.model import ModelConfig
+from nsa_platform.model.cost import count_parameters, dense_equivalent
+from nsa_platform.serve.kv_cache import KvCache
+from nsa_platform.serve.planning import GPUS, Gpu, decode_read_bytes, plan_serving
+
+ROOT = Path(__file__).resolve().parents[2]
+NSA_1B = ROOT / "jobs/configs/pretrain/nsa_1b.yaml"
+
+
+@pytest.fixture(scope="module")
+def model() -> ModelConfig:
+    return plan.read_sizes(NSA_1B, [])[0]
+
+
+def test_what_a_decode_reads_is_the_papers_sum(model):
+    # 24 layers, 2 heads, 128 + 128 wide, 2 bytes: 24,576 bytes a key.
+    tokens = 65536
+    keys = (tokens - 32) // 16 + 1 + 16 * 64 + 512
+    assert decode_read_bytes(model, tokens) == 24_576 * keys
+    dense = decode_read_bytes(dense_equivalent(model), tokens)
+    assert dense == 24_576 * tokens
+    # Section 3 of the paper's arithmetic: 11.6 times fewer at 64k.
+    assert dense / decode_read_bytes(model, tokens) == pytest.approx(11.6, abs=0.1)
+    assert decode_read_bytes(model, 20) == 24_576 * 40
+
+
+@pytest.mark.parametrize("context", [32768, 131072])
+def test_the_cache_is_as_large_as_the_real_one(model, context):
+    found = plan_serving(model, GPUS["H100"], context=context, max_num_seqs=16)
+    real = KvCache(
+        model,
+        num_tokens=8 * context,
+        max_new_tokens=2048,
+        max_sequences=8,
+        max_step_tokens=2048,
+        device=torch.device("meta"),
+        dtype=torch.bfloat16,
+    )
+    assert found.sequence.total == pytest.approx(real.num_bytes() / 8, rel=0.05)
+
+
+def test_memory_decides_how_many(model):
+    found = plan_serving(model, GPUS["H100"], context=131072, max_num_seqs=1000)
+    assert found.weight_bytes == 2 * count_parameters(model).total
+    used = found.num_sequences * found.sequence.total
+    assert used <= found.budget_bytes < used + found.sequence.total
+    assert found.num_sequences == pytest.approx(21, abs=3)
+    few = plan_serving(model, GPUS["H100"], context=131072, max_num_seqs=4)
+    assert few.num_sequences == 4
+    twice = plan_serving(model, GPUS["H200"], context=131072, max_num_seqs=1000)
+    assert twice.num_sequences > 1.7 * found.num_sequences
+
+
+def test_speeds_are_bounds_by_bytes_and_products(model):
+    gpu = Gpu(79 << 30, 1e12, 1e15)
+    found = plan_serving(model, gpu, context=131072, max_num_seqs=8)
+    weights, cached = found.weight_bytes, decode_read_bytes(model, 131072)
+    assert found.step_s == pytest.approx((weights + cached) / 1e12)
+    assert found.full_tokens_per_s == pytest.approx(8e12 / (weights + 8 * cached))
+    assert found.tokens_per_s < found.full_tokens_per_s < 8 * found.tokens_per_s
+    # Two operations for each parameter and token, and what attention takes on top.
+    least = 2 * 131072 * (count_parameters(model).total - 2 * 32768 * 2048) / 1e15
+    assert least < found.ttft_s < 3 * least
+    dense = plan_serving(dense_equivalent(model), gpu, context=131072, max_num_seqs=8)
+    assert dense.ttft_s > found.ttft_s
+
+
+def test_what_does_not_fit_is_said(capsys):
+    flags = ["--config", str(NSA_1B), "--gpu", "L40S", "--context"]
+    assert plan.main([*flags, "131072"]) == 0
+    out = capsys.readouterr().out
+    assert "sequences at once" in out and "meant for 8,192 tokens" in out
+    assert plan.main([*flags, "4000000"]) == 1
+    assert "No sequence of this length fits" in capsys.readouterr().out
+    tiny = Gpu(1 << 30, 1e12, 1e15)
+    none = plan_serving(plan.read_sizes(NSA_1B, [])[0], tiny, context=1000, max_num_seqs=4)
+    assert none.budget_bytes < 0 and (none.num_sequences, none.full_tokens_per_s) == (0, 0.0)
+
+
+def test_wrong_input_is_refused(tmp_path, capsys):
+    bad = tmp_path / "x.yaml"
+    bad.write_text("name: x\n")
+    with pytest.raises(ConfigError, match="neither `applications` nor a `model`"):
+        plan.read_sizes(bad, [])
+    with pytest.raises(ConfigError, match="patches deployments"):
+        plan.read_sizes(NSA_1B, ["a=1"])
+    for flags in (
+        ["--config", str(bad), "--context", "10"],
+        ["--config", str(NSA_1B), "--context", "0"],
+    ):
+        with pytest.raises(SystemExit) as end:
+            plan.main([*flags, "--gpu", "H100"])
+        assert end.value.code == 2
+    deployment = ROOT / "deployments/configs/nsa_150m.yaml"
+    with pytest.raises(SystemExit) as end:
+        plan.main(["--config", str(deployment), "--gpu", "H100", "--context", "10",
+                   "--set", "applications.0.args.llm_configs.0.model_loading_config.model_source="
+                   f"{tmp_path}/nothing"])  # fmt: skip
+    assert end.value.code == 2
+    assert "nothing" in capsys.readouterr().err
