@@ -118,6 +118,22 @@ def selected_distance(
     return figure
 
 
+def expert_load(
+    loads: Mapping[int, Sequence[float]], *, title: str = "How many tokens come to each expert"
+) -> Figure:
+    """Load of every expert of every layer, over the layer's mean.
+
+    Args:
+        loads: layer -> load by expert, 1 where it is even.
+    """
+    layers = sorted(loads)
+    figure, axes = _canvas(title, x="expert", y="layer")
+    values = [loads[layer] for layer in layers]
+    _heat(figure, axes, values, label="load over the mean", low=0, high=2, map_="RdBu_r")
+    _name_rows(axes, layers)
+    return figure
+
+
 def needle_map(
     lengths: Sequence[int],
     depths: Sequence[float],

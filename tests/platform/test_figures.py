@@ -91,6 +91,14 @@ def test_distances_are_named_in_blocks_and_empty_buckets_left_out() -> None:
     assert "512-1,023" not in texts(crowded)
 
 
+def test_expert_load_is_centred_on_an_even_load() -> None:
+    figure = figures.expert_load({1: [1.0, 0.5, 1.5], 2: [0.0, 3.0, 0.0]})
+    axes = figure.axes[0]
+    assert axes.images[0].get_clim() == (0, 2)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "2"]
+    assert {"0.50", "3.00", "load over the mean"} <= set(texts(figure))
+
+
 def test_needle_maps_have_depths_down_and_lengths_across() -> None:
     figure = figures.needle_map(
         [256, 1024], [0.0, 0.5, 1.0], [[1, 0], [0.5, 0.5], [0, 1]], label="found", title="Needles"

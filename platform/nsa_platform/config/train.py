@@ -55,12 +55,17 @@ class TrainConfig(Strict):
     """Compute type. Weights, optimizer state and gradient reduction stay float32."""
     compile: bool = False
     """torch.compile for each layer."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """full: keep only the layers' inputs and recompute the rest in the backward pass."""
+    activation_checkpointing: Literal["none", "selective", "branches", "full"] = "none"
+    """What the backward pass computes again. full: all but the layers' inputs. selective: all but
+    those and what attention returns, its dearest part. branches: selective, and of the attention
+    the sliding branch, whose cost does not grow with the context."""
     parallel: Literal["auto", "replicate", "shard"] = "auto"
     """shard: FSDP2. replicate: gradients are averaged. auto: shard on GPU, with bfloat16 or with a
     mesh, else replicate."""
     mesh: MeshConfig = MeshConfig()
+    profile: bool = False
+    """Profile three steps of the first worker after the first three, and its GPU memory, into the
+    run's artifacts."""
     log_every_steps: PositiveInt = 1
     validate_every_steps: PositiveInt = 100
     validation_tokens: PositiveInt = 65536

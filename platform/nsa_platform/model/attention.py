@@ -68,6 +68,8 @@ class NsaAttention(nn.Module):
         self.kernel_config = kernel_config(attention)
         self.scale = attention_scale(config)
         self.layer_index = layer_index
+        self.runs_apart = False
+        """Run the branches as ops of their own, so that each can be kept or computed again."""
         heads, groups = attention.query_heads, attention.kv_heads
         pair_width = groups * (attention.key_width + attention.value_width)
         branches = 3 if attention.branch_kv == "separate" else 1
@@ -150,16 +152,17 @@ class NsaAttention(nn.Module):
                 scale=self.scale,
             )
         folded = Inputs(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
-        if partition.kin.size > 1:
-            out = self._attend_as_kin(folded, step)
+        if partition.kin.size > 1 or self.runs_apart:
+            out = self._attend_apart(folded, step)
         else:
             out = nsa_attention(
                 *folded, config=config, cu_seqlens=step.cu_seqlens, scale=self.scale
             )
         return to_tokens(out, partition.context)
 
-    def _attend_as_kin(self, inputs: Inputs, step: PackedStep) -> Tensor:
-        """The whole op for some of a group's heads: importances are those of all of its heads."""
+    def _attend_apart(self, inputs: Inputs, step: PackedStep) -> Tensor:
+        """The whole op branch by branch, also for some of a group's heads alone: blocks are chosen
+        by all of them."""
         q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = inputs
         kin = step.partition.kin
         sizes = {"config": self.kernel_config, "cu_seqlens": step.cu_seqlens, "scale": self.scale}

@@ -15,8 +15,8 @@ from nsa_platform.model.partition import Axis
 _messages = torch.ops._c10d_functional
 
 
-def _sum(x: Tensor, group: str) -> Tensor:
-    return _messages.wait_tensor(_messages.all_reduce(x.contiguous(), "sum", group))
+def _reduce(x: Tensor, group: str, operation: str = "sum") -> Tensor:
+    return _messages.wait_tensor(_messages.all_reduce(x.contiguous(), operation, group))
 
 
 def _join(x: Tensor, axis: Axis) -> Tensor:
@@ -27,7 +27,7 @@ def _join(x: Tensor, axis: Axis) -> Tensor:
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, group: str) -> Tensor:
-        return _sum(x, group)
+        return _reduce(x, group)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
@@ -35,7 +35,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _sum(grad, ctx.group), None
+        return _reduce(grad, ctx.group), None
 
 
 class _Join(torch.autograd.Function):
@@ -145,6 +145,13 @@ def heads_of_kin(x: Tensor, kin: Axis) -> Tensor:
     return _join(x, kin).unflatten(0, (kin.size, -1)).transpose(0, 1).flatten(1, 2)
 
 
-def total(counts: Tensor, axis: Axis) -> Tensor:
-    """Sum of integers over the workers of the axis. No gradient."""
-    return counts if axis.size == 1 else _sum(counts, axis.group)
+@torch.no_grad()
+def total(x: Tensor, axis: Axis) -> Tensor:
+    """Sum of x over the workers of the axis. No gradient."""
+    return x if axis.size == 1 else _reduce(x, axis.group)
+
+
+@torch.no_grad()
+def largest(x: Tensor, axis: Axis) -> Tensor:
+    """Largest x, element by element, over the workers of the axis. No gradient."""
+    return x if axis.size == 1 else _reduce(x, axis.group, "max")

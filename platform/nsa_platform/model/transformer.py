@@ -126,8 +126,12 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token: hidden [..., D] -> [..., vocab_size]."""
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        return nn.functional.linear(hidden, weight)
+        return nn.functional.linear(hidden, self.output_weight)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[vocab_size, D], the output head's, which may be the embedding's."""
+        return self.embedding.weight if self.head is None else self.head.weight
 
 
 # What each kind of parameter starts with, first match wins; the paper says nothing of it.

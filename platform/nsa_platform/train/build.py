@@ -7,17 +7,16 @@ from torch import Tensor
 
 from nsa_platform.config.model import ModelConfig
 from nsa_platform.config.train import TrainConfig
-from nsa_platform.model.transformer import Transformer, initial_tensor
+from nsa_platform.model.transformer import Layer, Transformer, initial_tensor
 from nsa_platform.model.weights import load_model
 from nsa_platform.train.mesh import Mesh, make_mesh
 from nsa_platform.train.parallel import (
     World,
-    compile_layers,
     fill_parameters,
-    recompute_activations,
     resolve_parallel,
     shard,
 )
+from nsa_platform.train.recompute import compile_layers, recompute_activations
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -61,11 +60,10 @@ def build_model(
     """
     with torch.device("meta"):
         model = Transformer(config)
-    layers = list(model.layers)
+    layers = [layer for layer in model.layers if isinstance(layer, Layer)]
+    recompute_activations(layers, train.activation_checkpointing)
     if train.compile:
         compile_layers(layers)
-    if train.activation_checkpointing == "full":
-        recompute_activations(layers)
     if mesh.state is not None:
         shard(model, dtype=DTYPES[train.dtype], mesh=mesh)
     model.to_empty(device=world.device)

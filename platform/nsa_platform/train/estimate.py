@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nsa_platform.config.data import LoaderConfig
-from nsa_platform.config.model import ModelConfig
+from nsa_platform.config.model import ModelConfig, NsaAttentionConfig
 from nsa_platform.config.train import ClusterConfig, TrainConfig
 from nsa_platform.model.cost import (
     ParameterCount,
@@ -84,9 +84,14 @@ def _activation_bytes(model: ModelConfig, train: TrainConfig, tokens: int) -> in
         experts = model.moe.experts_per_token + model.moe.shared_experts
         ffn = max(ffn, experts * model.moe.expert_width)
     layer = KEPT_PER_LAYER * model.width + 4 * ffn
-    if train.activation_checkpointing == "full":
-        kept = model.layers * model.width + layer
-    else:
-        kept = model.layers * layer
+    kept = model.layers * layer
+    if train.activation_checkpointing != "none":
+        attention = model.attention
+        results = attention.query_heads * attention.value_width
+        # Three branches and their sum; the two that are not computed again; none.
+        outputs = {"selective": 4, "branches": 2, "full": 0}[train.activation_checkpointing]
+        if not isinstance(attention, NsaAttentionConfig):
+            outputs = min(outputs, 1)
+        kept = model.layers * (model.width + outputs * results) + layer
     logits = min(LOGITS_BYTES, 3 * 4 * tokens * model.vocab_size)
     return tokens * kept * element + logits

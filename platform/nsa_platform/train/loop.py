@@ -19,6 +19,7 @@ from nsa_platform.data.loader import Batch, Loader
 from nsa_platform.model.transformer import Transformer
 from nsa_platform.tracking import Tracker
 from nsa_platform.train.checkpoint import CheckpointStore
+from nsa_platform.train.expert_load import balance_metrics, expert_figures, expert_metrics
 from nsa_platform.train.health import health_figures, health_metrics, health_values
 from nsa_platform.train.history import History
 from nsa_platform.train.loss import chunk_tokens, cross_entropy_sum
@@ -114,7 +115,7 @@ def train(
         with clock.pause():
             if validation and (is_last or progress.step % config.validate_every_steps == 0):
                 metrics |= validate(
-                    model, validation, progress=progress, history=history, tracker=tracker
+                    model, validation, result, progress=progress, history=history, tracker=tracker
                 )
             if metrics:
                 if tracker:
@@ -157,7 +158,9 @@ def take_step(
         ids, goals = mesh.own_tokens(batch.ids), mesh.own_tokens(batch.targets)
         share = ids.numel() / (config.tokens_per_step * alike)
         hidden, balance, load = model(ids, mesh.inputs(batch))
-        loss = cross_entropy_sum(hidden, goals, model.logits, chunk=chunk)
+        loss = cross_entropy_sum(
+            hidden, goals, model.output_weight, chunk=chunk, axis=mesh.partition.tensor
+        )
         (loss * weight + balance * share).backward()
         sums += torch.stack([loss.detach() / alike, balance.detach() * share])
         loads.append(load)
@@ -185,6 +188,7 @@ def read_step(result: StepResult, *, progress: Progress, model: Transformer) -> 
     }
     if model.config.moe is not None:
         metrics["train/balance_loss"] = result.balance_loss.item()
+        metrics |= balance_metrics(result.expert_load, model.config.moe)
     for name, value in metrics.items():
         if not math.isfinite(value):
             raise TrainingDiverged(
@@ -197,18 +201,26 @@ def read_step(result: StepResult, *, progress: Progress, model: Transformer) -> 
 def validate(
     model: Transformer,
     validation: Validation,
+    result: StepResult,
     *,
     progress: Progress,
     history: History,
     tracker: Tracker | None,
 ) -> dict[str, float]:
-    """Validate, remember it in the history, draw it; returns its metrics."""
+    """Validate, remember it in the history, draw it; returns its metrics and, with experts, those
+    of each expert in the step before it."""
     validated = validation.run(model)
     history.valid.append((progress.tokens, validated.loss))
     history.health.append((progress.step, health_values(validated.health)))
     if tracker:
         draw(tracker, validated, history=history, model=model)
-    return validated.metrics() | health_metrics(validated.health)
+    metrics = validated.metrics() | health_metrics(validated.health)
+    if model.config.moe is not None:
+        metrics |= expert_metrics(result.expert_load, model.config.moe)
+        if tracker:
+            for path, figure in expert_figures(result.expert_load, model.config.moe).items():
+                tracker.log_figure(figure, path)
+    return metrics
 
 
 def draw(tracker: Tracker, validated: Validated, *, history: History, model: Transformer) -> None:

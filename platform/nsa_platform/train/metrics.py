@@ -69,34 +69,52 @@ class StepClock:
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    """What one worker's share of the work costs, for MFU."""
+    """What the work costs, for rates and MFU."""
 
     tokens_per_step: int
     """Tokens of one optimizer step over all workers."""
     flops_per_token: float
-    """FLOPs of forward and backward of one token, as executed."""
+    """FLOPs of forward and backward of one token, as executed: the keys that NSA really reads."""
     peak: float | None
     """Peak FLOP/s of all workers' devices together; None where it is not known."""
+    dense_flops_per_token: float = 0.0
+    """The same of a model of this shape with full attention: dense-equivalent."""
+    workers: int = 1
 
     def metrics(self, clock: StepClock) -> dict[str, float]:
-        """train/step_s, train/data_s, train/tokens_per_s and, where the peak is known, train/mfu.
+        """Rates since the last call; reads the clock.
 
-        Reads the clock: the numbers are means since the last call.
+        train/step_s, train/data_s and its share train/data_share; train/tokens_per_s of all workers
+        and train/tps_per_worker; train/tflops_per_worker as executed and
+        train/tflops_per_worker_dense; where the peak is known train/mfu and train/mfu_dense.
         """
         step_s, data_s = clock.read()
+        rate = self.tokens_per_step / step_s
+        executed, dense = rate * self.flops_per_token, rate * self.dense_flops_per_token
         result = {
             "train/step_s": step_s,
             "train/data_s": data_s,
-            "train/tokens_per_s": self.tokens_per_step / step_s,
+            "train/data_share": data_s / step_s,
+            "train/tokens_per_s": rate,
+            "train/tps_per_worker": rate / self.workers,
+            "train/tflops_per_worker": executed / self.workers / 1e12,
+            "train/tflops_per_worker_dense": dense / self.workers / 1e12,
         }
         if self.peak:
-            flops = self.tokens_per_step * self.flops_per_token
-            result["train/mfu"] = flops / step_s / self.peak
+            result["train/mfu"] = executed / self.peak
+            result["train/mfu_dense"] = dense / self.peak
         return result
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:
-    """Peak of allocated GPU memory since the start of the process; nothing on a CPU."""
+    """GPU memory since the start of the process, and how often there was too little; nothing on a
+    CPU."""
     if device.type != "cuda":
         return {}
-    return {"memory/max_allocated_gib": torch.cuda.max_memory_allocated(device) / 2**30}
+    counts = torch.cuda.memory_stats(device)
+    return {
+        "memory/max_allocated_gib": torch.cuda.max_memory_allocated(device) / 2**30,
+        "memory/max_reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30,
+        "memory/num_alloc_retries": float(counts.get("num_alloc_retries", 0)),
+        "memory/num_ooms": float(counts.get("num_ooms", 0)),
+    }

@@ -5,9 +5,8 @@ by the number of targets of the whole step, so the sum is the gradient of the st
 any number of workers and microbatches, and whatever they share within a row (model/partition.py).
 """
 
-import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.utils.checkpoint import checkpoint
 
 from nsa_platform.config.train import TrainConfig
 from nsa_platform.model.experts import Experts
@@ -54,18 +52,6 @@ def resolve_parallel(config: TrainConfig, *, on_gpu: bool) -> Literal["replicate
         return config.parallel
     shards = on_gpu or config.dtype == "bfloat16" or not config.mesh.is_plain
     return "shard" if shards else "replicate"
-
-
-def compile_layers(layers: Iterable[nn.Module]) -> None:
-    """torch.compile each layer's forward; hooks of sharding stay outside."""
-    for layer in layers:
-        layer.forward = torch.compile(layer.forward)
-
-
-def recompute_activations(layers: Iterable[nn.Module]) -> None:
-    """Keep only each layer's inputs; the backward pass runs its forward again."""
-    for layer in layers:
-        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def shard(model: Transformer, *, dtype: torch.dtype, mesh: Mesh) -> None:

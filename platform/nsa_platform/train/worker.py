@@ -16,7 +16,7 @@ from nsa_platform.data.loader import Loader, LoaderState
 from nsa_platform.data.manifest import ShardError
 from nsa_platform.data.shards import ShardSet, open_split
 from nsa_platform.data.tokenizer import Tokenizer, TokenizerError
-from nsa_platform.model.cost import flops_per_token
+from nsa_platform.model.cost import dense_equivalent, flops_per_token
 from nsa_platform.model.transformer import Transformer
 from nsa_platform.model.weights import ExportError
 from nsa_platform.tracking import RunHandle, SystemMonitor, Tracker
@@ -29,6 +29,7 @@ from nsa_platform.train.mesh import Mesh
 from nsa_platform.train.metrics import Throughput, peak_flops
 from nsa_platform.train.optimizer import build_optimizer
 from nsa_platform.train.parallel import World
+from nsa_platform.train.profiling import profile_steps
 from nsa_platform.train.snapshots import CheckpointError
 from nsa_platform.train.task import Events, Outcome, Task
 from nsa_platform.train.validation import Validation
@@ -115,6 +116,8 @@ def _train(task: Task, *, world: World, voice: Voice, tracker: Tracker | None) -
         length = task.data.context_length
         mesh = build_mesh(task.model, task.train, context_length=length, world=world)
         model, optimizer, facts = _model(task, world=world, mesh=mesh, checkpoints=checkpoints)
+        if task.train.profile and tracker is not None:
+            profile_steps(optimizer, tracker, device=world.device)
         if facts is not None:
             progress = Progress(facts["step"], facts["tokens"])
             history = History.from_dict(facts["history"])
@@ -217,10 +220,13 @@ def _track_data(shards: ShardSet, tracker: Tracker | None, context: str) -> None
 
 def _throughput(task: Task, world: World) -> Throughput:
     peak = peak_flops(world.device) if task.train.dtype == "bfloat16" else None
+    length = task.data.context_length
     return Throughput(
         tokens_per_step=task.train.tokens_per_step,
-        flops_per_token=flops_per_token(task.model, task.data.context_length).training,
+        flops_per_token=flops_per_token(task.model, length).training,
         peak=None if peak is None else peak * world.size,
+        dense_flops_per_token=flops_per_token(dense_equivalent(task.model), length).training,
+        workers=world.size,
     )
 
 

@@ -112,7 +112,8 @@ def _worker(rank: int, size: int, folder: str, data: LoaderConfig) -> None:
     else:
         place = Path(folder) / "moving"
         run(_settings(MESHES["expert"], steps=3), data, place, model_config=NSA)
-        moved = run(_settings(MESHES["context+tensor"]), data, place, model_config=NSA)
+        other = _settings(MESHES["context+tensor"], activation_checkpointing="branches")
+        moved = run(other, data, place, model_config=NSA)
         if rank == 0:
             torch.save(moved.metrics, Path(folder) / "moved.pt")
     dist.destroy_process_group()

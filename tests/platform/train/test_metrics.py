@@ -33,11 +33,22 @@ def test_the_clock_leaves_pauses_out() -> None:
 def test_throughput() -> None:
     clock = StepClock()
     clock.tick()
-    metrics = Throughput(tokens_per_step=100, flops_per_token=2.0, peak=1e3).metrics(clock)
+    metrics = Throughput(100, 2.0, 1e3, dense_flops_per_token=6.0, workers=4).metrics(clock)
     step_s = metrics["train/step_s"]
-    assert metrics["train/tokens_per_s"] == pytest.approx(100 / step_s)
-    assert metrics["train/mfu"] == pytest.approx(0.2 / step_s)
-    assert "train/mfu" not in Throughput(100, 2.0, None).metrics(StepClock())
+    wanted = {
+        "tokens_per_s": 100,
+        "tps_per_worker": 25,
+        "tflops_per_worker": 50e-12,
+        "tflops_per_worker_dense": 150e-12,
+        "mfu": 0.2,
+        "mfu_dense": 0.6,
+        "data_s": 0,
+        "data_share": 0,
+    }
+    for name, value in wanted.items():
+        assert metrics[f"train/{name}"] == pytest.approx(value / step_s)
+    unknown = Throughput(100, 2.0, None).metrics(StepClock())
+    assert not {"train/mfu", "train/mfu_dense"} & unknown.keys()
 
 
 def test_a_cpu_has_no_known_peak() -> None:
