@@ -17,6 +17,7 @@ from jobs.failures import ControllerTeller, FailureTeller
 from jobs.fitting import Fitting, HopelessRun
 from jobs.lock import alone
 from jobs.progress import TrainingProgress
+from jobs.termination import ResizeSaver, TerminationHeeder
 from jobs.training_inputs import (
     Inputs,
     Origin,
@@ -167,12 +168,17 @@ def _train(run: PretrainRun | SftRun, origin: Origin, inputs: Inputs, handle: Ru
         _say_if_too_small(run, progress)
         events = Queue(actor_options={"num_cpus": 0})
         # Ray takes callbacks of the controller too; its annotation names the workers' only.
-        tellers: list[Any] = [ControllerTeller(events), FailureTeller(events)]
+        callbacks: list[Any] = [
+            *(ControllerTeller(events), FailureTeller(events)),
+            *(TerminationHeeder(), ResizeSaver()),
+        ]
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"task": _task(run, origin, inputs, handle, events)},
             scaling_config=ScalingConfig(
-                num_workers=cluster.num_workers,
+                num_workers=(cluster.min_workers, cluster.num_workers)
+                if cluster.min_workers
+                else cluster.num_workers,
                 use_gpu=cluster.use_gpu,
                 resources_per_worker={"CPU": cluster.cpus_per_worker, "GPU": 1}
                 if cluster.use_gpu
@@ -182,7 +188,7 @@ def _train(run: PretrainRun | SftRun, origin: Origin, inputs: Inputs, handle: Ru
                 name=f"attempt-{time.time_ns()}",
                 storage_path=storage.join(run_folder(run), "ray"),
                 failure_config=FailureConfig(max_failures=cluster.max_failures),
-                callbacks=tellers,
+                callbacks=callbacks,
             ),
             torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
         )
@@ -210,9 +216,10 @@ def _task(
 
 def _say_if_too_small(run: PretrainRun | SftRun, progress: TrainingProgress) -> None:
     have = ray.cluster_resources()
-    need = {"CPU": run.cluster.num_workers * run.cluster.cpus_per_worker}
+    workers = run.cluster.min_workers or run.cluster.num_workers
+    need = {"CPU": workers * run.cluster.cpus_per_worker}
     if run.cluster.use_gpu:
-        need["GPU"] = run.cluster.num_workers
+        need["GPU"] = workers
     for name, amount in need.items():
         if have.get(name, 0) < amount:
             progress.line(

@@ -15,7 +15,7 @@ from nsa_platform.config.model import ModelConfig
 from nsa_platform.config.runs import EvaluateRun, PretrainRun, SftRun
 from nsa_platform.config.train import TrainConfig
 from nsa_platform.data.manifest import Manifest, ShardError, TokenizerMismatch
-from nsa_platform.data.shards import open_split
+from nsa_platform.data.shards import open_mixture, open_split
 from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.model.weights import CONFIG_FILE, load_config, weights_digest
 from nsa_platform.tracking import fetch_model, is_model_reference
@@ -131,13 +131,20 @@ def inspect(run: PretrainRun | SftRun, origin: Origin) -> Inputs:
         for split in ("train", "validation")
     )
     _check_tokenizer(run, origin, tokenizer)
-    if isinstance(run, PretrainRun) and train.kind == "chat":
-        raise ShardError(f"{run.data.path}: holds chats, for jobs.sft; pretraining wants text")
-    if not train.tokens:
-        raise ShardError(f"{run.data.path}/train: holds no tokens; there is nothing to train on")
+    mixture = [
+        shards.manifest
+        for shards in open_mixture(run.data, tokenizer_fingerprint=tokenizer.fingerprint)
+    ]
+    for path, manifest in zip(_paths(run), [train, *mixture], strict=True):
+        if isinstance(run, PretrainRun) and manifest.kind == "chat":
+            raise ShardError(f"{path}: holds chats, for jobs.sft; pretraining wants text")
+        if manifest.kind != train.kind:
+            raise ShardError(f"{path}: holds {manifest.kind}s, {run.data.path} {train.kind}s")
+        if not manifest.tokens:
+            raise ShardError(f"{path}/train: holds no tokens; there is nothing to train on")
     described = describe_run(
         run.model_dump(mode="json") | _model(origin),
-        data_digest=train.digest,
+        data_digest=_digest([train, *mixture]),
         start=None if origin.local is None else weights_digest(origin.local),
     )
     facts = newest_facts(storage.join(run_folder(run), "checkpoints"))
@@ -161,6 +168,17 @@ def _written_now(described: dict[str, Any]) -> dict[str, Any]:
     return described | {
         name: root.parse(described[name]).model_dump(mode="json") for name, root in sections.items()
     }
+
+
+def _paths(run: PretrainRun | SftRun) -> list[str]:
+    return [run.data.path, *(source.path for source in run.data.mixture)]
+
+
+def _digest(manifests: list[Manifest]) -> str:
+    """Of all shards that are trained on, in the order of the configuration."""
+    if len(manifests) == 1:
+        return manifests[0].digest
+    return hashlib.sha256("".join(each.digest for each in manifests).encode()).hexdigest()
 
 
 def read_finished(run: PretrainRun | SftRun, inputs: Inputs) -> dict[str, Any] | None:

@@ -195,22 +195,33 @@ def test_a_killed_worker_on_object_storage(
 ) -> None:
     bucket = s3_server.bucket("runs")
     config = place.config("killed", model=MODEL, data={"path": str(tiny_shards.path)})
-    killed: list[int] = []
+    ended: list[int] = []
 
-    def kill_after_a_checkpoint() -> None:
-        _wait_for(lambda: snapshots(f"{bucket}/killed/checkpoints"), "checkpoint")
+    def newest() -> int:
+        found = snapshots(f"{bucket}/killed/checkpoints")
+        return found[0].step if found else 0
+
+    def kill_one_and_tell_another_to_end() -> None:
+        _wait_for(newest, "checkpoint")
         worker = _workers_of(os.getpid())[-1]
         worker.kill()
-        killed.append(worker.pid)
+        ended.append(worker.pid)
+        before = newest()
+        _wait_for(lambda: newest() > before, "checkpoint of the second attempt")
+        worker = _workers_of(os.getpid())[-1]
+        worker.terminate()
+        ended.append(worker.pid)
 
-    killer = threading.Thread(target=kill_after_a_checkpoint)
+    killer = threading.Thread(target=kill_one_and_tell_another_to_end)
     killer.start()
     pretrain.main(["--config", str(config), "--set", f"storage={bucket}"])
     killer.join()
-    assert len(killed) == 1
+    assert len(set(ended)) == 2
     output = capsys.readouterr().out
     assert re.search(r"worker \d failed: .*died", output)
-    assert "goes on from the checkpoint of step" in output
+    # Told to end, the workers lose no step: they go on from the one at which they left.
+    told = re.search(r"saved step (\d+): worker \d: it was told to end", output)
+    assert told and f"goes on from the checkpoint of step {told[1]}\n" in output
     assert place.losses("killed") == straight
     assert place.client().get_run(place.run_id("killed")).info.status == "FINISHED"
     assert "config.json" in storage.list_names(f"{bucket}/killed/model")

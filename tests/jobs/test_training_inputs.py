@@ -133,7 +133,7 @@ def _checkpoint(folder: Path, described: dict[str, Any], step: int = 2) -> None:
     facts = {"step": step, "described": described, "tracking": {}}
     content = json.dumps(facts).encode()
     storage.write_bytes(str(place / FACTS), content)
-    storage.write_bytes(str(place / MARKER), marker_text(step, {FACTS: len(content)}))
+    storage.write_bytes(str(place / MARKER), marker_text(step, {FACTS: len(content)}, {}))
 
 
 @pytest.mark.parametrize(

@@ -55,11 +55,26 @@ class CorpusConfig(Strict):
     """What happens to a document that is not UTF-8; every case is counted and reported."""
 
 
+class MixtureSource(Strict):
+    """Shards that rows are drawn from besides data.path."""
+
+    path: Location
+    """Folder made by prepare_data with the same tokenizer, local or s3://."""
+    weight: PositiveFloat
+    """Share of the rows, relative to the other weights."""
+
+
 class LoaderConfig(Strict):
     """How shards become batches."""
 
     path: Location
-    """Folder made by prepare_data (tokenizer/, train/, validation/), local or s3://."""
+    """Folder made by prepare_data (tokenizer/, train/, validation/), local or s3://. Held-out rows
+    come from here alone."""
+    weight: PositiveFloat = 1.0
+    """Share of this folder's rows, relative to the weights of mixture."""
+    mixture: tuple[MixtureSource, ...] = ()
+    """More folders to train on. Each gives its share to within one row at any point; a small one
+    begins its next epoch while a large one is still in its first."""
     context_length: PositiveInt
     """Tokens of one packed row. Documents that are longer are continued in the next row."""
     packing: Literal["split", "whole"] = "split"

@@ -76,6 +76,9 @@ def locations(config: BaseModel, prefix: str = "") -> dict[str, tuple[str, ...]]
     for (name, value), field in zip(config, type(config).model_fields.values(), strict=True):
         if isinstance(value, BaseModel):
             found |= locations(value, f"{prefix}{name}.")
+        elif isinstance(value, tuple) and any(isinstance(each, BaseModel) for each in value):
+            for index, each in enumerate(value):
+                found |= locations(each, f"{prefix}{name}.{index}.")
         elif value is not None and _marked(field.metadata, field.annotation):
             found[f"{prefix}{name}"] = value if isinstance(value, tuple) else (value,)
     return found
@@ -84,6 +87,8 @@ def locations(config: BaseModel, prefix: str = "") -> dict[str, tuple[str, ...]]
 def _resolve(value: Any, metadata: list[Any], annotation: Any, root: Path) -> Any:
     if isinstance(value, BaseModel):
         return resolve_locations(value, root)
+    if isinstance(value, tuple) and any(isinstance(each, BaseModel) for each in value):
+        return tuple(resolve_locations(each, root) for each in value)
     if value is None or not _marked(metadata, annotation):
         return value
     if isinstance(value, tuple):

@@ -51,9 +51,11 @@ class _TrainingRun(Strict):
     def _problems(self) -> list[str]:
         """What is wrong between the sections."""
         workers = self.cluster.num_workers
-        misfits = self.train.mesh.world_problems(workers, self.data.context_length)
-        if misfits:
-            return [f"train.mesh: {line}" for line in misfits]
+        # An elastic run may be given any number of workers in its range.
+        for count in range(self.cluster.min_workers or workers, workers + 1):
+            misfits = self.train.mesh.world_problems(count, self.data.context_length)
+            if misfits:
+                return [f"train.mesh: {line}" for line in misfits]
         dealt = self.train.mesh.data_workers(workers)
         unit = self.data.context_length * self.train.sequences_per_microbatch * dealt
         if self.train.tokens_per_step % unit:

@@ -29,12 +29,31 @@ class OptimizerConfig(Strict):
     max_grad_norm: PositiveFloat = 1.0
 
 
+class GuardConfig(Strict):
+    """Steps that are skipped because their loss or gradients are broken."""
+
+    spike_sigmas: PositiveFloat | None = None
+    """Skip a step whose loss or gradient norm lies this many standard deviations above the mean of
+    the last 128 steps; 6 is usual for large models; null: only what is not finite is skipped."""
+    halt_after: PositiveInt = 5
+    """This many skipped steps in a row end the run."""
+
+
 class CheckpointConfig(Strict):
     """When training state is saved and how much of it is kept."""
 
     every_steps: PositiveInt = 100
     keep_latest: PositiveInt = 2
     """How many of the newest checkpoints stay."""
+    keep_best: Annotated[int, Field(ge=0)] = 1
+    """How many of those with the best value of best_metric stay besides, among the checkpoints
+    whose step was validated."""
+    best_metric: str = "valid/loss"
+    """Name of a metric of the step."""
+    best_mode: Literal["min", "max"] = "min"
+    """Whether the lowest or the highest value is the best."""
+    export: Literal["last", "best"] = "last"
+    """Which checkpoint becomes the finished model."""
     asynchronous: bool = True
     """Write in the background while training goes on."""
 
@@ -71,6 +90,20 @@ class TrainConfig(Strict):
     validation_tokens: PositiveInt = 65536
     """Held-out tokens of one validation."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> Self:
+        checkpoint, every = self.checkpoint, self.validate_every_steps
+        if checkpoint.export == "best" and (
+            not checkpoint.keep_best or checkpoint.every_steps % every
+        ):
+            raise ValueError(
+                f"checkpoint.export=best needs checkpoint.keep_best={checkpoint.keep_best} of at "
+                f"least 1 and checkpoint.every_steps={checkpoint.every_steps} as a multiple of "
+                f"validate_every_steps={every}: only validated checkpoints compare"
+            )
+        return self
 
     @model_validator(mode="after")
     def _replicas_are_plain(self) -> Self:
@@ -91,11 +124,23 @@ class ClusterConfig(Strict):
     """What is asked of Ray."""
 
     num_workers: PositiveInt = 1
+    min_workers: PositiveInt | None = None
+    """Elastic: training starts and goes on with as few workers as this while the cluster has no
+    room for num_workers, and grows when it has; null: always num_workers."""
     use_gpu: bool = False
     """One GPU and nccl for each worker; otherwise CPU and gloo."""
     cpus_per_worker: PositiveInt = 1
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """Worker failures that are survived before the run fails; -1: any number."""
+    """Worker failures that are survived before the run fails; -1: any number. Nodes that are
+    taken away with a notice do not count."""
+
+    @model_validator(mode="after")
+    def _elastic_range(self) -> Self:
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(
+                f"min_workers={self.min_workers} must not exceed num_workers={self.num_workers}"
+            )
+        return self
 
 
 class TrackingConfig(Strict):

@@ -1,27 +1,22 @@
-"""The loader: batches as a pure function of shards, seed, epoch and row; its state is two integers.
+"""The loader: batches as a pure function of shards, seed, epoch and row; its state: a few integers.
 
 Row order does not know how many workers there are. A step takes the next rows of the epoch, and of
 these worker r of n takes rows r, r + n, r + 2n, ... Whoever resumes, with any number of workers,
-sees exactly the rows that an uninterrupted run would have seen.
+sees exactly the rows that an uninterrupted run would have seen. Where a step's rows do not come out
+even, the last microbatch of some workers is smaller, or blank: all have the same number of them.
 """
 
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from nsa_platform.config.data import LoaderConfig
-from nsa_platform.data.packing import (
-    IGNORED,
-    DocumentOrder,
-    Packer,
-    Row,
-    SplitPacker,
-    WholePacker,
-)
-from nsa_platform.data.row_order import RowOrder
+from nsa_platform.data.mixture import Mixture
+from nsa_platform.data.packing import IGNORED, Packer, Row
+from nsa_platform.data.row_stream import Place, RowStream
 from nsa_platform.data.shards import ShardSet
 
 
@@ -39,12 +34,20 @@ class Batch:
     """int32 [B + 1]: where pieces begin, then T."""
     num_targets: int
     """Positions that count for the loss."""
+    is_blank: bool = False
+    """Whether no row of the data is in it: it stands where other workers have one more."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device."""
         tensors = (self.ids, self.targets, self.positions, self.cu_seqlens)
         moved = [tensor.to(device, non_blocking=True) for tensor in tensors]
-        return Batch(*moved, num_targets=self.num_targets)
+        return Batch(*moved, num_targets=self.num_targets, is_blank=self.is_blank)
+
+    def pinned(self) -> "Batch":
+        """The batch where a GPU can fetch it while it computes."""
+        tensors = (self.ids, self.targets, self.positions, self.cu_seqlens)
+        moved = [tensor.pin_memory() for tensor in tensors]
+        return Batch(*moved, num_targets=self.num_targets, is_blank=self.is_blank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,29 +56,42 @@ class LoaderState:
 
     epoch: int = 0
     row: int = 0
+    more: tuple[Place, ...] = ()
+    """Of a mixture: the places in its further sources."""
+    dealt: tuple[int, ...] = ()
+    """Of a mixture: rows that each source has given."""
 
-    def to_dict(self) -> dict[str, int]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain integers for a checkpoint."""
-        return {"epoch": self.epoch, "row": self.row}
+        tree: dict[str, Any] = {"epoch": self.epoch, "row": self.row}
+        if self.more:
+            tree["more"] = [[place.epoch, place.row] for place in self.more]
+            tree["dealt"] = list(self.dealt)
+        return tree
 
     @classmethod
-    def from_dict(cls, tree: Mapping[str, int]) -> "LoaderState":
+    def from_dict(cls, tree: Mapping[str, Any]) -> "LoaderState":
         """What to_dict gave. Raises ValueError for anything else."""
-        if set(tree) != {"epoch", "row"} or any(int(value) < 0 for value in tree.values()):
+        more, dealt = tree.get("more", []), tree.get("dealt", [])
+        counts = [tree.get("epoch"), tree.get("row"), *dealt, *(n for pair in more for n in pair)]
+        is_whole = set(tree) in ({"epoch", "row"}, {"epoch", "row", "more", "dealt"})
+        if not is_whole or any(not isinstance(count, int) or count < 0 for count in counts):
             raise ValueError(f"loader state must hold epoch and row from 0, got {dict(tree)}")
-        return cls(int(tree["epoch"]), int(tree["row"]))
+        places = tuple(Place(epoch, row) for epoch, row in more)
+        return cls(tree["epoch"], tree["row"], places, tuple(dealt))
 
 
 class Loader:
-    """Endless steps over the epochs of a split.
+    """Endless steps over the epochs of a split, or over a mixture of several.
 
     Args:
+        more: further shard sets, one for each of config.mixture; none: config.path's rows alone.
         rank, world_size: this worker and how many there are.
         rows_per_microbatch: rows of one Batch; it groups rows and changes none.
         state: where to go on; None: at the beginning.
 
     Raises:
-        ValueError: the split is empty, or the numbers do not fit.
+        ValueError: a split is empty, or the numbers do not fit.
         ShardError: a shard is missing or is not what the manifest says (also from next_step).
     """
 
@@ -84,6 +100,7 @@ class Loader:
         shards: ShardSet,
         config: LoaderConfig,
         *,
+        more: Sequence[ShardSet] = (),
         rank: int = 0,
         world_size: int = 1,
         rows_per_microbatch: int = 1,
@@ -93,90 +110,69 @@ class Loader:
             raise ValueError(f"rank={rank} must be in [0, world_size={world_size})")
         if rows_per_microbatch < 1:
             raise ValueError(f"rows_per_microbatch={rows_per_microbatch} must be at least 1")
-        if not shards.manifest.tokens:
-            raise ValueError(f"{shards.folder}: holds no tokens; there is nothing to load")
+        if state is None:
+            dealt = (0,) * (len(more) + 1) if more else ()
+            state = LoaderState(more=(Place(),) * len(more), dealt=dealt)
+        if len(state.more) != len(more):
+            raise ValueError(
+                f"loader state is of {len(state.more) + 1} sources, the data has {len(more) + 1}"
+            )
         self.shards = shards
         self.config = config
         self._rank = rank
         self._world_size = world_size
         self._rows_per_microbatch = rows_per_microbatch
-        self._packers: OrderedDict[int, Packer] = OrderedDict()
-        self._orders: dict[int, RowOrder] = {}
-        self._state = LoaderState()
-        self._seek(state or LoaderState())
+        places = [Place(state.epoch, state.row), *state.more]
+        self._streams = [
+            RowStream(each, config, place)
+            for each, place in zip([shards, *more], places, strict=True)
+        ]
+        weights = [config.weight, *(source.weight for source in config.mixture)]
+        self._mixture = Mixture(weights, state.dealt) if more else None
 
     @property
     def rows_per_epoch(self) -> int:
-        """Rows of the epoch in which the next step begins."""
+        """Rows of the epoch of config.path in which the next step begins."""
         return self.packer.num_rows
 
     @property
     def packer(self) -> Packer:
-        """The current epoch's rows, with counts of truncated documents and padding."""
-        return self._packer(self._state.epoch)
+        """The current epoch's rows of config.path, with counts of what was cut and padded."""
+        return self._streams[0].packer
 
     def state(self) -> LoaderState:
         """Where the next step begins; the same on all workers."""
-        return self._state
+        first, *more = (stream.place for stream in self._streams)
+        dealt = tuple(self._mixture.dealt) if self._mixture else ()
+        return LoaderState(first.epoch, first.row, tuple(more), dealt)
 
     def next_step(self, rows_per_step: int) -> list[Batch]:
-        """This worker's microbatches of the next `rows_per_step` rows of all workers.
-
-        Raises:
-            ValueError: rows_per_step is not a multiple of rows_per_microbatch x world_size.
-        """
-        unit = self._rows_per_microbatch * self._world_size
-        if rows_per_step < 1 or rows_per_step % unit:
-            raise ValueError(
-                f"rows_per_step={rows_per_step} must be a multiple of rows_per_microbatch="
-                f"{self._rows_per_microbatch} x world_size={self._world_size} = {unit}"
-            )
+        """This worker's microbatches of the next `rows_per_step` rows of all workers."""
+        if rows_per_step < 1:
+            raise ValueError(f"rows_per_step={rows_per_step} must be at least 1")
         rows: list[Row] = []
-        epoch, row = self._state.epoch, self._state.row
         for index in range(rows_per_step):
+            stream = self._streams[self._mixture.next() if self._mixture else 0]
+            place = stream.advance()
             if index % self._world_size == self._rank:
-                rows.append(self._row(epoch, row))
-            row += 1
-            if row == self._packer(epoch).num_rows:
-                epoch, row = epoch + 1, 0
-        self._state = LoaderState(epoch, row)
+                rows.append(stream.row(place))
         size = self._rows_per_microbatch
-        return [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+        batches = [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+        wanted = -(-rows_per_step // (size * self._world_size))
+        length, pad_id = self.config.context_length, self.shards.manifest.tokenizer.pad_id
+        return batches + [blank(length, pad_id)] * (wanted - len(batches))
 
-    def _row(self, epoch: int, place: int) -> Row:
-        packer = self._packer(epoch)
-        if epoch not in self._orders:
-            self._orders = {
-                epoch: RowOrder(
-                    packer.num_rows,
-                    window=self.config.shuffle_rows,
-                    seed=self.config.seed,
-                    epoch=epoch,
-                )
-            }
-        return packer.row(self._orders[epoch][place])
 
-    def _seek(self, state: LoaderState) -> None:
-        rows = self._packer(state.epoch).num_rows
-        if not 0 <= state.row < rows:
-            raise ValueError(
-                f"loader state row={state.row} must be below {rows}, the rows of epoch "
-                f"{state.epoch} of {self.shards.folder}: the state belongs to other data"
-            )
-        self._state = state
-
-    def _packer(self, epoch: int) -> Packer:
-        if epoch not in self._packers:
-            order = DocumentOrder(self.shards, seed=self.config.seed, epoch=epoch)
-            make = SplitPacker if self.config.packing == "split" else WholePacker
-            self._packers[epoch] = make(
-                order,
-                context_length=self.config.context_length,
-                pad_id=self.shards.manifest.tokenizer.pad_id,
-            )
-            if len(self._packers) > 2:
-                self._packers.popitem(last=False)
-        return self._packers[epoch]
+def blank(length: int, pad_id: int) -> Batch:
+    """A row that holds nothing and counts for nothing."""
+    return Batch(
+        ids=torch.full((length,), pad_id),
+        targets=torch.full((length,), IGNORED),
+        positions=torch.arange(length, dtype=torch.int32),
+        cu_seqlens=torch.tensor([0, length], dtype=torch.int32),
+        num_targets=0,
+        is_blank=True,
+    )
 
 
 def collate(rows: list[Row]) -> Batch:

@@ -11,6 +11,7 @@ is read in place without a copy. Remote shards are fetched whole into a bounded 
 addressed by their sha256, so a stale copy cannot be used.
 """
 
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -45,8 +46,12 @@ from nsa_platform.data.shard_file import (
     shard_name,
     write_shard,
 )
+from nsa_platform.retry import retried
+
+log = logging.getLogger(__name__)
 
 OPEN_SHARDS = 8
+FETCH_DELAYS_S = (1.0, 5.0, 20.0, 60.0, 120.0)
 DEFAULT_CACHE_BYTES = 32 << 30
 
 
@@ -224,7 +229,7 @@ class ShardSet:
                 return path
         else:
             try:
-                storage.download_file(self._uri(index), path)
+                self._download(index, path)
             except storage.MissingFileError as error:
                 raise MissingShard(
                     f"{self._uri(index)}: is listed in the manifest but missing ({error})"
@@ -236,6 +241,21 @@ class ShardSet:
             path.unlink(missing_ok=True)
             raise
         return path
+
+    def _download(self, index: int, path: Path) -> None:
+        """Wait for a store that is away for a while: a shard in time is no reason to stop."""
+        uri = self._uri(index)
+
+        def download() -> None:
+            storage.download_file(uri, path)
+
+        retried(
+            download,
+            f"reading {uri}",
+            say=log.warning,
+            delays_s=FETCH_DELAYS_S,
+            final=(storage.MissingFileError,),
+        )
 
     def _verify(self, index: int, path: Path) -> None:
         record = self.manifest.shards[index]
@@ -294,13 +314,27 @@ def open_split(
     *,
     tokenizer_fingerprint: str | None = None,
 ) -> ShardSet:
-    """The shards of one split of a folder made by prepare_data."""
+    """The shards of one split of config.path."""
     return ShardSet(
         storage.join(config.path, split),
         cache_dir=config.cache_dir,
         cache_bytes=int(config.cache_gib * 2**30),
         tokenizer_fingerprint=tokenizer_fingerprint,
     )
+
+
+def open_mixture(
+    config: LoaderConfig, *, tokenizer_fingerprint: str | None = None
+) -> list[ShardSet]:
+    """The training shards of each further source of a mixture."""
+    return [
+        open_split(
+            config.model_copy(update={"path": source.path}),
+            "train",
+            tokenizer_fingerprint=tokenizer_fingerprint,
+        )
+        for source in config.mixture
+    ]
 
 
 def _mark_used(path: Path) -> bool:

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,11 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import (
-    FileSystem,
-    FileSystemReader,
-    FileSystemWriter,
-)
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -32,13 +28,14 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from nsa_platform import storage
 from nsa_platform.config.train import CheckpointConfig
+from nsa_platform.retry import DELAYS_S, first_line, retried
 from nsa_platform.train.parallel import World
-from nsa_platform.train.retry import DELAYS_S, first_line, retried
 from nsa_platform.train.snapshots import (
     FACTS,
     MARKER,
     CheckpointError,
     Snapshot,
+    best,
     damage,
     marker_text,
     prune,
@@ -46,6 +43,7 @@ from nsa_platform.train.snapshots import (
     snapshot_name,
     snapshots,
 )
+from nsa_platform.train.stored_files import stored_reader
 
 # One worker may retry uploads for long while the others wait for it.
 PATIENCE = datetime.timedelta(hours=2)
@@ -134,17 +132,38 @@ class CheckpointStore:
             StorageError: the storage cannot be reached.
         """
         found = self._from_first(self._whole_snapshots)
+        facts = self._load_first(found, model=model, optimizer=optimizer)
+        if facts is None and self.has_any():
+            raise CheckpointError(
+                f"{self.folder}: none of the checkpoints can be read; to start again from step 0, "
+                "move the folder away or choose another name"
+            )
+        return facts
+
+    def load_best(
+        self, *, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> dict[str, Any] | None:
+        """Fill model and optimizer from the best snapshot by best_metric.
+
+        Returns its facts, or None if no snapshot with that metric can be read.
+
+        Raises:
+            StorageError: the storage cannot be reached.
+        """
+        metric, mode = self._config.best_metric, self._config.best_mode
+        found = self._from_first(lambda: best(self._whole_snapshots(), metric, mode))
+        return self._load_first(found, model=model, optimizer=optimizer)
+
+    def _load_first(
+        self, found: list[Snapshot], *, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> dict[str, Any] | None:
+        """The first snapshot that can be read."""
         for snapshot in found:
             try:
                 return self._load(snapshot, model=model, optimizer=optimizer)
             # Reading damaged files fails in as many ways as there are formats inside them.
             except (Exception, CheckpointException) as error:
                 self._say(f"checkpoint {snapshot.name} cannot be read: {_reason(error)}")
-        if self.has_any():
-            raise CheckpointError(
-                f"{self.folder}: none of the checkpoints can be read; to start again from step 0, "
-                "move the folder away or choose another name"
-            )
         return None
 
     def has_any(self) -> bool:
@@ -167,7 +186,7 @@ class CheckpointStore:
         tensors = _tensors(model, optimizer)
         load(
             tensors,
-            storage_reader=_reader(snapshot.uri),
+            storage_reader=stored_reader(snapshot.uri),
             process_group=self._group,
         )
         _, optimizer_state = get_state_dict(model, optimizer)
@@ -196,7 +215,7 @@ class CheckpointStore:
                 or self._agree(lambda: self._write_tensors(place, tensors, random_state))
                 or self._agree(lambda: self._write_facts(place, facts))
                 or self._agree(lambda: self._upload(place, target))
-                or self._commit(step, place, target)
+                or self._commit(step, place, target, metrics=facts.get("metrics", {}))
             )
         finally:
             if remote:
@@ -230,7 +249,9 @@ class CheckpointStore:
         what = f"writing checkpoint {target}"
         retried(action, what, say=self._say, delays_s=self._retry_delays_s)
 
-    def _commit(self, step: int, place: Path, target: str) -> str | None:
+    def _commit(
+        self, step: int, place: Path, target: str, *, metrics: Mapping[str, float]
+    ) -> str | None:
         """Put the marker, make the folder visible, delete old snapshots: on the first worker."""
         own = {path.name: path.stat().st_size for path in place.iterdir() if path.is_file()}
         files = {name: size for part in self._gather(own) for name, size in part.items()}
@@ -238,7 +259,7 @@ class CheckpointStore:
         def commit() -> None:
             if not self._world.is_first:
                 return
-            marker = marker_text(step, files)
+            marker = marker_text(step, files, metrics)
             if storage.is_remote(target):
                 place_of_marker = storage.join(target, MARKER)
                 self._insist(lambda: storage.write_bytes(place_of_marker, marker), target)
@@ -256,7 +277,7 @@ class CheckpointStore:
     def _prune(self, step: int) -> None:
         """Old snapshots that cannot be deleted now are deleted after the next one."""
         try:
-            prune(self.folder, newest=step, keep=self._config.keep_latest)
+            prune(self.folder, newest=step, config=self._config)
         except OSError as error:
             self._say(f"old checkpoints were not deleted: {_reason(error)}")
 
@@ -333,29 +354,6 @@ def _restore_random_state(uri: str, world: World) -> None:
     torch.set_rng_state(state["cpu"])
     if world.device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], world.device)
-
-
-class _StoredFiles(FileSystem):
-    """Files for torch.distributed.checkpoint's reader, wherever storage keeps them."""
-
-    def create_stream(self, path: str | os.PathLike, mode: str) -> Any:
-        if mode != "rb":
-            raise ValueError(f"mode={mode!r}: snapshots are only read through this")
-        return storage.open_input(str(path))
-
-    def init_path(self, path: str | os.PathLike) -> str:
-        return str(path)
-
-    def concat_path(self, path: str | os.PathLike, suffix: str) -> str:
-        return storage.join(str(path), suffix)
-
-
-def _reader(uri: str) -> FileSystemReader:
-    """A reader of one snapshot; it reads the byte ranges that this worker needs."""
-    reader = FileSystemReader(uri)
-    reader.fs = _StoredFiles()
-    reader.path = reader.fs.init_path(uri)  # pyright: ignore[reportAttributeAccessIssue]
-    return reader
 
 
 def _need_all(place: Path, files: dict[str, int]) -> None:

@@ -12,8 +12,8 @@ from nsa_platform.config.model import ModelConfig
 from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.model.transformer import Transformer
 from nsa_platform.model.weights import CONFIG_FILE, export_model
+from nsa_platform.retry import retried
 from nsa_platform.train.parallel import World
-from nsa_platform.train.retry import retried
 
 
 def gather_weights(model: Transformer) -> dict[str, Tensor]:

@@ -5,9 +5,9 @@ same losses.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -15,117 +15,105 @@ from torch import Tensor
 from nsa_platform import figures
 from nsa_platform.config.model import NsaAttentionConfig
 from nsa_platform.config.train import TrainConfig
-from nsa_platform.data.loader import Batch, Loader
+from nsa_platform.data.loader import Batch
+from nsa_platform.data.prefetch import Steps
 from nsa_platform.model.transformer import Transformer
 from nsa_platform.tracking import Tracker
 from nsa_platform.train.checkpoint import CheckpointStore
 from nsa_platform.train.expert_load import balance_metrics, expert_figures, expert_metrics
 from nsa_platform.train.health import health_figures, health_metrics, health_values
 from nsa_platform.train.history import History
+from nsa_platform.train.listeners import Listeners
 from nsa_platform.train.loss import chunk_tokens, cross_entropy_sum
 from nsa_platform.train.mesh import Mesh
 from nsa_platform.train.metrics import StepClock, Throughput, memory_metrics
 from nsa_platform.train.optimizer import set_learning_rate
 from nsa_platform.train.parallel import World, clip_gradients, sum_replica_gradients
+from nsa_platform.train.preemption import Preemption, TrainingPreempted
+from nsa_platform.train.progress import Progress
 from nsa_platform.train.schedule import learning_rate
 from nsa_platform.train.validation import Validated, Validation
-
-Metrics = Mapping[str, float]
-Report = Callable[[int, Metrics], None]
-"""Told the step and its metrics by every worker alike: whenever something is logged."""
-
-
-class TrainingDiverged(ArithmeticError):
-    """The loss or the gradients are not finite any more; going on would only spread it."""
-
-
-@dataclass
-class Progress:
-    """How far the run is."""
-
-    step: int = 0
-    """Optimizer steps that are done."""
-    tokens: int = 0
-    """Tokens that went through the model in them, over all workers."""
-
-    def advance(self, tokens: int) -> None:
-        """One more step of `tokens` is done."""
-        self.step += 1
-        self.tokens += tokens
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """Sums of one step over all workers, still on the device."""
+    """What one step gave, over all workers."""
 
-    nats: Tensor
-    targets: Tensor
+    loss: float
+    """Nats per target."""
     balance_loss: Tensor
     grad_norm: Tensor
     expert_load: Tensor
     """int64 [layers with experts, experts]."""
+    skipped: str | None
+    """Why the optimizer did not take the step; None if it did."""
 
 
 def train(
     model: Transformer,
     optimizer: torch.optim.Optimizer,
     *,
-    loader: Loader,
+    loader: Steps,
     config: TrainConfig,
     world: World,
     mesh: Mesh,
     progress: Progress,
-    history: History,
+    preemption: Preemption,
     validation: Validation | None,
     checkpoints: CheckpointStore,
     identity: Mapping[str, Any],
-    tracker: Tracker | None,
+    listeners: Listeners,
     throughput: Throughput,
-    report: Report,
 ) -> None:
-    """Train from `progress.step` to `config.steps`.
+    """Train from `progress.step`, which is advanced in place, to `config.steps`.
 
     Args:
-        progress, history: advanced in place.
         validation: None if there are no held-out rows.
         identity: what a checkpoint says about its run beside how far it is.
-        tracker: only on the first worker.
 
     Raises:
-        TrainingDiverged: on all workers at the same step; that step is in no checkpoint.
+        TrainingDiverged: the guard has given up; on all workers at the same step.
+        TrainingPreempted: a worker must leave and the state is saved; on all workers.
     """
     rows_per_step = config.tokens_per_step // loader.config.context_length
-    clock = StepClock()
+    clock, save_is_due = StepClock(), False
     while progress.step < config.steps:
         rate = learning_rate(progress.step, config=config.optimizer, steps=config.steps)
         set_learning_rate(optimizer, rate)
         with clock.data():
-            microbatches = loader.next_step(rows_per_step)
-        result = take_step(model, optimizer, microbatches, config=config, world=world, mesh=mesh)
-        progress.advance(config.tokens_per_step)
+            batches = loader.next_step(rows_per_step)
+        result = take_step(
+            model, optimizer, batches, config=config, world=world, mesh=mesh, progress=progress
+        )
         clock.tick()
+        if result.skipped is not None:
+            listeners.say(f"step {progress.step} was skipped: {result.skipped}")
         is_last = progress.step == config.steps
-        is_saved = is_last or progress.step % config.checkpoint.every_steps == 0
+        is_leaving = preemption.agreed() and not is_last
+        # While steps are skipped nobody knows yet whether the weights are sound.
+        save_is_due |= progress.step % config.checkpoint.every_steps == 0
+        is_saved = is_last or is_leaving or (save_is_due and result.skipped is None)
         metrics: dict[str, float] = {}
-        if is_saved or progress.step % config.log_every_steps == 0:
-            metrics |= read_step(result, progress=progress, model=model)
+        if is_saved or result.skipped or progress.step % config.log_every_steps == 0:
+            metrics |= read_step(result, progress=progress, model=model) | {"train/lr": rate}
             metrics |= throughput.metrics(clock) | memory_metrics(world.device)
-            metrics |= {"train/lr": rate, "train/tokens": progress.tokens}
-            history.add_train(progress.tokens, metrics["train/loss"])
         with clock.pause():
             if validation and (is_last or progress.step % config.validate_every_steps == 0):
-                metrics |= validate(
-                    model, validation, result, progress=progress, history=history, tracker=tracker
-                )
+                metrics |= validate(model, validation, result, progress, listeners.tracker)
             if metrics:
-                if tracker:
-                    tracker.log_metrics(metrics, progress.step)
-                report(progress.step, metrics)
+                listeners.tell(progress.step, metrics)
             if is_saved:
-                state = {"loader": loader.state().to_dict(), "history": history.to_dict()}
-                facts = {**identity, **asdict(progress), **state, "metrics": metrics}
+                save_is_due, place = False, {"loader": loader.state().to_dict()}
+                facts = {**identity, **progress.to_dict(), **place, "metrics": metrics}
                 checkpoints.save(progress.step, model=model, optimizer=optimizer, facts=facts)
+        if is_leaving:
+            _leave(checkpoints, preemption, step=progress.step)
     checkpoints.wait()
+
+
+def _leave(checkpoints: CheckpointStore, preemption: Preemption, *, step: int) -> NoReturn:
+    checkpoints.wait()
+    raise TrainingPreempted(f"saved step {step}: {preemption.reasons()}")
 
 
 def take_step(
@@ -136,8 +124,9 @@ def take_step(
     config: TrainConfig,
     world: World,
     mesh: Mesh,
+    progress: Progress,
 ) -> StepResult:
-    """One optimizer step from this worker's microbatches.
+    """The next optimizer step from this worker's microbatches, if the guard lets it pass.
 
     Every target of the step weighs the same, wherever it lies: losses are divided by the number of
     targets of all microbatches of all workers before gradients are added up. Workers of the tensor
@@ -156,7 +145,7 @@ def take_step(
     for batch in microbatches:
         batch = batch.to(world.device)
         ids, goals = mesh.own_tokens(batch.ids), mesh.own_tokens(batch.targets)
-        share = ids.numel() / (config.tokens_per_step * alike)
+        share = 0.0 if batch.is_blank else ids.numel() / (config.tokens_per_step * alike)
         hidden, balance, load = model(ids, mesh.inputs(batch))
         loss = cross_entropy_sum(
             hidden, goals, model.output_weight, chunk=chunk, axis=mesh.partition.tensor
@@ -166,50 +155,44 @@ def take_step(
         loads.append(load)
     sum_replica_gradients(model, world)
     grad_norm = clip_gradients(model, config.optimizer.max_grad_norm, world)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
     nats, balance_loss = world.sum(sums)
     expert_load = torch.stack(loads).sum(0)
+    loss = nats.item() / max(1, int(targets))
+    progress.advance(config.tokens_per_step)
+    skipped = progress.guard.judge(progress.step, loss=loss, grad_norm=grad_norm.item())
+    if skipped is None:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     if model.config.moe is not None:
         expert_load = world.sum(expert_load) // alike
-        model.steer_experts(expert_load)
-    return StepResult(nats, targets, balance_loss, grad_norm, expert_load)
+        if skipped is None:
+            model.steer_experts(expert_load)
+    return StepResult(loss, balance_loss, grad_norm, expert_load, skipped)
 
 
 def read_step(result: StepResult, *, progress: Progress, model: Transformer) -> dict[str, float]:
-    """train/loss, train/grad_norm and, with experts, train/balance_loss; waits for the device.
-
-    Raises:
-        TrainingDiverged: one of them is not finite.
-    """
-    metrics = {
-        "train/loss": result.nats.item() / max(1, int(result.targets)),
-        "train/grad_norm": result.grad_norm.item(),
-    }
+    """train/loss, train/grad_norm and, with experts, train/balance_loss, where they are finite;
+    and how far the run is. The loss of a step that was taken goes into the history."""
+    if result.skipped is None:
+        progress.history.add_train(progress.tokens, result.loss)
+    metrics = {"train/loss": result.loss, "train/grad_norm": result.grad_norm.item()}
     if model.config.moe is not None:
         metrics["train/balance_loss"] = result.balance_loss.item()
         metrics |= balance_metrics(result.expert_load, model.config.moe)
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            raise TrainingDiverged(
-                f"{name} is {value} at step {progress.step}; the newest checkpoint lies before it. "
-                "A lower learning rate or a longer warm-up may help"
-            )
-    return metrics
+    metrics |= {"train/tokens": progress.tokens, "train/skipped_steps": progress.guard.skipped}
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 def validate(
     model: Transformer,
     validation: Validation,
     result: StepResult,
-    *,
     progress: Progress,
-    history: History,
     tracker: Tracker | None,
 ) -> dict[str, float]:
     """Validate, remember it in the history, draw it; returns its metrics and, with experts, those
     of each expert in the step before it."""
-    validated = validation.run(model)
+    validated, history = validation.run(model), progress.history
     history.valid.append((progress.tokens, validated.loss))
     history.health.append((progress.step, health_values(validated.health)))
     if tracker:

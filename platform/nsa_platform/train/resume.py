@@ -1,6 +1,7 @@
 """May this run go on from that checkpoint: what must be the same, what may change and is said."""
 
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from typing import Any
 
 # Sections of a run that a checkpoint remembers.
@@ -11,7 +12,10 @@ SECTIONS = ("model", "data", "train", "cluster")
 FIXED = ("model", "data", "data_digest", "start")
 
 # Changes that have no say in what is computed; they come before FIXED.
-SILENT = ("model.name", "data.path", "data.cache_dir", "data.cache_gib")
+SILENT = (
+    *("model.name", "data.path", "data.mixture.*.path"),
+    *("data.cache_dir", "data.cache_gib"),
+)
 
 
 class ResumeError(ValueError):
@@ -38,7 +42,7 @@ def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any]) -> lis
     changes = {
         key: f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in SILENT
+        if old.get(key) != new.get(key) and not any(fnmatch(key, pattern) for pattern in SILENT)
     }
     broken = [line for key, line in changes.items() if _is_fixed(key)]
     if broken:
@@ -58,6 +62,10 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in tree.items():
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list | tuple) and any(isinstance(each, Mapping) for each in value):
+            flat |= _flat(
+                {str(index): each for index, each in enumerate(value)}, f"{prefix}{name}."
+            )
         else:
             # JSON knows no tuples.
             flat[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value

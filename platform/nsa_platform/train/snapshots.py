@@ -1,7 +1,8 @@
 """Checkpoint folders: their names, the marker that vouches for them, which are whole, which go.
 
     <run>/checkpoints/step-00000100/     one snapshot
-        COMPLETE                         written last: {"step": 100, "files": {name: bytes}}
+        COMPLETE                         written last: {"step": 100, "files": {name: bytes},
+                                         "metrics": {name: value}}
         state.json                       facts: step, tokens, loader, MLflow run, configuration
         .metadata  __0_0.distcp ...      tensors, by torch.distributed.checkpoint
         rng-00000.pt ...                 random state of each worker
@@ -11,11 +12,14 @@ A folder without COMPLETE does not count, whatever it holds.
 """
 
 import json
+import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from nsa_platform import storage
+from nsa_platform.config.train import CheckpointConfig
 
 MARKER = "COMPLETE"
 FACTS = "state.json"
@@ -74,9 +78,29 @@ def damage(snapshot: Snapshot) -> str | None:
     return None
 
 
-def marker_text(step: int, files: dict[str, int]) -> bytes:
-    """Content of the marker: the files that must be there and their sizes."""
-    return json.dumps({"step": step, "files": files}, indent=1, sort_keys=True).encode()
+def marker_text(step: int, files: Mapping[str, int], metrics: Mapping[str, float]) -> bytes:
+    """Content of the marker: the files that must be there with their sizes, metrics of the step."""
+    tree = {"step": step, "files": dict(files), "metrics": dict(metrics)}
+    return json.dumps(tree, indent=1, sort_keys=True).encode()
+
+
+def best(found: Sequence[Snapshot], metric: str, mode: Literal["min", "max"]) -> list[Snapshot]:
+    """Those of the snapshots that know the metric, the best first, of equals the newest."""
+    scored = [(_metric(snapshot, metric), snapshot) for snapshot in found]
+    known = [(score, each) for score, each in scored if score is not None]
+    known.sort(key=lambda pair: pair[1].step, reverse=True)
+    known.sort(key=lambda pair: pair[0], reverse=mode == "max")
+    return [each for _, each in known]
+
+
+def _metric(snapshot: Snapshot, name: str) -> float | None:
+    """A metric of the snapshot's step; None if it has none or its marker is unreadable."""
+    try:
+        tree = json.loads(storage.read_text(storage.join(snapshot.uri, MARKER)))
+        value = float(tree["metrics"][name])
+    except (storage.MissingFileError, ValueError, KeyError, TypeError):
+        return None
+    return value if math.isfinite(value) else None
 
 
 def read_facts(snapshot: Snapshot) -> dict[str, Any]:
@@ -100,13 +124,17 @@ def newest_facts(folder: str) -> dict[str, Any] | None:
     return None
 
 
-def prune(folder: str, *, newest: int, keep: int) -> None:
-    """Delete what is older than the `keep` newest snapshots up to step `newest`.
+def prune(folder: str, *, newest: int, config: CheckpointConfig) -> None:
+    """Delete what is neither among the newest snapshots up to step `newest` nor among the best.
 
     Folders that a crash has left without a marker go too. Whatever lies beyond step `newest` is
     left alone.
     """
-    kept = [snapshot.name for snapshot in snapshots(folder) if snapshot.step <= newest][:keep]
+    found = [snapshot for snapshot in snapshots(folder) if snapshot.step <= newest]
+    kept = [snapshot.name for snapshot in found[: config.keep_latest]]
+    if config.keep_best:
+        ranked = best(found, config.best_metric, config.best_mode)
+        kept += [snapshot.name for snapshot in ranked[: config.keep_best]]
     for name in storage.list_names(folder):
         match = _ANY_NAME.match(name)
         if match and name not in kept and int(match.group(1)) <= newest:

@@ -3,18 +3,20 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import ray.train.torch
 import torch
+from ray.train.v2._internal.execution.context import get_train_context
 
 from nsa_platform import storage
 from nsa_platform.data.loader import Loader, LoaderState
 from nsa_platform.data.manifest import ShardError
-from nsa_platform.data.shards import ShardSet, open_split
+from nsa_platform.data.prefetch import Prefetched
+from nsa_platform.data.shards import ShardSet, open_mixture, open_split
 from nsa_platform.data.tokenizer import Tokenizer, TokenizerError
 from nsa_platform.model.cost import dense_equivalent, flops_per_token
 from nsa_platform.model.transformer import Transformer
@@ -23,13 +25,17 @@ from nsa_platform.tracking import RunHandle, SystemMonitor, Tracker
 from nsa_platform.train.build import build_mesh, build_model
 from nsa_platform.train.checkpoint import CheckpointStore
 from nsa_platform.train.export import export
-from nsa_platform.train.history import History
-from nsa_platform.train.loop import Metrics, Progress, TrainingDiverged, train
+from nsa_platform.train.guard import TrainingDiverged
+from nsa_platform.train.listeners import Listeners, Metrics
+from nsa_platform.train.loop import train
 from nsa_platform.train.mesh import Mesh
 from nsa_platform.train.metrics import Throughput, peak_flops
+from nsa_platform.train.notice import TERMINATION
 from nsa_platform.train.optimizer import build_optimizer
 from nsa_platform.train.parallel import World
+from nsa_platform.train.preemption import Preemption
 from nsa_platform.train.profiling import profile_steps
+from nsa_platform.train.progress import Progress
 from nsa_platform.train.snapshots import CheckpointError
 from nsa_platform.train.task import Events, Outcome, Task
 from nsa_platform.train.validation import Validation
@@ -110,7 +116,7 @@ def _train(task: Task, *, world: World, voice: Voice, tracker: Tracker | None) -
         world=world,
         say=voice.say,
     )
-    progress, history = Progress(), History()
+    progress = Progress.from_facts(None, task.train.guard)
     try:
         tokenizer = Tokenizer(_tokenizer_folder(task))
         length = task.data.context_length
@@ -118,44 +124,69 @@ def _train(task: Task, *, world: World, voice: Voice, tracker: Tracker | None) -
         model, optimizer, facts = _model(task, world=world, mesh=mesh, checkpoints=checkpoints)
         if task.train.profile and tracker is not None:
             profile_steps(optimizer, tracker, device=world.device)
+        progress = Progress.from_facts(facts, task.train.guard)
         if facts is not None:
-            progress = Progress(facts["step"], facts["tokens"])
-            history = History.from_dict(facts["history"])
             voice.say(f"goes on from the checkpoint of step {progress.step}")
         state = None if facts is None else LoaderState.from_dict(facts["loader"])
-        train(
-            model,
-            optimizer,
-            loader=_loader(task, mesh=mesh, state=state, tracker=tracker),
-            config=task.train,
-            world=world,
-            mesh=mesh,
-            progress=progress,
-            history=history,
-            validation=_validation(
-                task, world=world, mesh=mesh, tokenizer=tokenizer, tracker=tracker
-            ),
-            checkpoints=checkpoints,
-            identity=task.identity,
-            tracker=tracker,
-            throughput=_throughput(task, world),
-            report=voice.report,
-        )
+        loader = _loader(task, world=world, mesh=mesh, state=state, tracker=tracker)
+        with closing(loader), TERMINATION.heeded():
+            train(
+                model,
+                optimizer,
+                loader=loader,
+                config=task.train,
+                world=world,
+                mesh=mesh,
+                progress=progress,
+                preemption=Preemption(world, _notice),
+                validation=_validation(
+                    task, world=world, mesh=mesh, tokenizer=tokenizer, tracker=tracker
+                ),
+                checkpoints=checkpoints,
+                identity=task.identity,
+                listeners=Listeners(voice.report, voice.say, tracker),
+                throughput=_throughput(task, world),
+            )
         checkpoints.close()
+        _choose(task, checkpoints, model, optimizer, voice)
         target = storage.join(task.folder, "model")
         export(model, target, tokenizer=tokenizer, world=world, say=voice.say)
         problem = None
     # The same on every worker and again the same if tried again: Ray is not asked to restart.
     except (TrainingDiverged, CheckpointError) as error:
         problem = str(error)
+    losses = progress.history.train
     return Outcome(
         step=progress.step,
-        first_loss=history.train[0][1] if history.train else None,
-        last_loss=history.train[-1][1] if history.train else None,
+        first_loss=losses[0][1] if losses else None,
+        last_loss=losses[-1][1] if losses else None,
         metrics=voice.metrics,
         failed_checkpoints=checkpoints.failed_steps,
         problem=problem,
     )
+
+
+def _choose(
+    task: Task,
+    checkpoints: CheckpointStore,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    voice: Voice,
+) -> None:
+    """Leave the model as it is, or as it was at its best."""
+    if task.train.checkpoint.export == "best":
+        facts = checkpoints.load_best(model=model, optimizer=optimizer)
+        if facts is not None:
+            voice.say(f"the model is that of step {facts['step']}, the best one")
+
+
+def _notice() -> str | None:
+    """Why this worker must leave: it was told to end, or its node is being drained."""
+    info = get_train_context().preemption_context.preemption_info
+    rank = ray.train.get_context().get_world_rank()
+    if info is not None and rank in info.preempted_ranks:
+        return "its node is being taken away"
+    return TERMINATION()
 
 
 def _model(
@@ -175,18 +206,22 @@ def _tokenizer_folder(task: Task) -> Path:
 
 
 def _loader(
-    task: Task, *, mesh: Mesh, state: LoaderState | None, tracker: Tracker | None
-) -> Loader:
-    shards = open_split(task.data, "train")
-    _track_data(shards, tracker, "training")
-    return Loader(
+    task: Task, *, world: World, mesh: Mesh, state: LoaderState | None, tracker: Tracker | None
+) -> Prefetched:
+    shards, more = open_split(task.data, "train"), open_mixture(task.data)
+    for each in (shards, *more):
+        _track_data(each, tracker, "training")
+    loader = Loader(
         shards,
         task.data,
+        more=more,
         rank=mesh.data_rank,
         world_size=mesh.data_size,
         rows_per_microbatch=task.train.sequences_per_microbatch,
         state=state,
     )
+    rows_per_step = task.train.tokens_per_step // task.data.context_length
+    return Prefetched(loader, rows_per_step, pinned=world.device.type == "cuda")
 
 
 def _validation(

@@ -1,7 +1,9 @@
 """Snapshots are whole or absent, survive damage and another number of workers."""
 
 import json
+import math
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -132,8 +134,31 @@ def test_pruning_leaves_what_lies_beyond(tmp_path: Path) -> None:
     save_steps(tmp_path, 4, keep_latest=9)
     (tmp_path / "step-00000001.partial").mkdir()
     (tmp_path / "notes").mkdir()
-    prune(str(tmp_path), newest=3, keep=1)
+    prune(str(tmp_path), newest=3, config=CheckpointConfig(keep_latest=1))
     assert sorted(os.listdir(tmp_path)) == ["notes", "step-00000003", "step-00000004"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "kept"), [("min", [6, 5, 2]), ("max", [6, 5, 4])], ids=["lowest", "highest"]
+)
+def test_the_best_by_a_metric_stays_beside_the_newest(tmp_path: Path, mode, kept) -> None:
+    pair, lines = Pair(seed=1), []
+    checkpoints = store(tmp_path, lines, keep_latest=2, best_metric="score", best_mode=mode)
+    states = {}
+    for step, score in enumerate([3.0, 1.0, 2.0, 5.0, None, math.nan], start=1):
+        pair.step()
+        states[step] = pair.weights()
+        facts = {"step": step, "metrics": {} if score is None else {"score": score}}
+        checkpoints.save(step, model=pair.model, optimizer=pair.optimizer, facts=facts)
+    checkpoints.wait()
+    assert [each.step for each in snapshots(str(tmp_path))] == kept
+    facts = checkpoints.load_best(model=pair.model, optimizer=pair.optimizer)
+    assert facts is not None and facts["step"] == kept[-1]
+    assert torch.equal(pair.weights(), states[kept[-1]])
+    shutil.rmtree(tmp_path / f"step-{kept[-1]:08d}")
+    assert checkpoints.load_best(model=pair.model, optimizer=pair.optimizer) is None
+    checkpoints.close()
+    assert lines == []
 
 
 def _truncate(folder: Path) -> None:

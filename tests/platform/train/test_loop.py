@@ -1,14 +1,18 @@
 """The loop learns, resumes bit for bit, and does not depend on how a step is cut up."""
 
 import math
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from nsa_platform.config.data import LoaderConfig
 from nsa_platform.config.model import ModelConfig
-from nsa_platform.train.loop import TrainingDiverged
+from nsa_platform.train import loop
+from nsa_platform.train.guard import TrainingDiverged
+from nsa_platform.train.snapshots import snapshots
 from tests.platform.train.tiny_run import CONTEXT, MOE, VOCAB, run, settings, write_data
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -93,9 +97,34 @@ def test_experts_train_with_a_balance_loss(data: LoaderConfig, tmp_path: Path) -
 
 def test_a_divergence_stops_before_it_is_saved(data: LoaderConfig, tmp_path: Path) -> None:
     config = settings(optimizer={"learning_rate": 1e30, "max_grad_norm": 1e30})
-    with pytest.raises(TrainingDiverged, match=r"train/\w+ is (nan|inf) at step"):
+    with pytest.raises(TrainingDiverged, match=r"train/\w+ is (nan|inf) at step 6, the last of 5"):
         run(config, data, tmp_path)
     assert not list(tmp_path.glob("step-*"))
+
+
+def test_a_broken_step_is_skipped_and_not_saved(
+    data: LoaderConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = run(settings(), data, tmp_path / "straight")
+    clip = loop.clip_gradients
+    calls: list[int] = []
+
+    def broken_at_step_three(*arguments: Any) -> torch.Tensor:
+        calls.append(1)
+        norm = clip(*arguments)
+        return norm * math.nan if len(calls) == 3 else norm
+
+    monkeypatch.setattr(loop, "clip_gradients", broken_at_step_three)
+    recorded = run(settings(), data, tmp_path / "broken")
+    assert recorded.lines == ["step 3 was skipped: train/grad_norm is nan"]
+    assert recorded.metrics[3]["train/skipped_steps"] == 1
+    assert "train/grad_norm" not in recorded.metrics[3]
+    assert recorded.losses()[:3] == straight.losses()[:3]
+    # The weights are those of step 2, so the loss of the next step is another.
+    assert recorded.losses()[3] != straight.losses()[3]
+    assert [each.step for each in snapshots(str(tmp_path / "broken"))] == [6, 4]
+    shutil.rmtree(tmp_path / "broken" / "step-00000006")
+    assert run(settings(), data, tmp_path / "broken").losses() == recorded.losses()[4:]
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler warns of what it meets inside itself

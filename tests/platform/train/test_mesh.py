@@ -14,7 +14,9 @@ from nsa_platform.config.train import TrainConfig
 from nsa_platform.data.loader import Loader
 from nsa_platform.data.shards import open_split
 from nsa_platform.train.build import build_mesh, build_model
+from nsa_platform.train.guard import Guard
 from nsa_platform.train.loop import take_step
+from nsa_platform.train.progress import Progress
 from tests.platform.train.tiny_run import (
     CONTEXT,
     MOE,
@@ -88,12 +90,17 @@ def _two_steps(
     trained = [p for p in model.parameters() if p.requires_grad]
     descent = torch.optim.SGD(trained, lr=0.5, foreach=False)
     loader = Loader(open_split(data, "train"), data, rank=mesh.data_rank, world_size=mesh.data_size)
-    results = [
-        take_step(model, descent, loader.next_step(4), config=config, world=world, mesh=mesh)
-        for _ in range(2)
-    ]
+    parts = {
+        "config": config,
+        "world": world,
+        "mesh": mesh,
+        "progress": Progress(Guard(config.guard)),
+    }
+    results = [take_step(model, descent, loader.next_step(4), **parts) for _ in range(2)]
     return {
-        "steps": [[r.nats, r.targets, r.balance_loss, r.grad_norm, r.expert_load] for r in results],
+        "steps": [
+            [torch.tensor(r.loss), r.balance_loss, r.grad_norm, r.expert_load] for r in results
+        ],
         "weights": {name: full(p) for name, p in model.named_parameters()},
     }
 

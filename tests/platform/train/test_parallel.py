@@ -10,7 +10,16 @@ from torch.multiprocessing.spawn import spawn
 from nsa_platform.config.data import LoaderConfig
 from nsa_platform.config.train import TrainConfig
 from nsa_platform.train import loss
-from tests.platform.train.tiny_run import MODEL, MOE, VOCAB, run, settings, write_data
+from nsa_platform.train.preemption import TrainingPreempted
+from tests.platform.train.tiny_run import (
+    MODEL,
+    MOE,
+    VOCAB,
+    Recorded,
+    run,
+    settings,
+    write_data,
+)
 
 # The same sums in another order: float32 with a few hundred terms.
 ROUNDING = 2e-5
@@ -28,7 +37,18 @@ def _worker(
     for name, config, has_experts in jobs:
         place = Path(folder) / name
         loss.LOGITS_PER_CHUNK = 10 * VOCAB if "chunks" in name else 1 << 26
-        recorded = run(config, data, place, model_config=MOE if has_experts else MODEL)
+        steps: list[str] = []
+
+        def leaves(steps: list[str] = steps, name: str = name) -> str | None:
+            steps.append(name)
+            is_told = name == "preempted" and rank == 1 and len(steps) >= 4
+            return "told so" if is_told else None
+
+        model = MOE if has_experts else MODEL
+        try:
+            recorded = run(config, data, place, model_config=model, notice=leaves)
+        except TrainingPreempted as preempted:
+            recorded = Recorded(lines=[str(preempted)])
         if rank == 0:
             (Path(folder) / f"{name}-{size}.json").write_text(
                 json.dumps({"metrics": recorded.metrics, "lines": recorded.lines})
@@ -46,7 +66,9 @@ def _run_all(
     found = {}
     for name, _, _ in jobs:
         tree = json.loads((folder / f"{name}-{size}.json").read_text())
-        assert tree["lines"] == []
+        assert tree["lines"] == (
+            ["saved step 4: worker 1: told so"] if name == "preempted" and size == 2 else []
+        )
         found[name] = {int(step): metrics for step, metrics in tree["metrics"].items()}
     return found
 
@@ -75,6 +97,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, dict[s
             ("experts-shard", shard, True),
             ("bfloat16", settings(dtype="bfloat16"), False),
             ("two-to-one", settings(parallel="shard", **half), False),
+            ("preempted", shard, False),
         ],
     )
     one = _run_all(
@@ -90,9 +113,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, dict[s
         ],
     )
     again = _run_all(2, folder, data, [("one-to-two", settings(parallel="shard", **whole), False)])
+    three = _run_all(3, folder, data, [("preempted", shard, False), ("three", replicate, False)])
     return {
         **two,
         **one,
+        **three,
         "two-to-one-begin": two["two-to-one"],
         "one-to-two-begin": one["one-to-two"],
         "one-to-two": again["one-to-two"],
@@ -105,6 +130,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, dict[s
         ("shard", "alone", ROUNDING),
         ("shard-chunks", "shard", ROUNDING),
         ("replicate", "alone", ROUNDING),
+        ("three", "alone", ROUNDING),
         ("experts-shard", "experts", ROUNDING),
         ("bfloat16", "alone", BFLOAT16_ROUNDING),
     ],
@@ -126,6 +152,12 @@ def test_another_number_of_workers_goes_on(runs, name) -> None:
     assert sorted(runs[name]) == [4, 5, 6]
     losses = _losses(runs[f"{name}-begin"]) + _losses(runs[name])
     assert losses == pytest.approx(_losses(runs["warm"]), rel=ROUNDING)
+
+
+def test_three_workers_go_on_where_one_of_two_was_told_to_leave(runs) -> None:
+    """Eight rows in microbatches of two do not come out even between three."""
+    assert sorted(runs["preempted"]) == [5, 6]
+    assert _losses(runs["preempted"]) == pytest.approx(_losses(runs["alone"])[4:], rel=ROUNDING)
 
 
 def test_bfloat16_is_not_float32(runs) -> None:

@@ -58,6 +58,16 @@ def test_another_model_or_other_rows_are_an_error(key: str, value: object, messa
     assert "train.steps" not in str(caught.value)
 
 
+def test_sources_of_a_mixture_may_move_but_not_change() -> None:
+    sources = [{"path": "/a", "weight": 1.0}, {"path": "/b", "weight": 2.0}]
+    moved = [{"path": "/c", "weight": 1.0}, {"path": "/d", "weight": 2.0}]
+    saved = described({"data.mixture": sources})
+    assert check_resumable(saved, described({"data.mixture": moved})) == []
+    moved[1]["weight"] = 3.0
+    with pytest.raises(ResumeError, match=r"data\.mixture\.1\.weight was 2\.0, is 3\.0"):
+        check_resumable(saved, described({"data.mixture": moved}))
+
+
 def test_other_data_is_an_error() -> None:
     with pytest.raises(ResumeError, match="data_digest was 'd', is 'e'"):
         check_resumable(described(), described(digest="e"))

@@ -17,11 +17,13 @@ from nsa_platform.data.shards import ShardWriter, open_split
 from nsa_platform.train.build import build_mesh, build_model
 from nsa_platform.train.checkpoint import CheckpointStore
 from nsa_platform.train.export import gather_weights
-from nsa_platform.train.history import History
-from nsa_platform.train.loop import Progress, train
+from nsa_platform.train.listeners import Listeners
+from nsa_platform.train.loop import train
 from nsa_platform.train.metrics import Throughput
 from nsa_platform.train.optimizer import build_optimizer
 from nsa_platform.train.parallel import World
+from nsa_platform.train.preemption import Notice, Preemption
+from nsa_platform.train.progress import Progress
 from nsa_platform.train.validation import Validation
 
 CONTEXT = 48
@@ -118,6 +120,7 @@ def run(
     model_config: ModelConfig = MODEL,
     keep_latest: int = 9,
     device: str = "cpu",
+    notice: Notice = lambda: None,
 ) -> Recorded:
     """Train (or go on training) in `folder`, as a worker does."""
     recorded, world = Recorded(), this_world(device)
@@ -131,11 +134,8 @@ def run(
         say=recorded.lines.append,
     )
     facts = checkpoints.load(model=model, optimizer=optimizer)
-    progress, history, state = Progress(), History(), None
-    if facts:
-        progress = Progress(facts["step"], facts["tokens"])
-        history = History.from_dict(facts["history"])
-        state = LoaderState.from_dict(facts["loader"])
+    progress = Progress.from_facts(facts, config.guard)
+    state = None if facts is None else LoaderState.from_dict(facts["loader"])
     loader = Loader(
         open_split(data, "train"),
         data,
@@ -161,13 +161,15 @@ def run(
         world=world,
         mesh=mesh,
         progress=progress,
-        history=history,
+        preemption=Preemption(world, notice),
         validation=validation,
         checkpoints=checkpoints,
         identity={},
-        tracker=None,
+        listeners=Listeners(
+            report=lambda step, metrics: recorded.metrics.update({step: dict(metrics)}),
+            say=recorded.lines.append,
+        ),
         throughput=Throughput(config.tokens_per_step, 1.0, None),
-        report=lambda step, metrics: recorded.metrics.update({step: dict(metrics)}),
     )
     checkpoints.close()
     recorded.weights = {name: full(p) for name, p in model.named_parameters()}

@@ -12,8 +12,12 @@ def retried(
     *,
     say: Callable[[str], None],
     delays_s: Sequence[float] = DELAYS_S,
+    final: tuple[type[OSError], ...] = (),
 ) -> None:
     """Do it, and after an OSError again after each delay; each failure is said in one line.
+
+    Args:
+        final: errors that no waiting mends; they are raised at once.
 
     Raises:
         OSError: what the last try met.
@@ -21,6 +25,8 @@ def retried(
     for delay_s in delays_s:
         try:
             return action()
+        except final:
+            raise
         except OSError as error:
             say(f"{what} failed, next try in {delay_s:g} s: {first_line(error)}")
             time.sleep(delay_s)
