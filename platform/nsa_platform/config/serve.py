@@ -54,6 +54,12 @@ class EngineConfig(Strict):
     enable_prefix_caching: bool = True
     """Keep what is known of earlier prompts and answers as long as their memory is not needed: a
     request that begins with the same tokens computes only the rest."""
+    enforce_eager: bool = False
+    """Launch every kernel of a decode step from Python instead of replaying a CUDA graph. On a CPU
+    there are no graphs."""
+    cudagraph_capture_sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
+    """Numbers of sequences that graphs are captured for; a step takes the next larger one. null: 1,
+    2, 4, 8, multiples of 16, max_num_seqs."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Share of the free GPU memory that the cache may take when num_kv_tokens is null."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -11,6 +11,7 @@ from nsa_platform.serve.grammar import Grammars
 from nsa_platform.serve.prompt_scores import token_logprobs
 from nsa_platform.serve.request import Request, SamplingParams, TokenLogprob
 from nsa_platform.serve.sampler import choose_tokens, uniform
+from nsa_platform.serve.transfer import on_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,26 @@ class Sampled:
     """None: no token may follow."""
     logprob: TokenLogprob | None
     """If asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """Tokens that the device is choosing."""
+
+    ids: Tensor
+    logits: Tensor
+    stuck: frozenset[int]
+    """Rows where no token may follow."""
+    requests: tuple[Request, ...]
+
+    def collect(self) -> list[Sampled]:
+        """The tokens, in the order of the requests. Waits for the device."""
+        tokens = self.ids.tolist()
+        logprobs = _logprobs(self.logits, self.ids, self.requests)
+        return [
+            Sampled(None, None) if row in self.stuck else Sampled(token, logprobs.get(row))
+            for row, token in enumerate(tokens)
+        ]
 
 
 @dataclass(slots=True)
@@ -49,6 +70,11 @@ class BatchSampler:
 
     def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[Sampled]:
         """The next token of each request for scores [B, vocab]. Waits for the device."""
+        return self.choose(logits, requests).collect()
+
+    def choose(self, logits: Tensor, requests: Sequence[Request]) -> Choices:
+        """Let the device choose the next token of each request for scores [B, vocab]. Waits for it
+        only where a grammar or a list of tokens bars some."""
         logits = logits.float()
         scores, stuck = self._constrained(self._edited(logits, requests), requests)
         ids = choose_tokens(
@@ -56,12 +82,7 @@ class BatchSampler:
             [request.params for request in requests],
             [uniform(request.seed, len(request.output_ids)) for request in requests],
         )
-        tokens = ids.tolist()
-        logprobs = _logprobs(logits, ids, requests)
-        return [
-            Sampled(None, None) if row in stuck else Sampled(token, logprobs.get(row))
-            for row, token in enumerate(tokens)
-        ]
+        return Choices(ids, logits, stuck, tuple(requests))
 
     def forget(self, request: Request) -> None:
         """Drop what is kept for a request that has ended."""
@@ -94,13 +115,15 @@ class BatchSampler:
         if not penalised and not changes:
             return logits
         scores = logits.clone()
+        device = logits.device
         if penalised:
-            scores[penalised] = self._penalise(scores[penalised], [requests[r] for r in penalised])
+            places = on_device(penalised, torch.int64, device)
+            scores[places] = self._penalise(scores[places], [requests[r] for r in penalised])
         if changes:
-            rows, tokens, values = (
-                torch.tensor(column, device=logits.device) for column in zip(*changes, strict=True)
-            )
-            scores.index_put_((rows, tokens), values.float(), accumulate=True)
+            rows, tokens, values = zip(*changes, strict=True)
+            places = on_device(rows, torch.int64, device), on_device(tokens, torch.int64, device)
+            biases = on_device(values, torch.float32, device)
+            scores.index_put_(places, biases, accumulate=True)
         return scores
 
     def _penalise(self, scores: Tensor, requests: Sequence[Request]) -> Tensor:
@@ -111,7 +134,8 @@ class BatchSampler:
             (p.repetition_penalty, p.frequency_penalty, p.presence_penalty)
             for p in (request.params for request in requests)
         ]
-        repetition, frequency, presence = scores.new_tensor(settings).split(1, dim=1)  # [B, 1]
+        columns = on_device(settings, scores.dtype, scores.device)
+        repetition, frequency, presence = columns.split(1, dim=1)  # [B, 1]
         repeated = torch.where(scores > 0, scores / repetition, scores * repetition)
         scores = torch.where(is_known, repeated, scores)
         return scores - frequency * counts - presence * (counts > 0)
@@ -121,12 +145,12 @@ class BatchSampler:
         seen = self._seen.get(request.request_id)
         if seen is None:
             is_known = torch.zeros(vocab, dtype=torch.bool, device=device)
-            is_known[torch.tensor(request.prompt_ids, device=device)] = True
+            is_known[on_device(request.prompt_ids, torch.int64, device)] = True
             seen = _Seen(is_known, torch.zeros(vocab, device=device))
             self._seen[request.request_id] = seen
         new = request.output_ids[seen.num_counted :]
         if new:
-            ids = torch.tensor(new, device=device)
+            ids = on_device(new, torch.int64, device)
             seen.is_known[ids] = True
             seen.counts.index_add_(0, ids, torch.ones(len(new), device=device))
             seen.num_counted += len(new)

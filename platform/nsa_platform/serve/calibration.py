@@ -4,8 +4,6 @@ contexts."""
 import time
 from collections.abc import Iterator, Sequence
 
-import torch
-
 from nsa_platform.serve.pages import SequencePages
 from nsa_platform.serve.runner import ModelRunner
 from nsa_platform.serve.scheduler import Limits
@@ -53,8 +51,12 @@ def _measured(
         last_rows = [sum(counts[: index + 1]) - 1 for index in range(len(counts))]
         for repeat in range(REPEATS + 1):
             started = time.perf_counter()
-            hidden = runner.forward([0] * sum(counts), inputs)
-            torch.argmax(runner.scores(hidden, last_rows), -1).tolist()  # waits for the device
+            ids = [0] * sum(counts)
+            if max(counts) == 1:
+                scores = runner.decode(ids, inputs)
+            else:
+                scores = runner.scores(runner.forward(ids, inputs), last_rows)
+            scores.argmax(-1).tolist()  # waits for the device
             if repeat:  # the first one may compile kernels
                 yield StepWork.of(chunks), time.perf_counter() - started
     finally:

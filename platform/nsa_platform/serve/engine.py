@@ -20,6 +20,7 @@ from nsa_platform.serve.admission import Admission, next_end_s, queued_tokens
 from nsa_platform.serve.batch_sampler import BatchSampler, Sampled
 from nsa_platform.serve.calibration import measured_steps
 from nsa_platform.serve.capacity import limits_of, make_cache, model_len_of
+from nsa_platform.serve.decode_graphs import DecodeGraphs, capture_lengths, capture_sizes
 from nsa_platform.serve.detokenizer import Detokenizer, StopStrings
 from nsa_platform.serve.grammar import Grammars
 from nsa_platform.serve.request import (
@@ -199,11 +200,13 @@ class Engine:
         started = time.perf_counter()
         logits = self.runner.run(step)
         requests = [chunk.request for chunk in step.chunks if chunk.is_last]
-        sampled = [] if logits is None else self.sampler.sample(logits, requests)
-        if self._is_measuring and sampled:  # else the device may still be at work
-            self.cost.observe(step.work, time.perf_counter() - started)
+        choices = None if logits is None else self.sampler.choose(logits, requests)
+        # Nothing has waited for the device yet; what is known without its answer is done meanwhile.
         self._count(step, requests)
         self.scheduler.settle(step)
+        sampled = [] if choices is None else choices.collect()
+        if self._is_measuring and sampled:  # else the device may still be at work
+            self.cost.observe(step.work, time.perf_counter() - started)
         advanced = [
             self._advance(self._live[request.request_id], token)
             for request, token in zip(requests, sampled, strict=True)
@@ -222,6 +225,17 @@ class Engine:
             self.cost.observe(work, seconds)
         self.cost.fit()
         self._is_measuring = True
+
+    def capture(self) -> None:
+        """Make ready the fixed shapes in which steps of decodes run: CUDA graphs on a GPU."""
+        book = self.cache.book
+        max_pages = min(book.num_pages, -(-self.max_model_len // book.page_size))
+        self.runner.graphs = DecodeGraphs(
+            self.runner.model,
+            self.cache,
+            sizes=self.config.cudagraph_capture_sizes or capture_sizes(self.config.max_num_seqs),
+            lengths=capture_lengths(max_pages),
+        )
 
     def reset_prefix_cache(self) -> None:
         """Forget all prompts and answers. Requests that run keep what they have."""

@@ -10,6 +10,7 @@ from nsa_platform.model.cache import FullLayerCache, LayerCache, NsaLayerCache
 from nsa_platform.model.cost import window_tokens
 from nsa_platform.model.inputs import PagedInputs
 from nsa_platform.serve.pages import ABSENT, PageBook, SequencePages
+from nsa_platform.serve.transfer import on_device
 
 FULL_ATTENTION_PAGE_SIZE = 64
 CACHED_TAILS = 16
@@ -140,12 +141,12 @@ class KvCache:
         self.book.release(sequence)
 
     def _ints(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32).to(self.device, non_blocking=True)
+        return on_device(values, torch.int32, self.device)
 
     def _table(self, rows: list[list[int]]) -> Tensor:
         width = max(len(row) for row in rows)
         table = [row + [ABSENT] * (width - len(row)) for row in rows]
-        return torch.tensor(table, dtype=torch.int32).to(self.device, non_blocking=True)
+        return on_device(table, torch.int32, self.device)
 
 
 def _layer_cache(

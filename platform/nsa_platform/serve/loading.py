@@ -40,7 +40,10 @@ def load_engine(
     blocks_per_page_of(model_config, config)
     place = torch.device(device)
     model = load_model(folder, model_config, device=place, dtype=_dtype_of(config, place))
-    return Engine(model.requires_grad_(False), tokenizer, config)
+    engine = Engine(model.requires_grad_(False), tokenizer, config)
+    if place.type == "cuda" and not config.enforce_eager:
+        engine.capture()
+    return engine
 
 
 def _check_tokenizer(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from nsa_platform.serve.transfer import on_device
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -81,27 +83,27 @@ def uniform(seed: int, index: int) -> float:
 
 def choose_tokens(scores: Tensor, choices: Sequence[Choice], points: Sequence[float]) -> Tensor:
     """One id for each row of scores [B, vocab], int64 [B]: each row by its own settings alone.
+    Does not wait for the device.
 
     points: where in [0, 1) each row's draw falls; a greedy row needs none.
     """
     ids = scores.argmax(-1)
     rows = [row for row, choice in enumerate(choices) if choice.temperature > 0.0]
     if rows:
-        drawn = _draw(scores[rows], [choices[row] for row in rows], [points[row] for row in rows])
-        ids[rows] = drawn
+        places = on_device(rows, torch.int64, scores.device)
+        drawn = _draw(scores[places], [choices[row] for row in rows], [points[row] for row in rows])
+        ids[places] = drawn
     return ids
 
 
 def _draw(scores: Tensor, choices: Sequence[Choice], points: Sequence[float]) -> Tensor:
     vocab = scores.shape[-1]
-    settings = torch.tensor(
-        [
-            (choice.temperature, choice.top_p, choice.top_k or vocab, choice.min_p, point)
-            for choice, point in zip(choices, points, strict=True)
-        ],
-        dtype=torch.float64,
-    )
-    temperature, top_p, top_k, min_p, point = settings.to(scores.device).split(1, dim=1)  # [B, 1]
+    values = [
+        (choice.temperature, choice.top_p, choice.top_k or vocab, choice.min_p, point)
+        for choice, point in zip(choices, points, strict=True)
+    ]
+    settings = on_device(values, torch.float64, scores.device)
+    temperature, top_p, top_k, min_p, point = settings.split(1, dim=1)  # [B, 1]
     ordered, ids = scores.double().sort(descending=True, stable=True)
     ordered = (ordered - ordered[:, :1]) / temperature
     is_cut = torch.arange(vocab, device=scores.device) >= top_k

@@ -66,6 +66,11 @@ class Chunk:
     is_last: bool
     """The request has no pending token after these: its next one is to be sampled."""
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether it is one generated token."""
+        return self.num_tokens == 1 and self.is_last and bool(self.request.output_ids)
+
 
 @dataclass(frozen=True, slots=True)
 class Step:

@@ -115,10 +115,13 @@ def test_greedy_equals_recomputing_from_scratch(model, length):
         ids.append(token)
 
 
-def test_a_batch_of_strangers_decodes_as_one_alone(make_speaker, toy_tokenizer):
+@pytest.mark.parametrize("has_graphs", [False, True], ids=["eager", "graphs"])
+def test_a_batch_of_strangers_decodes_as_one_alone(make_speaker, toy_tokenizer, has_graphs):
     speaker = make_speaker(ATTENTION["nsa"], **FIELDS).cuda()
     sizes = EngineConfig(max_num_seqs=3, max_num_batched_tokens=96, num_kv_tokens=1024)
     engine = Engine(speaker, toy_tokenizer, sizes)
+    if has_graphs:
+        engine.capture()
     prompts = {str(length): ids_of(length).tolist() for length in (1, 63, 130, 200, 310)}
     greedy = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
     for name, prompt in prompts.items():
@@ -136,3 +139,23 @@ def test_a_batch_of_strangers_decodes_as_one_alone(make_speaker, toy_tokenizer):
             logits = speaker.logits(speaker(ids, inputs).hidden[len(prompt) - 1 : -1])
         taken = logits.gather(1, ids[len(prompt) :, None])[:, 0]
         assert (taken >= logits.max(1).values - 1e-3).all()
+
+
+def test_a_step_waits_for_the_device_once(make_speaker, toy_tokenizer):
+    speaker = make_speaker(ATTENTION["nsa"], **FIELDS).cuda()
+    sizes = EngineConfig(max_num_seqs=4, max_num_batched_tokens=96, num_kv_tokens=1024)
+    engine = Engine(speaker, toy_tokenizer, sizes)
+    sampled = {"temperature": 1.0, "top_p": 0.9, "presence_penalty": 0.5, "logit_bias": {3: 1.0}}
+    for number, settings in enumerate(({}, {"temperature": 0.0}, sampled)):
+        params = SamplingParams(max_tokens=9, ignore_eos=True, **settings)
+        engine.add(str(number), ids_of(40 + number).tolist(), params)
+    for _ in range(4):
+        engine.step()
+    step = engine.scheduler.schedule()
+    requests = [chunk.request for chunk in step.chunks if chunk.is_last]
+    assert len(requests) == 3
+    with no_host_sync():
+        logits = engine.runner.run(step)
+        assert logits is not None
+        choices = engine.sampler.choose(logits, requests)
+    assert len(choices.collect()) == 3
