@@ -64,6 +64,9 @@ class EngineConfig(Strict):
     """Share of the free GPU memory that the cache may take when num_kv_tokens is null."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights and cache; auto: bfloat16 on a GPU, float32 on a CPU."""
+    identity_mismatch: Literal["warn", "error", "ignore"] = "warn"
+    """What to do with a model that was exported with other kernels or another configuration than
+    those here: its selected blocks may differ from those of its training."""
     max_num_queued: PositiveInt = 256
     """Requests that may wait; more are refused at once."""
     max_ttft_s: PositiveFloat | None = None

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from nsa_platform.config.base import ConfigError
 from nsa_platform.config.model import ModelConfig
+from nsa_platform.model.identity import IDENTITY_KEY, identity_of
 from nsa_platform.model.tensor_files import WEIGHTS_FILE, TensorFileError, TensorFiles, weight_paths
 from nsa_platform.model.transformer import Transformer
 
@@ -79,7 +80,9 @@ def export_model(
         (draft / WEIGHTS_FILE).chmod((draft / WEIGHTS_FILE).stat().st_mode | 0o044)
         dtype = next(iter(tensors.values())).dtype
         fingerprint = {FINGERPRINT_KEY: tokenizer_fingerprint} if tokenizer_fingerprint else {}
-        _write_json(draft / CONFIG_FILE, hf_config(config, dtype) | fingerprint)
+        tree = hf_config(config, dtype)
+        identity = {IDENTITY_KEY: identity_of(tree[CONFIG_KEY])}
+        _write_json(draft / CONFIG_FILE, tree | fingerprint | identity)
         _write_json(draft / "generation_config.json", {"max_length": config.max_context})
         _replace(draft, target)
     except BaseException:

@@ -1,14 +1,18 @@
 """An engine from the folder of an exported model."""
 
 import json
+import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from nsa_platform.config.serve import EngineConfig
 from nsa_platform.data.tokenizer import Tokenizer
+from nsa_platform.model.identity import IDENTITY_KEY, differences
 from nsa_platform.model.weights import (
     CONFIG_FILE,
+    CONFIG_KEY,
     FINGERPRINT_KEY,
     ExportError,
     load_config,
@@ -17,6 +21,8 @@ from nsa_platform.model.weights import (
 from nsa_platform.serve.capacity import blocks_per_page_of, model_len_of
 from nsa_platform.serve.engine import Engine
 
+log = logging.getLogger(__name__)
+
 
 def load_engine(
     source_folder: str | Path, config: EngineConfig, device: torch.device | str
@@ -24,8 +30,9 @@ def load_engine(
     """The engine of a local folder with config.json, model.safetensors and the tokenizer.
 
     Raises:
-        ExportError: the folder, its config or its weights are missing, broken or foreign, or the
-            tokenizer is not the one that belongs to the weights.
+        ExportError: the folder, its config or its weights are missing, broken or foreign, the
+            tokenizer is not the one that belongs to the weights, or they were exported with other
+            kernels and identity_mismatch is "error".
         TokenizerError: the folder has no usable tokenizer.
         ValueError: a size of `config` does not fit the model or the memory.
     """
@@ -35,7 +42,9 @@ def load_engine(
     # What is cheap to find out comes before the weights.
     model_config = config.hf_overrides.of(load_config(folder))
     tokenizer = Tokenizer(folder)
-    _check_tokenizer(folder, tokenizer, model_config.vocab_size)
+    recorded = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    _check_tokenizer(folder, tokenizer, model_config.vocab_size, recorded.get(FINGERPRINT_KEY))
+    _check_identity(folder, recorded, config.identity_mismatch)
     model_len_of(model_config, config)
     blocks_per_page_of(model_config, config)
     place = torch.device(device)
@@ -46,18 +55,32 @@ def load_engine(
     return engine
 
 
-def _check_tokenizer(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> None:
+def _check_tokenizer(
+    folder: Path, tokenizer: Tokenizer, vocab_size: int, recorded: str | None
+) -> None:
     if tokenizer.vocab_size > vocab_size:
         raise ExportError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} ids and the model knows "
             f"{vocab_size}: they do not belong together"
         )
-    recorded = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get(FINGERPRINT_KEY)
     if recorded not in (None, tokenizer.fingerprint):
         raise ExportError(
             f"{folder}: the model was trained with the tokenizer {recorded} "
             f"({FINGERPRINT_KEY} in {CONFIG_FILE}), and the folder holds {tokenizer.fingerprint}"
         )
+
+
+def _check_identity(folder: Path, recorded: dict[str, Any], action: str) -> None:
+    found = differences(recorded.get(IDENTITY_KEY, {}), recorded[CONFIG_KEY])
+    if not found or action == "ignore":
+        return
+    message = (
+        f"{folder}: the model was not computed by what is installed here, and may select other "
+        f"blocks than in its training ({'; '.join(found)})"
+    )
+    if action == "error":
+        raise ExportError(f"{message}; identity_mismatch: warn serves it all the same")
+    log.warning(message)
 
 
 def _dtype_of(config: EngineConfig, device: torch.device) -> torch.dtype:

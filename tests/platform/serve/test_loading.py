@@ -11,7 +11,7 @@ import torch
 
 from nsa_platform.config.serve import EngineConfig
 from nsa_platform.data.tokenizer import train_tokenizer
-from nsa_platform.model.weights import FINGERPRINT_KEY, export_model
+from nsa_platform.model.weights import FINGERPRINT_KEY, ExportError, export_model
 from nsa_platform.serve.generator import Generator
 from nsa_platform.serve.loading import load_engine
 from nsa_platform.serve.request import SamplingParams
@@ -109,3 +109,26 @@ def test_a_longer_context_needs_no_other_weights(folder, make_speaker):
     stretched = make_speaker(None, **longer)
     assert ids == list(Generator(stretched).stream([5, 6, 7] * 60, 9))
     assert ids != list(Generator(make_speaker(max_context=512)).stream([5, 6, 7] * 60, 9))
+
+
+def test_other_kernels_or_another_configuration_are_noticed(folder, caplog):
+    load_engine(folder, CONFIG, "cpu")
+    assert not caplog.records
+    tree = json.loads((folder / "config.json").read_text())
+    recorded = tree["computed_by"]
+    rewrite_config(folder, computed_by={**recorded, "sources": "0123"})
+    load_engine(folder, CONFIG, "cpu")
+    assert f"sources: 0123 when the model was exported, {recorded['sources']} here" in caplog.text
+    strict = CONFIG.model_copy(update={"identity_mismatch": "error"})
+    with pytest.raises(ExportError, match="may select other blocks than in its training"):
+        load_engine(folder, strict, "cpu")
+    changed = {**tree["nsa_platform"], "rope_base": 5000.0}
+    rewrite_config(folder, computed_by=recorded, nsa_platform=changed)
+    with pytest.raises(ExportError, match=r"\(config: .* when the model was exported"):
+        load_engine(folder, strict, "cpu")
+    caplog.clear()
+    load_engine(folder, CONFIG.model_copy(update={"identity_mismatch": "ignore"}), "cpu")
+    # A model that says nothing, from an earlier export, is taken as it is.
+    rewrite_config(folder, computed_by={})
+    load_engine(folder, strict, "cpu")
+    assert not caplog.records
