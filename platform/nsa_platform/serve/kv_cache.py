@@ -1,7 +1,9 @@
 """The tensors behind the pages, and the inputs of a forward pass on top of them."""
 
+from array import array
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -143,9 +145,11 @@ class KvCache:
     def _ints(self, values: list[int]) -> Tensor:
         return on_device(values, torch.int32, self.device)
 
-    def _table(self, rows: list[list[int]]) -> Tensor:
-        width = max(len(row) for row in rows)
-        table = [row + [ABSENT] * (width - len(row)) for row in rows]
+    def _table(self, rows: Sequence["array[int]"]) -> Tensor:
+        """int32 [B, M], whole rows copied at once: their length is that of the context."""
+        table = np.full((len(rows), max(map(len, rows))), ABSENT, dtype=np.int32)
+        for entries, row in zip(table, rows, strict=True):
+            entries[: len(row)] = np.frombuffer(row, dtype=np.int32)
         return on_device(table, torch.int32, self.device)
 
 

@@ -15,6 +15,7 @@ A page that several hold is never written: writes to a sequence's first num_shar
 scratch. They would write what stands there, for the tokens are the same.
 """
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -24,14 +25,19 @@ from nsa_platform.serve.page_pool import OutOfPages, PageLeak, PagePool
 ABSENT = -1
 
 
+def _row() -> "array[int]":
+    # 32-bit integers side by side: a step copies them whole, however long the context is.
+    return array("i")
+
+
 @dataclass(slots=True)
 class SequencePages:
     """The pages of one sequence, in the order of its tokens."""
 
     num_tokens: int = 0
     """Tokens that have a place, the ones of the step at hand included."""
-    pages: list[int] = field(default_factory=list)
-    window_pages: list[int] = field(default_factory=list)
+    pages: "array[int]" = field(default_factory=_row)
+    window_pages: "array[int]" = field(default_factory=_row)
     """As long as `pages`; ABSENT where a page has left the window. Empty without a window pool."""
     num_left: int = 0
     """How many of the first window pages have left."""
@@ -177,10 +183,10 @@ class PageBook:
             self.trim(sequence)
         for sequence, num_tokens, end in zip(sequences, wanted, ends, strict=True):
             sequence.num_tokens = num_tokens
-            sequence.pages += self.pool.allocate(end - len(sequence.pages))
+            sequence.pages.extend(self.pool.allocate(end - len(sequence.pages)))
             if self.window_pool is not None:
                 count = end - len(sequence.window_pages)
-                sequence.window_pages += self.window_pool.allocate(count)
+                sequence.window_pages.extend(self.window_pool.allocate(count))
 
     def trim(self, sequence: SequencePages) -> None:
         """Give back the window pages that no later token reaches. extend does it too."""
@@ -190,7 +196,8 @@ class PageBook:
         if kept_from > sequence.num_left:
             leaving = range(sequence.num_left, kept_from)
             self._release_window(sequence, leaving)
-            sequence.window_pages[sequence.num_left : kept_from] = [ABSENT] * len(leaving)
+            for page in leaving:
+                sequence.window_pages[page] = ABSENT
             sequence.num_left = kept_from
 
     def publish(self, sequence: SequencePages, keys: PageKeys) -> None:
@@ -212,7 +219,7 @@ class PageBook:
             sequence.anchors.add(sequence.num_named)
             kept = range(sequence.num_left, len(sequence.window_pages))
             self._release_window(sequence, reversed(kept))
-        sequence.pages, sequence.window_pages, sequence.anchors = [], [], set()
+        sequence.pages, sequence.window_pages, sequence.anchors = _row(), _row(), set()
         sequence.num_tokens = sequence.num_left = sequence.num_shared = sequence.num_named = 0
 
     def forget(self) -> None:

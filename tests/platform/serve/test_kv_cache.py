@@ -126,7 +126,7 @@ def test_window_pages_are_given_back(make_model):
         # 12 tokens of the window before the new one, pages of 8.
         assert len(cache.book.window_pool.in_use()) <= 3
         assert len(cache.book.pool.in_use()) == -(-count // 8)
-    assert sequence.window_pages[:13] == [ABSENT] * 13
+    assert list(sequence.window_pages[:13]) == [ABSENT] * 13
     assert inputs.window_page_table is not None
     assert inputs.window_page_table.shape == inputs.page_table.shape == (1, 15)
 

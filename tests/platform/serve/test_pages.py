@@ -65,7 +65,8 @@ def test_invariants_hold_after_any_steps(steps, page_size, tail, num_pages, num_
             before = (sequence.num_tokens, list(sequence.pages), list(sequence.window_pages))
             with pytest.raises(OutOfPages, match="needed"):
                 book.extend(sequence, count)
-            assert before == (sequence.num_tokens, sequence.pages, sequence.window_pages)
+            after = (sequence.num_tokens, list(sequence.pages), list(sequence.window_pages))
+            assert before == after
         check(book, sequences)
     for sequence in sequences:
         book.release(sequence)

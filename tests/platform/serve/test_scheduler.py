@@ -458,7 +458,7 @@ def test_a_lost_page_is_noticed():
     page = request.pages.pages.pop()
     with pytest.raises(PageLeak, match=rf"nobody holds: \[{page}\]"):
         machine.scheduler.check()
-    request.pages.pages += [page, page]
+    request.pages.pages.extend([page, page])
     with pytest.raises(PageLeak, match=rf"{page}: \(2, 1\)"):
         machine.scheduler.check()
 
