@@ -140,6 +140,22 @@ def test_wrong_requests_are_refused_before_anything_runs(serve):
     serve(body, max_num_seqs=1, max_num_queued=1)
 
 
+def test_what_would_come_too_late_is_refused_by_its_first_output(serve):
+    async def body(engine: AsyncEngine) -> None:
+        engine.engine.cost.coefficients = (0.0, 0.01, 0.0, 0.0, 0.0)
+        short = SamplingParams(max_tokens=20)
+        for _ in range(2):  # a refused id is free again
+            with pytest.raises(QueueFull, match=r"max_ttft_s is 0\.5") as refusal:
+                await anext(engine.generate([1] * 90, short, "late"))
+            assert refusal.value.retry_after_s == pytest.approx(0.4)
+        with pytest.raises(QueueFull, match=r"deadline_s is 0\.01"):
+            await anext(engine.generate([1] * 9, short, "late", deadline_s=0.01))
+        assert len(await ids_of(engine, 1, 5)) == 5
+        assert engine.stats().num_running == engine.stats().num_waiting == 0
+
+    serve(body, max_ttft_s=0.5)
+
+
 def test_a_stream_that_never_begins_costs_nothing(serve):
     async def body(engine: AsyncEngine) -> None:
         for _ in range(5):
