@@ -145,8 +145,14 @@ def test_a_step_waits_for_the_device_once(make_speaker, toy_tokenizer):
     speaker = make_speaker(ATTENTION["nsa"], **FIELDS).cuda()
     sizes = EngineConfig(max_num_seqs=4, max_num_batched_tokens=96, num_kv_tokens=1024)
     engine = Engine(speaker, toy_tokenizer, sizes)
-    sampled = {"temperature": 1.0, "top_p": 0.9, "presence_penalty": 0.5, "logit_bias": {3: 1.0}}
-    for number, settings in enumerate(({}, {"temperature": 0.0}, sampled)):
+    sampled: dict[str, Any] = {
+        "temperature": 1.0,
+        "top_p": 0.9,
+        "presence_penalty": 0.5,
+        "logit_bias": {3: 1.0},
+    }
+    every: list[dict[str, Any]] = [{}, {"temperature": 0.0}, sampled]
+    for number, settings in enumerate(every):
         params = SamplingParams(max_tokens=9, ignore_eos=True, **settings)
         engine.add(str(number), ids_of(40 + number).tolist(), params)
     for _ in range(4):

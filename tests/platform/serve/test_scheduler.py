@@ -1,5 +1,6 @@
 """Scheduling without a model: who goes when, and that nothing is lost whatever happens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -144,7 +145,7 @@ class Machine:
             self.step()
         raise AssertionError("it does not end")
 
-    def _row(self, pages: list[int], position: int) -> int:
+    def _row(self, pages: Sequence[int], position: int) -> int:
         size = self.scheduler.book.page_size
         assert pages[position // size] != ABSENT
         return pages[position // size] * size + position % size
