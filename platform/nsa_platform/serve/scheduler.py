@@ -142,6 +142,8 @@ class Scheduler:
         chunks: dict[Request, Chunk] = {}
         num_preempted = self._decode(chunks)
         begun = [] if num_preempted else self._admit()
+        # Who comes back from a preemption may find all but its last token in the prefix cache.
+        num_preempted += self._decode(chunks)
         num_preempted += self._prefill(chunks)
         return Step(tuple(chunks.values()), num_preempted, tuple(begun))
 

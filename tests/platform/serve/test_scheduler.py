@@ -452,6 +452,20 @@ def test_nobody_is_let_in_whose_pages_the_running_ones_are_about_to_need():
     assert machine.num_preempted == 0
 
 
+def test_who_comes_back_with_one_token_to_go_goes_on_at_once():
+    machine = Machine.of(num_pages=10, tail=None, max_num_seqs=2, max_step_tokens=8)
+    request = machine.add(12, 10)
+    while request.num_tokens < 17 or request.num_pending != 1:
+        machine.step()
+    machine.scheduler.running.remove(request)
+    machine.scheduler.book.release(request.pages)
+    request.state = RequestState.WAITING
+    machine.scheduler.waiting.append(request)
+    assert counts(machine.step()) == {"0": 1}
+    machine.drain()
+    assert request.output_ids == wanted(request)
+
+
 def test_a_lost_page_is_noticed():
     machine = Machine.of()
     request = machine.add(9, 3)
