@@ -1,6 +1,6 @@
 """What is deployed: the shape of ray.serve.llm's configuration, for NSA models."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -13,7 +13,9 @@ from pydantic import (
     model_validator,
 )
 
+from deployments.autoscaling import PressurePolicy
 from deployments.keys import AccessSettings
+from deployments.prefix_routes import PrefixRoutes
 from nsa_platform.config.base import ConfigError, Strict, read_yaml
 from nsa_platform.config.locations import (
     Location,
@@ -22,6 +24,17 @@ from nsa_platform.config.locations import (
     resolve_locations,
 )
 from nsa_platform.config.serve import EngineConfig
+
+OWN_POLICY = "deployments.autoscaling:KvPressurePolicy"
+OWN_ROUTER = "deployments.request_router:PrefixCacheRouter"
+
+
+def _try(kind: Callable[..., object], arguments: Mapping[str, Any], key: str) -> None:
+    """Raise ValueError unless an object can be made with these arguments."""
+    try:
+        kind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{key}: {error}") from None
 
 
 class ModelLoadingConfig(Strict):
@@ -35,6 +48,22 @@ class ModelLoadingConfig(Strict):
     """A tokenizer folder, local or s3://; null: the one beside the weights."""
     tracking_uri: ServiceLocation | None = None
     """MLflow store that models:/ is looked up in; null: MLFLOW_TRACKING_URI of the replica."""
+
+
+class ScalingPolicy(Strict):
+    """Who decides how many replicas there are."""
+
+    policy_function: str = OWN_POLICY
+    """A function or class in Ray Serve's sense, as module:name."""
+    policy_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of a class; of KvPressurePolicy those of deployments.autoscaling.PressurePolicy."""
+
+    @model_validator(mode="after")
+    def _arguments_fit(self) -> Self:
+        # Ray would find out in its controller, which then scales nothing any more.
+        if self.policy_function == OWN_POLICY:
+            _try(PressurePolicy, self.policy_kwargs, "policy_kwargs")
+        return self
 
 
 class AutoscalingSettings(Strict):
@@ -62,6 +91,8 @@ class AutoscalingSettings(Strict):
     """Damps (below 1) or hastens each step down."""
     aggregation_function: Literal["mean", "max", "min"] = "mean"
     """How the load within look_back_period_s becomes one number."""
+    policy: ScalingPolicy | None = None
+    """null: Ray's own, by target_ongoing_requests, which KvPressurePolicy does not look at."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -84,6 +115,23 @@ class BackpressureSettings(Strict):
     status_code: Literal[429, 503] = 429
     retry_after_s: PositiveInt = 1
     """Value of the Retry-After header, in seconds."""
+
+
+class RouterSettings(Strict):
+    """Who decides which replica gets a request."""
+
+    request_router_class: str = OWN_ROUTER
+    """A RequestRouter in Ray Serve's sense, as module:name."""
+    request_router_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Its arguments; of PrefixCacheRouter those of deployments.prefix_routes.PrefixRoutes."""
+    request_routing_stats_period_s: PositiveFloat = 1.0
+    """Seconds between a replica's reports to routers."""
+
+    @model_validator(mode="after")
+    def _arguments_fit(self) -> Self:
+        if self.request_router_class == OWN_ROUTER:
+            _try(PrefixRoutes, self.request_router_kwargs, "request_router_kwargs")
+        return self
 
 
 class RayActorOptions(Strict):
@@ -116,6 +164,8 @@ class DeploymentSettings(Strict):
     """Requests that wait in front of the replicas; more are refused. -1: no limit."""
     backpressure_config: BackpressureSettings = BackpressureSettings()
     """The answer to those that are refused."""
+    request_router_config: RouterSettings = RouterSettings()
+    """Which replica gets a request."""
     graceful_shutdown_wait_loop_s: PositiveFloat = 1.0
     """Seconds between looks whether a stopping replica is idle."""
     graceful_shutdown_timeout_s: NonNegativeFloat = 600.0

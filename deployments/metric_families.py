@@ -55,8 +55,11 @@ def _histogram(name: str, about: str, buckets: tuple[float, ...]) -> Family:
 _ALL = (
     Family("num_requests_running", "gauge", "Requests in the batch."),
     Family("num_requests_waiting", "gauge", "Requests that wait for their first step."),
+    Family("queued_prefill_tokens", "gauge", "Prompt tokens in line."),
+    Family("predicted_ttft_seconds", "gauge", "First token of an average request, if it came now."),
     Family("kv_cache_usage_perc", "gauge", "Share of the cache in use, 0 to 1."),
     Family("kv_pages_used", "gauge", "Pages of the cache in use."),
+    Family("kv_pages_cached", "gauge", "Pages that nobody uses and whose contents are known."),
     Family("kv_pages_total", "gauge", "Pages of the cache."),
     Family("kv_window_pages_used", "gauge", "Pages of the sliding window's pool in use."),
     Family("kv_window_pages_total", "gauge", "Pages of the sliding window's pool."),

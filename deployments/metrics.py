@@ -11,7 +11,10 @@ from nsa_platform.serve.stats import EngineStats
 GAUGES = {
     "num_requests_running": "num_running",
     "num_requests_waiting": "num_waiting",
+    "queued_prefill_tokens": "queued_prefill_tokens",
+    "predicted_ttft_seconds": "predicted_ttft_s",
     "kv_pages_used": "pages_used",
+    "kv_pages_cached": "pages_cached",
     "kv_pages_total": "pages_total",
     "kv_window_pages_used": "window_pages_used",
     "kv_window_pages_total": "window_pages_total",
@@ -20,6 +23,8 @@ COUNTERS = {
     "prompt_tokens": "prompt_tokens_total",
     "generation_tokens": "generation_tokens_total",
     "computed_tokens": "computed_tokens_total",
+    "prefix_cache_queries": "prefix_cache_queries_total",
+    "prefix_cache_hits": "prefix_cache_hits_total",
     "num_preemptions": "preemptions_total",
     "engine_steps": "steps_total",
 }
@@ -85,11 +90,9 @@ class Meter:
         self._record("request_params_max_tokens", max_tokens)
         self._record("request_params_n", n)
 
-    def first_token(self, seconds: float, *, prompt: int, cached: int) -> None:
-        """A choice has begun; of its prompt's tokens some came from the cache."""
+    def first_token(self, seconds: float) -> None:
+        """A choice has begun."""
         self._record("time_to_first_token_seconds", seconds)
-        self._record("prefix_cache_queries", prompt)
-        self._record("prefix_cache_hits", cached)
 
     def next_token(self, seconds: float) -> None:
         """A token came that long after the one before."""

@@ -28,6 +28,14 @@ class StreamOptions(Body):
     """Every chunk holds the token counts so far."""
 
 
+class NsaOptions(Body):
+    """This server's own settings."""
+
+    deadline_s: Annotated[float, Field(gt=0, le=86_400)] | None = None
+    """Seconds until which the first token must come: a request that is predicted to miss it is
+    refused with 429, and one that does ends with `abort`."""
+
+
 class Generation(Body):
     """What both endpoints take: sampling, ends, reports."""
 
@@ -107,6 +115,13 @@ class Generation(Body):
     `token_ids` of each choice."""
     return_tokens_as_token_ids: bool | None = None
     """Name tokens `token_id:N` in log probabilities."""
+    cache_salt: Annotated[Text, Field(min_length=1, max_length=256)] | None = None
+    """Prompts of different salts share nothing in the prefix cache, so that nobody can find out by
+    the clock what others have asked."""
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    """The lower, the sooner. Default 0."""
+    nsa: NsaOptions | None = None
+    """What no other server has."""
     user: Text | None = None
     """Accepted for compatibility; nothing is done with it."""
     safety_identifier: Text | None = None

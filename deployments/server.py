@@ -101,6 +101,20 @@ class LLMServer:
         """This replica's metrics in Prometheus' text format."""
         return self._meter.exposition()
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What KvPressurePolicy decides by."""
+        stats = self._engine.stats()
+        return {
+            "kv_cache_usage": stats.pages_used / stats.pages_total,
+            "queued_prefill_tokens": float(stats.queued_prefill_tokens),
+            "predicted_ttft_s": stats.predicted_ttft_s,
+            "num_requests": float(stats.num_running + stats.num_waiting),
+        }
+
+    def record_routing_stats(self) -> dict[str, float]:
+        """What PrefixCacheRouter knows of this replica beside its open requests."""
+        return {"predicted_ttft_s": self._engine.stats().predicted_ttft_s}
+
     def check_health(self) -> None:
         """Raises if the engine has died; Ray Serve then replaces the replica."""
         self._engine.check_health()

@@ -182,7 +182,7 @@ class OpenAiService:
         jobs: Sequence[tuple[Prompt, SamplingParams]],
     ) -> AsyncGenerator[Piece, None]:
         options = request.stream_options
-        streams = [self._generate(prompt, params) for prompt, params in jobs]
+        streams = [self._generate(request, prompt, params) for prompt, params in jobs]
         only_prompt = request.max_tokens == 0
         async with aclosing(merged(streams)) as outputs:
             async for index, generated in outputs:
@@ -214,22 +214,27 @@ class OpenAiService:
             raise bad_request(str(error), code="invalid_grammar") from None
 
     async def _generate(
-        self, prompt: Prompt, params: SamplingParams
+        self, request: Generation, prompt: Prompt, params: SamplingParams
     ) -> AsyncGenerator[Output, None]:
         """One choice's increments. Raises ApiError if the engine refuses or fails."""
         request_id = uuid.uuid4().hex
         started = begun = last = time.monotonic()
         is_first = True
         try:
-            stream = self._engine.generate(prompt.ids, params, request_id)
+            stream = self._engine.generate(
+                prompt.ids,
+                params,
+                request_id,
+                cache_salt=request.cache_salt,
+                priority=request.priority or 0,
+                deadline_s=None if request.nsa is None else request.nsa.deadline_s,
+            )
             async with aclosing(stream):
                 async for output in stream:
                     now = time.monotonic()
                     if is_first:
                         begun = now
-                        self.meter.first_token(
-                            now - started, prompt=len(prompt.ids), cached=output.num_cached_tokens
-                        )
+                        self.meter.first_token(now - started)
                     else:
                         self.meter.next_token(now - last)
                     is_first, last = False, now

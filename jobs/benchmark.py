@@ -4,8 +4,9 @@
 
 Prompts are windows of real text (this Python's standard library unless --dataset-path names other
 files), as token ids of exactly --input-len; answers have exactly --output-len tokens (ignore_eos).
-Flags, and names in the file of --result-filename, are those of `vllm bench serve`, which works
-against these servers too.
+With --dataset-name prefix_repetition several prompts share each of a few beginnings, as turns of a
+conversation do. Flags, and names in the file of --result-filename, are those of `vllm bench serve`,
+which works against these servers too.
 
 Exit status: 0 all requests were answered; 1 some were not; 2 the server or a flag is wrong.
 """
@@ -28,6 +29,7 @@ from jobs.serving_load import (
     LoadError,
     Sample,
     draw_prompts,
+    draw_turns,
     run_load,
     served_model,
     summary,
@@ -43,7 +45,9 @@ LINES = {
     "Benchmark duration (s)": "duration",
     "Total input tokens": "total_input_tokens",
     "Total generated tokens": "total_output_tokens",
+    "Prompt tokens from the cache": "total_cached_tokens",
     "Request throughput (req/s)": "request_throughput",
+    "Request goodput (req/s)": "request_goodput",
     "Output token throughput (tok/s)": "output_throughput",
     "Total token throughput (tok/s)": "total_token_throughput",
 }
@@ -84,7 +88,8 @@ def _check_place(path: Path | None) -> None:
 
 def _measure(options: argparse.Namespace, console: Console) -> tuple[dict[str, Any], list[Sample]]:
     model, max_model_len = served_model(options.base_url, options.model)
-    total = options.input_len + options.output_len
+    input_len = _input_len(options)
+    total = input_len + options.output_len
     if max_model_len and total > max_model_len:
         raise LoadError(
             f"--input-len + --output-len = {total} exceed the model's max_model_len={max_model_len}"
@@ -94,12 +99,16 @@ def _measure(options: argparse.Namespace, console: Console) -> tuple[dict[str, A
         options.base_url,
         model,
         _texts(options.dataset_path),
-        count=2 * options.input_len,
+        count=2 * input_len,
         max_model_len=max_model_len or total,
     )
     warm, count = options.num_warmups, options.num_prompts
-    prompts = draw_prompts(ids, length=options.input_len, count=warm + count, seed=options.seed)
-    load = {"output_len": options.output_len, "seed": options.seed}
+    prompts = _prompts(options, ids, warm + count)
+    load = {
+        "output_len": options.output_len,
+        "burstiness": options.burstiness,
+        "seed": options.seed,
+    }
     concurrency = options.max_concurrency or count
     inf = float("inf")
     with _Answers(warm + count, console) as answers:
@@ -121,13 +130,35 @@ def _measure(options: argparse.Namespace, console: Console) -> tuple[dict[str, A
         "backend": "openai",
         "model_id": model,
         "num_prompts": count,
-        "input_len": options.input_len,
+        "dataset_name": options.dataset_name,
+        "input_len": input_len,
         "output_len": options.output_len,
         "request_rate": "inf" if options.request_rate == inf else options.request_rate,
+        "burstiness": options.burstiness,
         "max_concurrency": options.max_concurrency,
-        **summary(samples, duration),
+        **summary(samples, duration, dict(options.goodput)),
     }
     return result, samples
+
+
+def _input_len(options: argparse.Namespace) -> int:
+    """Tokens of a prompt."""
+    if options.dataset_name == "random":
+        return options.input_len
+    return options.prefix_repetition_prefix_len + options.prefix_repetition_suffix_len
+
+
+def _prompts(options: argparse.Namespace, ids: Sequence[int], count: int) -> list[list[int]]:
+    if options.dataset_name == "random":
+        return draw_prompts(ids, length=options.input_len, count=count, seed=options.seed)
+    return draw_turns(
+        ids,
+        num_prefixes=options.prefix_repetition_num_prefixes,
+        prefix_len=options.prefix_repetition_prefix_len,
+        suffix_len=options.prefix_repetition_suffix_len,
+        count=count,
+        seed=options.seed,
+    )
 
 
 class _Answers:
@@ -170,7 +201,8 @@ def _texts(path: Path | None) -> list[Path]:
 
 def _report(result: dict[str, Any], console: Console) -> None:
     for label, key in LINES.items():
-        console.print(f"{label + ':':40}{result[key]:>12,}")
+        if result[key] is not None:
+            console.print(f"{label + ':':40}{result[key]:>12,}")
     for name, meaning in (
         ("ttft", "Time to first token"),
         ("tpot", "Time per output token"),
@@ -191,11 +223,26 @@ def _parser() -> argparse.ArgumentParser:
     add("--base-url", default="http://127.0.0.1:8000", help="the server, without /v1")
     add("--model", help="served model; needed only where several are served")
     add("--dataset-path", type=Path, metavar="PATH", help="text file, or folder of text files")
+    add(
+        "--dataset-name",
+        choices=("random", "prefix_repetition"),
+        default="random",
+        help="windows of text, or beginnings that several prompts share (%(default)s)",
+    )
+    repeated = "--prefix-repetition"
+    add(f"{repeated}-prefix-len", type=_positive, default=512, help="shared tokens (%(default)s)")
+    add(f"{repeated}-suffix-len", type=_positive, default=128, help="own tokens (%(default)s)")
+    add(f"{repeated}-num-prefixes", type=_positive, default=4, help="beginnings (%(default)s)")
     add("--input-len", type=_positive, default=1024, help="tokens of a prompt (%(default)s)")
     add("--output-len", type=_positive, default=128, help="tokens of an answer (%(default)s)")
     add("--num-prompts", type=_positive, default=16, help="requests (%(default)s)")
     add("--max-concurrency", type=_positive, help="requests open at once (all)")
     add("--request-rate", type=_rate, default=float("inf"), help="requests a second (inf)")
+    add("--burstiness", type=_rate, default=1.0, help="1: Poisson; below: in clumps (%(default)s)")
+    add(
+        "--goodput", type=_goal, nargs="+", default=[], metavar="NAME:MS",
+        help="count answers that keep all of these: ttft, tpot, e2el in milliseconds",
+    )  # fmt: skip
     add("--num-warmups", type=_natural, default=1, help="requests before the clock (%(default)s)")
     add("--seed", type=int, default=0, help="of the windows and the arrivals (%(default)s)")
     add("--metadata", type=_pair, action="append", default=[], metavar="K=V", help="for the record")
@@ -223,6 +270,19 @@ def _rate(text: str) -> float:
     if not rate > 0:
         raise argparse.ArgumentTypeError(f"must be a number above 0 or inf, got {text!r}")
     return rate
+
+
+def _goal(text: str) -> tuple[str, float]:
+    name, _, limit = text.partition(":")
+    try:
+        goal = float(limit)
+    except ValueError:
+        goal = 0.0
+    if name not in ("ttft", "tpot", "e2el") or not goal > 0:
+        raise argparse.ArgumentTypeError(
+            f"must be ttft:MS, tpot:MS or e2el:MS with MS above 0, got {text!r}"
+        )
+    return name, goal
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 import asyncio
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ class Sample:
 
     prompt_tokens: int
     output_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the prompt's, those that the server did not have to compute."""
     ttft_s: float = 0.0
     """From sending to the first token."""
     itl_s: tuple[float, ...] = ()
@@ -97,6 +99,30 @@ def draw_prompts(ids: Sequence[int], *, length: int, count: int, seed: int) -> l
     return [list(ids[start : start + length]) for start in starts]
 
 
+def draw_turns(
+    ids: Sequence[int],
+    *,
+    num_prefixes: int,
+    prefix_len: int,
+    suffix_len: int,
+    count: int,
+    seed: int,
+) -> list[list[int]]:
+    """Prompts that share beginnings: each begins with one of a few windows of a long text, in turn,
+    and goes on with a window of its own. As turns of conversations, or questions on documents."""
+    prefixes = draw_prompts(ids, length=prefix_len, count=num_prefixes, seed=seed)
+    suffixes = draw_prompts(ids, length=suffix_len, count=count, seed=seed + 1)
+    return [prefixes[place % num_prefixes] + suffix for place, suffix in enumerate(suffixes)]
+
+
+def waits_s(request_rate: float, burstiness: float, *, seed: int) -> Iterator[float]:
+    """Seconds from each request to the next: gamma distributed with this mean rate; burstiness 1 is
+    a Poisson process, below 1 requests come in clumps, above 1 evenly."""
+    draw = random.Random(seed)
+    while True:
+        yield draw.gammavariate(burstiness, 1 / (request_rate * burstiness))
+
+
 async def run_load(
     base_url: str,
     model: str,
@@ -105,6 +131,7 @@ async def run_load(
     output_len: int,
     max_concurrency: int,
     request_rate: float,
+    burstiness: float,
     seed: int,
     on_done: Callable[[Sample], None],
 ) -> tuple[list[Sample], float]:
@@ -113,10 +140,12 @@ async def run_load(
 
     Args:
         max_concurrency: requests that are open at once; the others wait unsent.
-        request_rate: requests a second, arriving as a Poisson process; inf: all at once.
+        request_rate: requests a second; inf: all at once.
+        burstiness: as for waits_s.
     """
     open_requests = asyncio.Semaphore(max_concurrency)
-    arrivals = random.Random(seed)
+    is_paced = request_rate != float("inf")
+    waits = waits_s(request_rate, burstiness, seed=seed) if is_paced else None
 
     async def one(client: AsyncOpenAI, prompt: Sequence[int]) -> Sample:
         async with open_requests:
@@ -131,15 +160,15 @@ async def run_load(
         tasks = []
         for prompt in prompts:
             tasks.append(asyncio.create_task(one(client, prompt)))
-            if request_rate != float("inf"):
-                await asyncio.sleep(arrivals.expovariate(request_rate))
+            if waits is not None:
+                await asyncio.sleep(next(waits))
         samples = await asyncio.gather(*tasks)
         return samples, time.perf_counter() - begin
 
 
 async def _ask(client: AsyncOpenAI, model: str, prompt: Sequence[int], output_len: int) -> Sample:
     begin = last = time.perf_counter()
-    ttft, gaps, output_tokens = 0.0, [], 0
+    ttft, gaps, output_tokens, cached_tokens = 0.0, [], 0, 0
     try:
         stream = await client.completions.create(
             model=model,
@@ -154,6 +183,8 @@ async def _ask(client: AsyncOpenAI, model: str, prompt: Sequence[int], output_le
             now = time.perf_counter()
             if chunk.usage is not None:
                 output_tokens = chunk.usage.completion_tokens
+                details = chunk.usage.prompt_tokens_details
+                cached_tokens = (details.cached_tokens if details else None) or 0
             if not chunk.choices:
                 continue
             if ttft:
@@ -165,10 +196,18 @@ async def _ask(client: AsyncOpenAI, model: str, prompt: Sequence[int], output_le
         return Sample(len(prompt), error=" ".join(str(error).split()))
     if not output_tokens:
         return Sample(len(prompt), error="the stream ended without usage")
-    return Sample(len(prompt), output_tokens, ttft, tuple(gaps), last - begin)
+    return Sample(len(prompt), output_tokens, cached_tokens, ttft, tuple(gaps), last - begin)
 
 
-def summary(samples: Sequence[Sample], duration_s: float) -> dict[str, Any]:
+def is_good(sample: Sample, goals_ms: Mapping[str, float]) -> bool:
+    """Whether an answer kept all goals: of ttft, tpot and e2el, in milliseconds."""
+    times = {"ttft": sample.ttft_s, "tpot": sample.tpot_s, "e2el": sample.e2el_s}
+    return not sample.error and all(1e3 * times[name] <= goal for name, goal in goals_ms.items())
+
+
+def summary(
+    samples: Sequence[Sample], duration_s: float, goals_ms: Mapping[str, float] | None = None
+) -> dict[str, Any]:
     """Totals, rates and times, under the names that `vllm bench serve` gives them."""
     done = [sample for sample in samples if not sample.error]
     total_input = sum(sample.prompt_tokens for sample in done)
@@ -178,8 +217,12 @@ def summary(samples: Sequence[Sample], duration_s: float) -> dict[str, Any]:
         "completed": len(done),
         "failed": len(samples) - len(done),
         "total_input_tokens": total_input,
+        "total_cached_tokens": sum(sample.cached_tokens for sample in done),
         "total_output_tokens": total_output,
         "request_throughput": len(done) / duration_s,
+        "request_goodput": sum(is_good(sample, goals_ms) for sample in samples) / duration_s
+        if goals_ms
+        else None,
         "output_throughput": total_output / duration_s,
         "total_token_throughput": (total_input + total_output) / duration_s,
     }

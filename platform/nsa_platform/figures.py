@@ -201,6 +201,38 @@ def bars(names: Sequence[str], values: Sequence[float], *, unit: str, title: str
     return figure
 
 
+def scaling(
+    points: Mapping[str, tuple[float, float]],
+    steps: Mapping[str, Sequence[tuple[float, int]]],
+    *,
+    title: str,
+) -> Figure:
+    """What autoscaling policies cost and miss, and how many replicas some of them kept.
+
+    Args:
+        points: (replica-seconds, late or refused requests) by policy; the first is the one to look
+            at.
+        steps: (seconds, replicas from then on) by policy.
+    """
+    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+    figure.suptitle(title, color=_INK)
+    left, right = figure.subplots(1, 2)
+    _dress(left, "Late first tokens against cost", x="replica-seconds", y="late or refused")
+    for place, (name, (cost, missed)) in enumerate(points.items()):
+        left.scatter([cost], [missed], color=_FAINT if place else _VALID, s=60, zorder=3)
+        left.annotate(name, (cost, missed), xytext=(7, 5), textcoords="offset points", color=_INK)
+    left.set_ylim(bottom=0)
+    left.margins(x=0.2)
+    _dress(right, "Replicas over time", x="seconds", y="")
+    for place, (name, line) in enumerate(steps.items()):
+        times, counts = zip(*line, strict=True)
+        color = _FAINT if place else _VALID
+        right.step(times, counts, where="post", color=color, label=name, linewidth=1.8)
+    right.set_ylim(bottom=0)
+    right.legend(frameon=False)
+    return figure
+
+
 def _canvas(title: str, *, x: str, y: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(7.5, 4.4), layout="constrained")
     axes = figure.subplots()

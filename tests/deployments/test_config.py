@@ -21,6 +21,10 @@ def args(**fields: Any) -> dict[str, Any]:
     return {"llm_configs": [{"model_loading_config": LOADING, **fields}]}
 
 
+def scaled(**settings: Any) -> dict[str, Any]:
+    return args(deployment_config={"autoscaling_config": settings})
+
+
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
@@ -43,6 +47,16 @@ def args(**fields: Any) -> dict[str, Any]:
         (
             args(deployment_config={"num_replicas": 2, "autoscaling_config": {}}),
             "num_replicas and autoscaling_config exclude each other",
+        ),
+        (scaled(policy={"policy_kwargs": {"target_kv_usage": 7}}), "target_kv_usage=7 must lie in"),
+        (scaled(policy={"policy_kwargs": {"target_kv": 0.7}}), "'target_kv'"),
+        (
+            args(
+                deployment_config={
+                    "request_router_config": {"request_router_kwargs": {"max_holders": 0}}
+                }
+            ),
+            "max_holders=0 must be at least 1",
         ),
         (
             args(
@@ -89,7 +103,12 @@ def test_options_reach_ray_serve():
             "model_loading_config": LOADING,
             "accelerator_type": "H100",
             "deployment_config": {
-                "autoscaling_config": {"max_replicas": 3, "target_ongoing_requests": 5},
+                "autoscaling_config": {
+                    "max_replicas": 3,
+                    "target_ongoing_requests": 5,
+                    "policy": {"policy_kwargs": {"target_ttft_s": 3}},
+                },
+                "request_router_config": {"request_router_kwargs": {"max_imbalance": 3}},
                 "max_ongoing_requests": 7,
                 "max_queued_requests": 9,
                 "graceful_shutdown_timeout_s": 11,
@@ -116,6 +135,11 @@ def test_options_reach_ray_serve():
     assert settings.health_check_period_s == 13
     assert settings.autoscaling_config.max_replicas == 3
     assert settings.backpressure_config.status_code == 429
+    policy = settings.autoscaling_config.policy
+    assert policy.get_policy()(**policy.policy_kwargs)._policy.target_ttft_s == 3
+    router = settings.request_router_config
+    assert router.get_request_router_class().__name__ == "PrefixCacheRouter"
+    assert router.request_router_kwargs == {"max_imbalance": 3}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

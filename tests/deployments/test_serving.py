@@ -118,6 +118,12 @@ def test_the_benchmark_counts_what_it_asked_for(serving, tmp_path, capsys):
     assert (result["model_id"], result["gpu"], result["failed"]) == (MODEL_ID, "none", 0)
     assert (result["total_input_tokens"], result["total_output_tokens"]) == (5 * 96, 5 * 8)
     assert 0 < result["median_ttft_ms"] < result["median_e2el_ms"] < 1000 * result["duration"]
+    turns = ["--dataset-name=prefix_repetition", "--prefix-repetition-prefix-len=400"]
+    turns += ["--prefix-repetition-num-prefixes=1", "--goodput", "ttft:60000"]
+    assert benchmark.main([*load, *turns]) == 0
+    result = json.loads(record.read_text())
+    assert result["total_cached_tokens"] >= 5 * 384
+    assert result["request_goodput"] == result["request_throughput"]
     with pytest.raises(SystemExit) as end:
         benchmark.main([*load, f"--input-len={MAX_CONTEXT}"])
     assert end.value.code == 2
@@ -220,8 +226,16 @@ def test_a_redeploy_drops_no_stream(serving, wanted):
         serving.deploy(
             autoscaling_config={
                 "min_replicas": 1,
-                "max_replicas": 2,
-                "target_ongoing_requests": 3,
+                "max_replicas": 3,
+                # A stream fills a hundredth of a replica's cache at its end, six on average three
+                # and a half hundredths.
+                "policy": {
+                    "policy_kwargs": {
+                        "target_kv_usage": 0.013,
+                        "target_ttft_s": 60.0,
+                        "shrink_at": 0.95,
+                    }
+                },
                 "look_back_period_s": 1,
                 "upscale_delay_s": 0.5,
                 "downscale_delay_s": 2,
@@ -235,7 +249,7 @@ def test_a_redeploy_drops_no_stream(serving, wanted):
 
 def test_scaling_up_and_down_drops_no_stream(serving, wanted):
     with asking(serving, clients=6) as texts:
-        eventually(lambda: len(serving.replicas()) == 2, what="two replicas")
+        eventually(lambda: len(serving.replicas()) == 3, what="three replicas")
     with asking(serving, clients=1) as more:
         eventually(lambda: len(serving.replicas()) == 1, what="one replica")
     assert more and set(texts + more) == {wanted}

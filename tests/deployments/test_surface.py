@@ -186,6 +186,26 @@ def test_the_last_message_can_be_continued(openai_client, client, tokenizer):
     assert text == answer.choices[0].message.content
 
 
+def test_what_was_computed_before_is_counted_and_salts_part_it(openai_client):
+    prompt = [301] * 60
+
+    def cached(**body: Any) -> int:
+        answer = complete(openai_client, prompt=prompt, extra_body=body)
+        return answer.usage.prompt_tokens_details.cached_tokens
+
+    assert cached(cache_salt="a") == 0
+    assert cached(cache_salt="a") >= 40
+    assert cached(cache_salt="b") == 0
+    assert cached(cache_salt="a", priority=-3) >= 40
+    assert cached(cache_salt="a", prompt_logprobs=0) == 0, "scores need every token computed"
+
+
+def test_a_deadline_ends_what_misses_it(openai_client):
+    assert complete(openai_client, extra_body={"nsa": {"deadline_s": 60}}).choices
+    late = complete(openai_client, prompt=[302] * 200, extra_body={"nsa": {"deadline_s": 1e-9}})
+    assert (late.choices[0].finish_reason, late.choices[0].text) == ("abort", "")
+
+
 def test_the_same_seed_gives_the_same_text_in_a_crowd(openai_client):
     def sample(**settings: Any) -> list[str]:
         answer = complete(openai_client, temperature=1.3, seed=11, max_tokens=24, **settings)

@@ -1,17 +1,27 @@
 """jobs.benchmark without a server: its sums, and what it refuses."""
 
+from itertools import islice
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 
 from jobs import benchmark
 from jobs.ports import free_ports
-from jobs.serving_load import LoadError, Sample, draw_prompts, summary, tokens_of
+from jobs.serving_load import (
+    LoadError,
+    Sample,
+    draw_prompts,
+    draw_turns,
+    summary,
+    tokens_of,
+    waits_s,
+)
 
 
 def test_rates_and_times_are_those_of_the_samples() -> None:
     samples = [
-        Sample(100, 3, ttft_s=0.5, itl_s=(0.1, 0.3), e2el_s=0.9),
+        Sample(100, 3, 64, ttft_s=0.5, itl_s=(0.1, 0.3), e2el_s=0.9),
         Sample(50, 2, ttft_s=1.5, itl_s=(0.2,), e2el_s=1.7),
         Sample(70, error="refused"),
     ]
@@ -20,10 +30,43 @@ def test_rates_and_times_are_those_of_the_samples() -> None:
     assert (result["total_input_tokens"], result["total_output_tokens"]) == (150, 5)
     assert (result["request_throughput"], result["output_throughput"]) == (1.0, 2.5)
     assert result["total_token_throughput"] == 77.5
+    assert result["total_cached_tokens"] == 64
     assert (result["mean_ttft_ms"], result["median_ttft_ms"]) == (1000, 1000)
     assert (result["mean_tpot_ms"], result["mean_itl_ms"]) == (200, 200)
     assert result["mean_e2el_ms"] == 1300
     assert result["p99_ttft_ms"] == 1490
+
+
+def test_goodput_counts_answers_that_keep_every_goal() -> None:
+    samples = [
+        Sample(1, 3, ttft_s=0.5, itl_s=(0.1, 0.3), e2el_s=0.9),  # 200 ms a token
+        Sample(1, 3, ttft_s=0.5, itl_s=(0.1, 0.1), e2el_s=0.7),  # 100 ms
+        Sample(1, 3, ttft_s=2.5, itl_s=(0.1, 0.1), e2el_s=2.7),
+        Sample(1, error="refused"),
+    ]
+    assert summary(samples, 2.0)["request_goodput"] is None
+    assert summary(samples, 2.0, {"ttft": 1000})["request_goodput"] == 1.0
+    assert summary(samples, 2.0, {"ttft": 1000, "tpot": 150})["request_goodput"] == 0.5
+    assert summary(samples, 2.0, {"e2el": 700})["request_goodput"] == 0.5
+    assert summary(samples, 2.0, {"e2el": 1})["request_goodput"] == 0.0
+
+
+def test_turns_share_beginnings_in_turn() -> None:
+    ids = list(range(1000))
+    sizes = {"num_prefixes": 3, "prefix_len": 50, "suffix_len": 7, "seed": 4}
+    turns = draw_turns(ids, count=9, **sizes)
+    assert {len(turn) for turn in turns} == {57}
+    assert [turn[:50] for turn in turns[:3]] == [turn[:50] for turn in turns[3:6]]
+    assert len({tuple(turn[:50]) for turn in turns}) == 3
+    assert len({tuple(turn) for turn in turns}) == 9
+    assert turns == draw_turns(ids, count=9, **sizes)
+
+
+@pytest.mark.parametrize(("burstiness", "spread"), [(0.25, 2.0), (1.0, 1.0), (16.0, 0.25)])
+def test_arrivals_keep_their_rate_and_their_burstiness(burstiness: float, spread: float) -> None:
+    waits = list(islice(waits_s(5.0, burstiness, seed=1), 20_000))
+    assert fmean(waits) == pytest.approx(0.2, rel=0.05)
+    assert stdev(waits) / fmean(waits) == pytest.approx(spread, rel=0.05)
 
 
 def test_nothing_answered_has_no_times() -> None:
@@ -46,6 +89,10 @@ def test_prompts_are_windows_that_a_seed_repeats() -> None:
     [
         (["--input-len=0"], "must be a whole number above 0, got '0'"),
         (["--num-warmups=-1"], "must be a whole number, 0 or more, got '-1'"),
+        (["--goodput", "ttft"], "must be ttft:MS, tpot:MS or e2el:MS"),
+        (["--goodput", "itl:30"], "must be ttft:MS"),
+        (["--burstiness=0"], "must be a number above 0 or inf, got '0'"),
+        (["--dataset-name=sharegpt"], "invalid choice"),
         (["--request-rate=0"], "must be a number above 0 or inf, got '0'"),
         (["--metadata=gpu"], "must be KEY=VALUE, got 'gpu'"),
     ],
