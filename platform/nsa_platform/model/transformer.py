@@ -60,7 +60,16 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, D] -> x [T, D], this layer's balance loss, a scalar, and its experts' load, int64
         [experts], empty for a dense layer."""
-        x = x + self.attention(self.attention_norm(x), step, cache)
+        return self.feed(self.attend(x, step, cache), step)
+
+    def attend(
+        self, x: Tensor, step: PackedStep | PagedStep, cache: LayerCache | None = None
+    ) -> Tensor:
+        """The first half: x [T, D] and what attention adds to it."""
+        return x + self.attention(self.attention_norm(x), step, cache)
+
+    def feed(self, x: Tensor, step: PackedStep | PagedStep) -> tuple[Tensor, Tensor, Tensor]:
+        """The second half: what forward returns, for x [T, D] after attention."""
         normed = self.ffn_norm(x)
         partition = step.partition if isinstance(step, PackedStep) else WHOLE
         if isinstance(self.ffn, MoeFeedForward):

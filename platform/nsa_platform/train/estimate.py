@@ -92,6 +92,7 @@ def _activation_bytes(model: ModelConfig, train: TrainConfig, tokens: int) -> in
         outputs = {"selective": 4, "branches": 2, "full": 0}[train.activation_checkpointing]
         if not isinstance(attention, NsaAttentionConfig):
             outputs = min(outputs, 1)
-        kept = model.layers * (model.width + outputs * results) + layer
+        inputs = 1 if train.activation_checkpointing == "full" else 2
+        kept = model.layers * (inputs * model.width + outputs * results) + layer
     logits = min(LOGITS_BYTES, 3 * 4 * tokens * model.vocab_size)
     return tokens * kept * element + logits

@@ -7,7 +7,7 @@ large as each of the others.
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import (
 )
 
 from nsa_platform.model.attention import NsaAttention
+from nsa_platform.model.moe import MoeFeedForward
 from nsa_platform.model.transformer import Layer
 
 Recompute = Literal["none", "selective", "branches", "full"]
@@ -43,18 +44,30 @@ _MESSAGES = (
 def recompute_activations(layers: Iterable[Layer], mode: Recompute) -> None:
     """Say what the backward pass computes again.
 
-    full: a layer keeps its input alone. selective: also what its attention returns. branches:
-    selective, and the sliding branch is computed again; the branches run apart for it.
+    full: a layer keeps its input alone. selective: also that of its feed-forward and what its
+    attention returns. branches: selective, and the sliding branch is computed again; the branches
+    run apart for it. A layer with experts always keeps the input of its feed-forward: experts stay
+    out of compiled graphs, and attention would follow them out of a region that holds both.
     """
     for layer in layers:
-        if mode == "full":
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-        elif mode != "none":
-            layer.forward = functools.partial(
-                checkpoint, layer.forward, use_reentrant=False, context_fn=_contexts
-            )
-            if mode == "branches" and isinstance(layer.attention, NsaAttention):
-                layer.attention.runs_apart = True
+        if mode == "none":
+            continue
+        if mode == "full" and not isinstance(layer.ffn, MoeFeedForward):
+            layer.forward = _recomputed(layer.forward)
+            continue
+        layer.attend = (
+            _recomputed(layer.attend)
+            if mode == "full"
+            else _recomputed(layer.attend, context_fn=_contexts)
+        )
+        # Without the contexts: they cannot see through the gathering of sharded experts.
+        layer.feed = _recomputed(layer.feed)
+        if mode == "branches" and isinstance(layer.attention, NsaAttention):
+            layer.attention.runs_apart = True
+
+
+def _recomputed(forward: Callable[..., Any], **how: Any) -> Callable[..., Any]:
+    return functools.partial(checkpoint, forward, use_reentrant=False, **how)
 
 
 def compile_layers(layers: Iterable[nn.Module]) -> None:

@@ -118,7 +118,8 @@ def _worker(rank: int, size: int, folder: str, data: LoaderConfig) -> None:
         torch.save(straight.metrics, Path(folder) / "straight.pt")
     else:
         place = Path(folder) / "moving"
-        run(_settings(MESHES["expert"], steps=3), data, place, model_config=NSA)
+        first = _settings(MESHES["expert"], steps=3, activation_checkpointing="selective")
+        run(first, data, place, model_config=NSA)
         other = _settings(MESHES["context+tensor"], activation_checkpointing="branches")
         moved = run(other, data, place, model_config=NSA)
         if rank == 0:

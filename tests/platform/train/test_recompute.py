@@ -8,22 +8,24 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nsa_kernels import torch_backend
+from nsa_platform.config.model import ModelConfig
 from nsa_platform.model.inputs import PackedInputs
 from nsa_platform.model.partition import Axis, Partition
 from nsa_platform.model.transformer import Layer, Transformer, init_weights
 from nsa_platform.train.recompute import recompute_activations
-from tests.platform.train.tiny_run import CONTEXT, MODEL, VOCAB
+from tests.platform.train.tiny_run import CONTEXT, MODEL, MOE, VOCAB
 
 BY_BRANCH = ("compressed_forward", "select_blocks", "selected_forward", "sliding_forward")
 # float32 sums in another order, as a share of the largest gradient of a parameter.
 ROUNDING = 1e-5
 
 
-def model_and_layers() -> tuple[Transformer, list[Layer]]:
-    model = Transformer(MODEL)
+def model_and_layers(config: ModelConfig = MODEL) -> tuple[Transformer, list[Layer]]:
+    model = Transformer(config)
     init_weights(model, seed=0)
     return model, [layer for layer in model.layers if isinstance(layer, Layer)]
 
@@ -82,6 +84,29 @@ def test_a_layer_compiles_without_a_graph_break(mode) -> None:
     for layer in layers:
         layer.forward = torch.compile(layer.forward, fullgraph=True, backend="aot_eager")
     assert_close(gradients(model), plain)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler warns of what it meets inside itself
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_compiled_layers_with_experts_learn_the_same(mode) -> None:
+    """Experts break the graph; attention stays compiled around them."""
+    plain = gradients(model_and_layers(MOE)[0])
+    model, layers = model_and_layers(MOE)
+    recompute_activations(layers, mode)
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, backend=graphs)
+    assert_close(gradients(model), plain)
+    attentions = [
+        node
+        for graph in graphs.graphs
+        for part in graph.modules()
+        if isinstance(part, torch.fx.GraphModule)
+        for node in part.graph.nodes
+        if "nsa_attention" in str(node.target)
+    ]
+    assert len(attentions) >= MOE.layers
 
 
 @pytest.fixture
