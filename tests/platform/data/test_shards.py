@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -292,6 +293,7 @@ def test_the_cache_is_bounded(
 def test_an_unreachable_store_is_an_error_not_an_end(
     s3_environment: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("nsa_platform.data.shards.FETCH_DELAYS_S", (0.1, 0.2))
     uri = storage.join(s3_environment.bucket("gone"), "train")
     write(uri)
     shards = ShardSet(uri, cache_dir=str(tmp_path))
@@ -300,3 +302,30 @@ def test_an_unreachable_store_is_an_error_not_an_end(
         shards.open(0)
     with pytest.raises(storage.StorageError, match="does not answer"):
         ShardSet(uri)
+
+
+@pytest.mark.cluster
+def test_a_store_that_comes_back_is_waited_for(
+    s3_environment: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("nsa_platform.data.shards.FETCH_DELAYS_S", (0.1, 0.1, 60.0))
+    uri = storage.join(s3_environment.bucket("returns"), "train")
+    write(uri)
+    shards = ShardSet(uri, cache_dir=str(tmp_path))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    waits: list[float] = []
+
+    def wait(delay_s: float) -> None:
+        waits.append(delay_s)
+        if len(waits) == 2:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", s3_environment.endpoint)
+
+    monkeypatch.setattr("nsa_platform.retry.time", SimpleNamespace(sleep=wait))
+    shards.open(0)
+    assert waits == [0.1, 0.1]
+    assert [record.message.split(" failed")[0] for record in caplog.records] == [
+        f"reading {storage.join(uri, 'shard-00000.arrow')}"
+    ] * 2
