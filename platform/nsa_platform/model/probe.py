@@ -5,7 +5,7 @@ until summary(). It costs a second pass over the compressed branch and keeps tor
 it belongs in validation.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -41,11 +41,14 @@ class _Sums:
     entropy_count: Tensor
 
 
-@dataclass(slots=True)
 class Probe:
-    """Adds up the health of each layer over any number of forward passes."""
+    """Adds up the health of each layer over any number of forward passes.
 
-    layers: dict[int, _Sums] = field(default_factory=dict)
+    No dataclass: hooks around layers (FSDP's) hand on copies of those, and a copy's sums are lost.
+    """
+
+    def __init__(self) -> None:
+        self.layers: dict[int, _Sums] = {}
 
     def tensors(self) -> list[Tensor]:
         """The running sums, layer by layer, to be added in place over the ranks of a job."""
