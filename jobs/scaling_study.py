@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "results" / "autoscaling.json"
 PICTURE = ROOT / "docs" / "autoscaling.png"
 SECONDS, PHASE_S = 600.0, 150.0
-TARGETS = (2, 4)
+TARGETS = (1, 2, 4, 8)
 """Of target_ongoing_requests; Ray Serve's default is 2."""
 
 
