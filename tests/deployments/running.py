@@ -26,7 +26,8 @@ from jobs.ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL_ID = "tiny"
-PATIENCE_S = 90
+# Processes start one after another, on a machine that other tests use too.
+PATIENCE_S = 180
 
 Found = TypeVar("Found")
 
