@@ -117,7 +117,10 @@ class Worker:
 
     def generate(self, part: Part) -> PartDone:
         """Generate a part and leave its file, whole, in the output."""
-        results = generate_part(self._loaded(), part, sampling_params(self._run.sampling))
+        engine = self._loaded()
+        # A part comes out the same whatever this worker did before it.
+        engine.reset_prefix_cache()
+        results = generate_part(engine, part, sampling_params(self._run.sampling))
         lines = "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
         storage.write_text(storage.join(self._run.output, PARTS, part_file(part.name)), lines)
         return PartDone(len(results), sum(result["completion_tokens"] for result in results))

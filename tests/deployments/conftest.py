@@ -9,6 +9,7 @@ import pytest
 import torch
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from openai import OpenAI
 from pydantic import BaseModel
 
 from deployments.backend import Method, Piece
@@ -19,6 +20,7 @@ from deployments.prompts import limits_of
 from deployments.service import OpenAiService
 from nsa_platform.config.model import ModelConfig
 from nsa_platform.config.serve import EngineConfig
+from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.model.transformer import Transformer, init_weights
 from nsa_platform.model.weights import export_model
 from nsa_platform.serve.async_engine import AsyncEngine, EngineDead
@@ -147,6 +149,17 @@ def app(model_folder: Path) -> Iterator[FastAPI]:
 def client(app: FastAPI) -> Iterator[TestClient]:
     with TestClient(app) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def openai_client(client: TestClient) -> Iterator[OpenAI]:
+    """The official client, whose requests go to the application in this process."""
+    yield OpenAI(base_url="http://testserver/v1", api_key="none", http_client=client, max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_folder: Path) -> Tokenizer:
+    return Tokenizer(model_folder)
 
 
 @pytest.fixture(scope="module")

@@ -1,30 +1,17 @@
 """The official client against the real engine, without Ray: shapes, settings, equal tokens."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from fastapi.testclient import TestClient
 from openai import BadRequestError, NotFoundError, OpenAI
 
 from nsa_platform.data.chat import render_prompt
-from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.model.weights import load_model
 from nsa_platform.serve.generator import Generator
 from tests.deployments.conftest import MAX_MODEL_LEN, MODEL_ID
 
 QUESTION = [{"role": "system", "content": "Add."}, {"role": "user", "content": "What is 2 + 3?"}]
-
-
-@pytest.fixture(scope="module")
-def openai_client(client: TestClient) -> Iterator[OpenAI]:
-    yield OpenAI(base_url="http://testserver/v1", api_key="none", http_client=client, max_retries=0)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model_folder: Path) -> Tokenizer:
-    return Tokenizer(model_folder)
 
 
 @pytest.fixture(scope="module")

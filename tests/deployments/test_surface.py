@@ -2,18 +2,14 @@
 
 import json
 import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
-from fastapi.testclient import TestClient
 from openai import OpenAI
 from pydantic import BaseModel
 
 from nsa_platform.data.chat import render_prompt
-from nsa_platform.data.tokenizer import Tokenizer
 from tests.deployments.conftest import MODEL_ID
 
 QUESTION: Any = [{"role": "user", "content": "What is 2 + 3?"}]
@@ -22,16 +18,6 @@ QUESTION: Any = [{"role": "user", "content": "What is 2 + 3?"}]
 class Pet(BaseModel):
     kind: bool
     age: int
-
-
-@pytest.fixture(scope="module")
-def openai_client(client: TestClient) -> Iterator[OpenAI]:
-    yield OpenAI(base_url="http://testserver/v1", api_key="none", http_client=client, max_retries=0)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model_folder: Path) -> Tokenizer:
-    return Tokenizer(model_folder)
 
 
 def chat(client: OpenAI, **settings: Any) -> Any:

@@ -145,10 +145,6 @@ class PageBook:
             num_pages = min(num_pages, len(sequence.window_pages) + num_free)
         return num_pages * self.page_size - sequence.num_tokens
 
-    def can_extend(self, sequence: SequencePages, num_new_tokens: int) -> bool:
-        """Whether extend would find the pages."""
-        return num_new_tokens <= self.room(sequence)
-
     def missing(self, sequence: SequencePages, num_new_tokens: int) -> int:
         """Pages that the sequence's next tokens need beside those that it has."""
         return self._num_pages(sequence.num_tokens + num_new_tokens) - len(sequence.pages)

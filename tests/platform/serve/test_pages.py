@@ -54,7 +54,7 @@ def test_invariants_hold_after_any_steps(steps, page_size, tail, num_pages, num_
         if count is None:
             book.release(sequence)
             assert sequence == SequencePages()
-        elif book.can_extend(sequence, count):
+        elif count <= book.room(sequence):
             start = sequence.num_tokens
             book.extend(sequence, count)
             assert sequence.num_tokens == start + count
