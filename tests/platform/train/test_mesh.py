@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 from nsa_platform.config.data import LoaderConfig
 from nsa_platform.config.model import ModelConfig
@@ -26,6 +25,7 @@ from tests.platform.train.tiny_run import (
     this_world,
     write_data,
 )
+from tests.platform.train.workers import start_workers
 
 # The same sums in another order: float32 with a few hundred terms.
 ROUNDING = 2e-5
@@ -136,7 +136,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("meshes")
     data = write_data(folder / "data")
     _worker(0, 1, str(folder), data)
-    spawn(_worker, args=(4, str(folder), data), nprocs=4)
+    start_workers(_worker, str(folder), data, size=4)
     return folder
 
 

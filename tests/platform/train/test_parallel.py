@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 from nsa_platform.config.data import LoaderConfig
 from nsa_platform.config.train import TrainConfig
@@ -20,6 +19,7 @@ from tests.platform.train.tiny_run import (
     settings,
     write_data,
 )
+from tests.platform.train.workers import start_workers
 
 # The same sums in another order: float32 with a few hundred terms.
 ROUNDING = 2e-5
@@ -62,7 +62,7 @@ def _run_all(
     if size == 1:
         _worker(0, 1, str(folder), data, jobs)
     else:
-        spawn(_worker, args=(size, str(folder), data, jobs), nprocs=size)
+        start_workers(_worker, str(folder), data, jobs, size=size)
     found = {}
     for name, _, _ in jobs:
         tree = json.loads((folder / f"{name}-{size}.json").read_text())
