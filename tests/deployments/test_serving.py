@@ -197,16 +197,20 @@ def test_rays_exporter_shows_what_dashboards_ask_for(serving):
 
 @contextmanager
 def asking(serving: Serving, clients: int) -> Iterator[list[str]]:
-    """Clients that ask again and again during the block; the texts that they have got."""
+    """Clients that ask again and again during the block; the texts that they have got.
+
+    Each has a salt of its own, so that no two share pages: what they fill is known.
+    """
     texts: list[str] = []
     is_over = threading.Event()
 
-    def keep_asking() -> None:
+    def keep_asking(client: int) -> None:
+        salted = LONG["extra_body"] | {"cache_salt": f"client {client}"}
         while not is_over.is_set():
-            texts.append(text_of(stream_of(serving, **LONG)))
+            texts.append(text_of(stream_of(serving, **LONG | {"extra_body": salted})))
 
     with ThreadPoolExecutor(clients) as pool:
-        running = [pool.submit(keep_asking) for _ in range(clients)]
+        running = [pool.submit(keep_asking, client) for client in range(clients)]
         try:
             yield texts
         finally:
@@ -230,7 +234,7 @@ def test_a_redeploy_drops_no_stream(serving, wanted):
                 "min_replicas": 1,
                 "max_replicas": 3,
                 # A stream fills a hundredth of a replica's cache at its end: one is below the
-                # target. Twelve fill six hundredths on average, fewer where they share pages.
+                # target. Twelve fill six hundredths on average.
                 "policy": {
                     "policy_kwargs": {
                         "target_kv_usage": 0.013,
