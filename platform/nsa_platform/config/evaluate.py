@@ -1,10 +1,11 @@
 """What is measured on a trained model."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from nsa_platform.config.base import Strict
+from nsa_platform.config.model import NsaChoices
 
 
 class BitsPerByteConfig(Strict):
@@ -44,3 +45,44 @@ class NeedleConfig(Strict):
     filler: Literal["heldout", "synthetic"] = "heldout"
     """heldout: the haystack is held-out text of the data. synthetic: five plain sentences."""
     seed: int = 0
+
+
+BaselineName = Literal[
+    "full", "sliding", "streaming", "h2o", "quest", "infllm", "exact_top", "minference"
+]
+
+
+class BaselinesConfig(Strict):
+    """Training-free policies over the keys and values of a checkpoint with full attention.
+
+    Each is measured on the same text and the same needles as the model itself.
+    """
+
+    systems: Annotated[tuple[BaselineName, ...], Field(min_length=1)] = (
+        "full",
+        "sliding",
+        "streaming",
+        "h2o",
+        "quest",
+        "infllm",
+        "exact_top",
+        "minference",
+    )
+    """Which policies, each once."""
+    budget: Literal["equal", "published"] = "equal"
+    """equal: as many keys per query as nsa reads on average at the length at hand, of which 1/20
+    lead and 1/5 are local (arXiv 2502.11089, 4.2: 128 and 512 of 2560). published: every policy
+    with the sizes of its paper."""
+    nsa: NsaChoices = NsaChoices()
+    """The NSA whose budget counts when budget=equal; its sizes should suit the length."""
+    tokens: Annotated[int, Field(ge=3)] | None = None
+    """Tokens of an equal budget at every length; null: from nsa. The paper: 2560."""
+    decoded_tail: PositiveInt = 64
+    """Last tokens of a prompt that are decoded one by one: policies with a dense prefill then read
+    the question by their own rule."""
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        if len(set(self.systems)) < len(self.systems):
+            raise ValueError(f"systems={list(self.systems)} must name each policy once")
+        return self

@@ -1,7 +1,8 @@
 """Attention of a layer: NSA with its three branches, or causal full attention.
 
 Training and serving share every projection. They part only where keys and values go: straight to
-the op for whole sequences (PackedStep), or through the pages of a cache (PagedStep).
+the op for whole sequences (PackedStep), or through the pages of a cache (PagedStep). Full attention
+can also be left to a policy from outside (PolicyStep).
 """
 
 from typing import NamedTuple
@@ -34,7 +35,7 @@ from nsa_platform.model.layers import from_own_inputs, own_outputs
 from nsa_platform.model.partition import WHOLE, Axis
 from nsa_platform.model.probe import observe_gates, observe_selection
 from nsa_platform.model.rotary import Rotation, attention_scale
-from nsa_platform.model.step import PackedStep, PagedStep
+from nsa_platform.model.step import PackedStep, PagedStep, PolicyStep, Step
 
 
 class _Projected(NamedTuple):
@@ -82,15 +83,13 @@ class NsaAttention(nn.Module):
         self.compress_value = Compression(attention, width=attention.value_width)
         self.output = nn.Linear(heads * attention.value_width, config.width, bias=False)
 
-    def forward(
-        self, x: Tensor, step: PackedStep | PagedStep, cache: LayerCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, step: Step, cache: LayerCache | None = None) -> Tensor:
         """x [T, D], already normed -> [T, D]. A PagedStep needs the layer's cache."""
         if isinstance(step, PackedStep):
             tensor = step.partition.tensor
             out = self._attend_packed(self._project(x, step.rotation, tensor), step)
             return from_own_inputs(self.output, out.flatten(1), tensor)
-        assert isinstance(cache, NsaLayerCache)
+        assert isinstance(step, PagedStep) and isinstance(cache, NsaLayerCache)
         out = self._attend_paged(self._project(x, step.rotation, WHOLE.tensor), step, cache)
         return self.output(out.flatten(1))
 
@@ -233,9 +232,7 @@ class FullAttention(nn.Module):
         self.gate = nn.Linear(config.width, heads) if attention.gated else None
         self.output = nn.Linear(heads * attention.value_width, config.width, bias=False)
 
-    def forward(
-        self, x: Tensor, step: PackedStep | PagedStep, cache: LayerCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, step: Step, cache: LayerCache | None = None) -> Tensor:
         """x [T, D], already normed -> [T, D]. A PagedStep needs the layer's cache."""
         config = self.config
         partition = step.partition if isinstance(step, PackedStep) else WHOLE
@@ -247,30 +244,43 @@ class FullAttention(nn.Module):
         keys, values = own_outputs(self.key_value, x, widths, tensor).split(
             [key_width, value_width], dim=1
         )
-        q = step.rotation.apply(self.query_norm(q.unflatten(1, (-1, config.key_width))))
+        q = self.query_norm(q.unflatten(1, (-1, config.key_width)))
         k = self.key_norm(keys.unflatten(1, (groups, config.key_width)))
-        k = step.rotation.apply(k)
         v = values.unflatten(1, (groups, config.value_width))
-        if isinstance(step, PackedStep):
-            q, k, v = to_heads((q, k, v), partition.context)
-            out = full_attention(q, k, v, cu_seqlens=step.cu_seqlens, scale=self.scale)
-            out = to_tokens(out, partition.context)
+        if isinstance(step, PolicyStep):
+            out = step.attend(self.layer_index, q, k, v)
         else:
-            assert isinstance(cache, FullLayerCache)
-            write_rows(cache.k, step.token_rows, k)
-            write_rows(cache.v, step.token_rows, v)
-            out = full_paged_attention(
-                q,
-                cache.k,
-                cache.v,
-                page_table=step.page_table,
-                cu_seqlens=step.cu_seqlens,
-                context_lens=step.context_lens,
-                scale=self.scale,
-            )
+            out = self._attend(step.rotation.apply(q), step.rotation.apply(k), v, step, cache)
         return from_own_inputs(self.output, self._gate(out, x, step, tensor).flatten(1), tensor)
 
-    def _gate(self, out: Tensor, x: Tensor, step: PackedStep | PagedStep, tensor: Axis) -> Tensor:
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        step: PackedStep | PagedStep,
+        cache: LayerCache | None,
+    ) -> Tensor:
+        """Out [T, H, V] of rotated queries and keys."""
+        if isinstance(step, PackedStep):
+            context = step.partition.context
+            q, k, v = to_heads((q, k, v), context)
+            out = full_attention(q, k, v, cu_seqlens=step.cu_seqlens, scale=self.scale)
+            return to_tokens(out, context)
+        assert isinstance(cache, FullLayerCache)
+        write_rows(cache.k, step.token_rows, k)
+        write_rows(cache.v, step.token_rows, v)
+        return full_paged_attention(
+            q,
+            cache.k,
+            cache.v,
+            page_table=step.page_table,
+            cu_seqlens=step.cu_seqlens,
+            context_lens=step.context_lens,
+            scale=self.scale,
+        )
+
+    def _gate(self, out: Tensor, x: Tensor, step: Step, tensor: Axis) -> Tensor:
         if self.gate is None:
             return out
         gates = own_outputs(self.gate, x, [self.config.query_heads], tensor)

@@ -14,6 +14,7 @@ from nsa_platform.config.model import (
     ModelConfig,
     MoeConfig,
     NsaAttentionConfig,
+    NsaChoices,
 )
 
 
@@ -133,7 +134,7 @@ def dense_equivalent(config: ModelConfig) -> ModelConfig:
     return config.model_copy(update={"attention": full})
 
 
-def key_counts(attention: NsaAttentionConfig, context: int) -> KeyCounts:
+def key_counts(attention: NsaChoices, context: int) -> KeyCounts:
     """Average keys per query of each branch over the positions 0 to context - 1.
 
     A query at t reads the compressed blocks that are complete, of its n selection blocks all
@@ -253,7 +254,7 @@ def _balance_biases(moe: MoeConfig) -> int:
     return moe.routed_experts if moe.bias_update_rate else 0
 
 
-def _num_blocks(attention: NsaAttentionConfig, context: int) -> int:
+def _num_blocks(attention: NsaChoices, context: int) -> int:
     size, stride = attention.compression_block_size, attention.compression_stride
     return 0 if context < size else (context - size) // stride + 1
 

@@ -1,9 +1,9 @@
-"""What a forward pass needs beside the token ids: packed lengths, or pages of a cache.
+"""What a forward pass needs beside the token ids: packed lengths, pages of a cache, or a policy.
 
 Letters are those of kernels/README.md: T packed tokens, B sequences, M logical pages of a sequence.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -63,3 +63,18 @@ class PagedInputs:
     selection pool are not written. A whole number of pages; 0 where nothing is shared."""
     caches: list[LayerCache]
     """One cache for each layer. The forward pass writes the new tokens into them."""
+
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""Attention of one layer by somebody else: the layer's index, queries [T, H, K], keys [T, G, K] and
+values [T, G, V] of the new tokens, the first two not yet rotated -> out [T, H, V]."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyInputs:
+    """New tokens of one sequence whose keys and values somebody else keeps, and reads as it likes.
+
+    For models with full attention: training-free policies over their keys and values.
+    """
+
+    attend: Attend

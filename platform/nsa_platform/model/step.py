@@ -1,7 +1,8 @@
 """What all layers share in one forward pass, worked out once: rotations and row numbers.
 
 A PackedStep stands for whole sequences, a PagedStep for new tokens on top of paged caches. Both
-are made without a word from the device to the host, for NSA and for full attention.
+are made without a word from the device to the host, for NSA and for full attention. A PolicyStep
+stands for new tokens whose attention is computed elsewhere.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 from nsa_platform.config.model import ModelConfig, NsaAttentionConfig
 from nsa_platform.model.compression import CompressionBlocks, compression_blocks, kernel_config
 from nsa_platform.model.exchange import joined
-from nsa_platform.model.inputs import PackedInputs, PagedInputs
+from nsa_platform.model.inputs import Attend, PackedInputs, PagedInputs
 from nsa_platform.model.partition import Partition
 from nsa_platform.model.probe import Probe
 from nsa_platform.model.rotary import Rotation, rotation_of
@@ -63,6 +64,16 @@ class PagedStep:
     window_rows: Tensor | None
     """int64 [T], row of the window pool."""
     new_blocks: NewBlocks | None
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyStep:
+    """New tokens of one sequence, for a policy that keeps, rotates and reads by its own rule."""
+
+    attend: Attend
+
+
+Step = PackedStep | PagedStep | PolicyStep
 
 
 def packed_step(inputs: PackedInputs, config: ModelConfig, *, dtype: torch.dtype) -> PackedStep:

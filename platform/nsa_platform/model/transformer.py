@@ -1,7 +1,8 @@
 """The transformer, top to bottom: embedding, pre-norm layers, norm, logits.
 
 Tokens of all sequences lie packed on one axis T; there is no batch axis. Training and serving run
-the same modules and differ in one argument: PackedInputs or PagedInputs.
+the same modules and differ in one argument: PackedInputs or PagedInputs. PolicyInputs have somebody
+else attend.
 """
 
 import hashlib
@@ -16,11 +17,11 @@ from torch import Tensor, nn
 from nsa_platform.config.model import ModelConfig, NsaAttentionConfig
 from nsa_platform.model.attention import FullAttention, NsaAttention
 from nsa_platform.model.cache import LayerCache
-from nsa_platform.model.inputs import PackedInputs, PagedInputs
+from nsa_platform.model.inputs import PackedInputs, PagedInputs, PolicyInputs
 from nsa_platform.model.layers import SwiGlu
 from nsa_platform.model.moe import MoeFeedForward
 from nsa_platform.model.partition import WHOLE
-from nsa_platform.model.step import PackedStep, PagedStep, packed_step, paged_step
+from nsa_platform.model.step import PackedStep, PolicyStep, Step, packed_step, paged_step
 
 
 class Output(NamedTuple):
@@ -56,19 +57,17 @@ class Layer(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, step: PackedStep | PagedStep, cache: LayerCache | None = None
+        self, x: Tensor, step: Step, cache: LayerCache | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, D] -> x [T, D], this layer's balance loss, a scalar, and its experts' load, int64
         [experts], empty for a dense layer."""
         return self.feed(self.attend(x, step, cache), step)
 
-    def attend(
-        self, x: Tensor, step: PackedStep | PagedStep, cache: LayerCache | None = None
-    ) -> Tensor:
+    def attend(self, x: Tensor, step: Step, cache: LayerCache | None = None) -> Tensor:
         """The first half: x [T, D] and what attention adds to it."""
         return x + self.attention(self.attention_norm(x), step, cache)
 
-    def feed(self, x: Tensor, step: PackedStep | PagedStep) -> tuple[Tensor, Tensor, Tensor]:
+    def feed(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """The second half: what forward returns, for x [T, D] after attention."""
         normed = self.ffn_norm(x)
         partition = step.partition if isinstance(step, PackedStep) else WHOLE
@@ -98,16 +97,14 @@ class Transformer(nn.Module):
             else nn.Linear(config.width, config.vocab_size, bias=False)
         )
 
-    def forward(self, ids: Tensor, inputs: PackedInputs | PagedInputs) -> Output:
-        """Hidden states of token ids, int64 [T]. With PagedInputs the caches are written too."""
+    def forward(self, ids: Tensor, inputs: PackedInputs | PagedInputs | PolicyInputs) -> Output:
+        """Hidden states of token ids, int64 [T]. With PagedInputs the caches are written too.
+
+        Raises:
+            ValueError: PolicyInputs for a model without full attention.
+        """
         x = self.embedding(ids)
-        caches: list[LayerCache] | list[None]
-        if isinstance(inputs, PackedInputs):
-            step = packed_step(inputs, self.config, dtype=x.dtype)
-            caches = [None] * len(self.layers)
-        else:
-            step = paged_step(inputs, self.config, dtype=x.dtype)
-            caches = inputs.caches
+        step, caches = self._step(inputs, x.dtype)
         balance_loss = torch.zeros((), dtype=torch.float32, device=x.device)
         loads: list[Tensor] = []
         # A probe is read and written in Python: compiled layers run uncompiled with one.
@@ -120,6 +117,22 @@ class Transformer(nn.Module):
                     loads.append(load)
         expert_load = torch.stack(loads) if loads else ids.new_zeros(0, 0)
         return Output(self.norm(x), balance_loss, expert_load)
+
+    def _step(
+        self, inputs: PackedInputs | PagedInputs | PolicyInputs, dtype: torch.dtype
+    ) -> tuple[Step, list[LayerCache] | list[None]]:
+        """What the layers share, and the cache of each."""
+        none = [None] * len(self.layers)
+        if isinstance(inputs, PackedInputs):
+            return packed_step(inputs, self.config, dtype=dtype), none
+        if isinstance(inputs, PagedInputs):
+            return paged_step(inputs, self.config, dtype=dtype), inputs.caches
+        if self.config.attention.kind != "full":
+            raise ValueError(
+                "policies over keys and values need a model with attention.kind=full, "
+                f"got {self.config.attention.kind}"
+            )
+        return PolicyStep(inputs.attend), none
 
     def steer_experts(self, load: Tensor) -> None:
         """Move the biases of the experts' choice after a step; nothing where there are none.

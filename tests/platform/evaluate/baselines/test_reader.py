@@ -1,0 +1,181 @@
+"""Policies inside a model: they agree with the model where they read everything."""
+
+from dataclasses import replace
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+
+from nsa_platform.config.evaluate import BaselineName
+from nsa_platform.config.model import ModelConfig, NsaAttentionConfig, NsaChoices
+from nsa_platform.data.loader import Batch
+from nsa_platform.data.packing import IGNORED
+from nsa_platform.evaluate.baselines.budget import equal_budget, split_budget
+from nsa_platform.evaluate.baselines.full import Full
+from nsa_platform.evaluate.baselines.policy import Phase, Policy
+from nsa_platform.evaluate.baselines.reader import PolicyReader
+from nsa_platform.evaluate.baselines.systems import published, within
+from nsa_platform.evaluate.scores import ModelScorer
+from nsa_platform.model.cost import key_counts
+from nsa_platform.model.inputs import PolicyInputs
+from nsa_platform.model.transformer import Transformer, init_weights
+from nsa_platform.serve.generator import Generator
+from tests.platform.evaluate.small import make_corpus, make_model
+
+NAMES: tuple[BaselineName, ...] = get_args(BaselineName)
+NEAR = {"rtol": 0, "atol": 1e-4}
+"""fp32 on both sides, two layers, sums in another order."""
+PROMPT = list(range(3, 60))
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return make_full(gated=False)
+
+
+def make_full(*, gated: bool) -> Transformer:
+    tree = {
+        "vocab_size": 300,
+        "layers": 2,
+        "width": 32,
+        "ffn_width": 64,
+        "max_context": 512,
+        "yarn": {"factor": 4, "original_context": 128},
+        "attention": {
+            "kind": "full",
+            "gated": gated,
+            "query_heads": 4,
+            "kv_heads": 2,
+            "key_width": 16,
+            "value_width": 16,
+            "qk_norm": True,
+        },
+    }
+    model = Transformer(ModelConfig.parse(tree))
+    init_weights(model, 0)
+    return model.eval()
+
+
+def reader(model: Transformer, make: type[Policy] = Full, *, tail: int = 5) -> PolicyReader:
+    return PolicyReader(model, lambda context: make(model.config), decoded_tail=tail)
+
+
+@pytest.fixture(scope="module")
+def batch(tmp_path_factory: pytest.TempPathFactory) -> Batch:
+    """Several pieces of text and some padding in one row."""
+    corpus = make_corpus(tmp_path_factory.mktemp("data") / "text")
+    return next(iter(corpus.loader("validation", 96).next_step(2)))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_full_policy_is_the_model(gated: bool, batch: Batch) -> None:
+    model = make_full(gated=gated)
+    full, scorer = reader(model), ModelScorer(model)
+    np.testing.assert_allclose(full.nats(batch, context=96), scorer.nats(batch), **NEAR)
+    mine, theirs = full.answer(PROMPT, [7, 8, 9]), scorer.answer(PROMPT, [7, 8, 9])
+    assert mine.nats == pytest.approx(theirs.nats, abs=1e-4)
+    assert mine.hits == theirs.hits
+    assert full.generate(PROMPT, 6) == list(Generator(model).stream(PROMPT, 6))
+    stopped = PolicyReader(
+        model,
+        lambda context: Full(model.config),
+        decoded_tail=5,
+        stop_ids=full.generate(PROMPT, 1),
+    )
+    assert stopped.generate(PROMPT, 6) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_budget_beyond_the_text_reads_everything(
+    name: BaselineName, model: Transformer, batch: Batch
+) -> None:
+    wide = PolicyReader(
+        model, lambda context: within(name, model.config, split_budget(4000)), decoded_tail=5
+    )
+    np.testing.assert_allclose(wide.nats(batch, context=96), ModelScorer(model).nats(batch), **NEAR)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_small_budget_is_kept_where_the_policy_is_sparse(
+    name: BaselineName, model: Transformer
+) -> None:
+    budget = split_budget(40)
+    tight = PolicyReader(model, lambda context: within(name, model.config, budget), decoded_tail=5)
+    ids = [(7 * i * i + i) % 300 for i in range(200)]
+    tight.answer(ids, [1, 2, 3])
+    sparse_in = within(name, model.config, budget).sparse_in
+    fed: dict[Phase, int] = {"prefill": 195, "decode": 7}
+    for phase, tokens in fed.items():
+        count = tight.reads[phase].summary()
+        assert count.queries == tokens
+        dense = 98 if phase == "prefill" else 199
+        if phase not in sparse_in:
+            assert count.keys_per_query == pytest.approx(dense)
+        elif name == "infllm":
+            # Tokens between the window and the next whole block come on top.
+            assert count.keys_per_query <= budget.total + 2 * budget.scaled(128) + budget.local
+        else:
+            # Columns and diagonals cross: of MInference's lines fewer keys are left.
+            assert count.keys_per_query <= budget.total
+            assert count.keys_per_query >= 0.5 * budget.total
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_published_sizes_run(name: BaselineName, model: Transformer) -> None:
+    one = PolicyReader(
+        model,
+        lambda context: published(name, model.config, prompt_tokens=context),
+        decoded_tail=5,
+    )
+    assert len(one.generate(PROMPT, 3)) == 3
+
+
+def test_published_h2o_keeps_a_tenth_and_a_tenth(model: Transformer) -> None:
+    one = PolicyReader(
+        model, lambda n: published("h2o", model.config, prompt_tokens=n), decoded_tail=1
+    )
+    one.generate([5] * 100, 4)
+    # The own token comes on top of 10 heavy and 10 recent ones.
+    assert one.reads["decode"].summary().keys_per_query == 21
+
+
+def test_a_policy_needs_full_attention() -> None:
+    nsa = make_model(300)
+    with pytest.raises(ValueError, match=r"attention\.kind=full, got nsa"):
+        nsa(torch.tensor([1]), PolicyInputs(Full(nsa.config).prefill))
+
+
+def test_the_papers_budget() -> None:
+    paper = split_budget(2560)
+    assert (paper.leading, paper.local, paper.dynamic) == (128, 512, 1920)
+    assert (paper.scaled(16), paper.scaled(128)) == (16, 128)
+    with pytest.raises(ValueError, match="a budget of 2 tokens"):
+        split_budget(2)
+
+
+@pytest.mark.parametrize("context", [100, 4096, 32768])
+def test_an_equal_budget_reads_what_nsa_reads(context: int) -> None:
+    nsa = NsaChoices()
+    total = equal_budget(nsa, context).total
+
+    def mean(budget: int) -> float:
+        return sum(min(t + 1, budget) for t in range(context)) / context
+
+    heads = NsaAttentionConfig(**nsa.model_dump(), query_heads=1, kv_heads=1)
+    wanted = min(key_counts(heads, context).total, (context + 1) / 2)
+    assert mean(total - 1) < wanted <= mean(total)
+
+
+def test_sequences_of_a_batch_do_not_see_each_other(model: Transformer, batch: Batch) -> None:
+    first = int(batch.cu_seqlens[1])
+    alone = replace(
+        batch,
+        ids=batch.ids[:first],
+        targets=batch.targets[:first],
+        positions=batch.positions[:first],
+        cu_seqlens=batch.cu_seqlens[:2],
+    )
+    nats = reader(model).nats(batch, context=96)
+    np.testing.assert_allclose(nats[:first], reader(model).nats(alone, context=96), **NEAR)
+    assert (nats[batch.targets.numpy() == IGNORED] == 0).all()
