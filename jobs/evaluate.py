@@ -1,4 +1,4 @@
-"""Measure an exported model: bits per byte against baselines, needles in a haystack.
+"""Measure an exported model: bits per byte against baselines, needles in a haystack, tasks.
 
     python -m jobs.evaluate --config jobs/configs/evaluate/smoke.yaml --dry-run
     python -m jobs.evaluate --config X.yaml --set checkpoint=models:/nsa@champion
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def print_results(results: dict[str, Any]) -> None:
-    """The results as two small tables."""
+    """The results as small tables."""
     console = Console()
     if "bits_per_byte" in results:
         table = Table("held-out text", "bits per byte", "nats per token")
@@ -43,6 +43,13 @@ def print_results(results: dict[str, Any]) -> None:
         table.add_row("number written exactly", f"{needle['exact']:.0%}")
         table.add_row("tokens of the number, earlier ones given", f"{needle['tokens']:.0%}")
         table.add_row("worth of the needle for log p(number)", f"{needle['lift']:+.2f} nats")
+        console.print(table)
+    if "tasks" in results:
+        table = Table("task", "cell", "samples", "score", "95 % interval")
+        for name, task in results["tasks"].items():
+            for cell, score in task["cells"].items():
+                interval = f"{score['low']:.3f} to {score['high']:.3f}"
+                table.add_row(name, cell, str(score["samples"]), f"{score['mean']:.3f}", interval)
         console.print(table)
     run = f"run {results['run_id']}" if results["run_id"] else "a run that waits to be delivered"
     console.print(f"MLflow {run} in {results['tracking_uri']}", soft_wrap=True)

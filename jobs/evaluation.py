@@ -22,9 +22,14 @@ from nsa_platform.evaluate.needle import NeedleGrid, needle_grid, synthetic_fill
 from nsa_platform.evaluate.ngram import Ngrams
 from nsa_platform.evaluate.report import MODEL, record_bits_per_byte, record_needles, summary
 from nsa_platform.evaluate.scores import ModelScorer
+from nsa_platform.evaluate.tasks.report import record_overview, record_task, task_summary
+from nsa_platform.evaluate.tasks.results import TaskResult
+from nsa_platform.evaluate.tasks.suite import open_task, run_task
+from nsa_platform.evaluate.tasks.task import Decoding
 from nsa_platform.model.transformer import Transformer
 from nsa_platform.model.weights import load_config, load_model
 from nsa_platform.serve.generator import Generator
+from nsa_platform.serve.sampler import Sampling
 from nsa_platform.tracking import (
     RunHandle,
     Tracker,
@@ -36,7 +41,7 @@ from nsa_platform.tracking import (
 )
 
 ANSWER_ROOM = 16
-"""Tokens beyond a prompt for the number that is asked for."""
+"""Tokens beyond a prompt for each number that is asked for."""
 
 
 def evaluate(run: EvaluateRun, *, run_id: str | None = None, step: int = 0) -> dict[str, Any]:
@@ -98,7 +103,10 @@ def measure(run: EvaluateRun, folder: str, handle: RunHandle, step: int) -> dict
             if run.needle is not None:
                 grid = _needles(run, run.needle, model, tokenizer, progress)
                 record_needles(tracker, grid, step)
+            tasks = _tasks(run, model, tokenizer, tracker, step, progress)
         results = summary(bits, grid)
+        if tasks:
+            results["tasks"] = {result.name: task_summary(result) for result in tasks}
         tracker.log_dict(results, "evaluation/results.json")
     finally:
         tracker.finish(None, report=False)
@@ -119,6 +127,8 @@ def _look(run: EvaluateRun, folder: str) -> None:
     _check_lengths(run, config.max_context)
     for split in ("validation", "train"):
         ShardSet(storage.join(run.data, split), tokenizer_fingerprint=tokenizer.fingerprint)
+    for task in run.tasks:
+        open_task(task, tokenizer)
 
 
 def _open(run: EvaluateRun, run_id: str | None) -> RunHandle:
@@ -147,12 +157,23 @@ def _check_lengths(run: EvaluateRun, max_context: int) -> None:
             f"bits_per_byte.context_length={run.bits_per_byte.context_length} must not exceed the "
             f"model's max_context={max_context}"
         )
-    longest = max(run.needle.lengths) + ANSWER_ROOM if run.needle is not None else 0
-    if longest > max_context:
-        raise ValueError(
-            f"needle.lengths: {longest - ANSWER_ROOM} and {ANSWER_ROOM} tokens for the answer "
-            f"must not exceed the model's max_context={max_context}"
-        )
+    if run.needle is not None:
+        longest, room = max(run.needle.lengths), _answer_room(run.needle)
+        if longest + room > max_context:
+            raise ValueError(
+                f"needle.lengths: {longest} and {room} tokens for the answer "
+                f"must not exceed the model's max_context={max_context}"
+            )
+    for task in run.tasks:
+        if task.longest > max_context:
+            raise ValueError(
+                f"tasks: {task.kind}: prompts and answers of {task.longest} tokens must not exceed "
+                f"the model's max_context={max_context}"
+            )
+
+
+def _answer_room(needle: NeedleConfig) -> int:
+    return ANSWER_ROOM * needle.queries * needle.values
 
 
 def _bits_per_byte(
@@ -217,6 +238,38 @@ def _needles(
         filler=filler,
         advance=lambda: progress.advance(task),
     )
+
+
+def _tasks(
+    run: EvaluateRun,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    tracker: Tracker,
+    step: int,
+    progress: Progress,
+) -> list[TaskResult]:
+    generator, stop_ids = Generator(model), tokenizer.stop_ids()
+
+    def draw(prompt: list[int], count: int, decoding: Decoding) -> list[int]:
+        sampling = Sampling(decoding.temperature, decoding.top_p, seed=decoding.seed)
+        return list(generator.stream(prompt, count, stop_ids=stop_ids, sampling=sampling))
+
+    results = []
+    for config in run.tasks:
+        task = open_task(config, tokenizer)
+        bar = progress.add_task(task.name, total=task.size)
+        result = run_task(
+            task,
+            tokenizer,
+            generate=lambda prompt, count: draw(prompt, count, Decoding()),
+            score=ModelScorer(model).answer,
+            draw=draw,
+            advance=lambda bar=bar: progress.advance(bar),
+        )
+        record_task(tracker, result, step)
+        results.append(result)
+    record_overview(tracker, results)
+    return results
 
 
 def _counted(batches: Iterator[Batch], advance: Callable[[int], None]) -> Iterator[Batch]:

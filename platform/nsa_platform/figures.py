@@ -188,16 +188,50 @@ def loss_by_position(
     return figure
 
 
-def bars(names: Sequence[str], values: Sequence[float], *, unit: str, title: str) -> Figure:
-    """Horizontal bars with their values; the first is the one to look at."""
+def bars(
+    names: Sequence[str],
+    values: Sequence[float],
+    *,
+    unit: str,
+    title: str,
+    intervals: Sequence[tuple[float, float]] | None = None,
+) -> Figure:
+    """Horizontal bars with their values; the first is the one to look at, unless they are scores.
+
+    Args:
+        intervals: (low, high) of each score; no bar is then drawn apart from the others.
+    """
     figure, axes = _canvas(title, x=unit, y="")
     figure.set_size_inches(7.0, 1.4 + 0.5 * len(names))
-    colors = [_VALID] + [_FAINT] * (len(names) - 1)
-    drawn = axes.barh(range(len(names)), list(values), color=colors, height=0.6)
+    colors = [_VALID] + [_FAINT] * (len(names) - 1) if intervals is None else _TRAIN
+    reach = None
+    if intervals is not None:
+        pairs = zip(values, intervals, strict=True)
+        reach = np.array([(mean - low, high - mean) for mean, (low, high) in pairs]).T.clip(0)
+    drawn = axes.barh(
+        range(len(names)), list(values), color=colors, height=0.6, xerr=reach, ecolor=_INK
+    )
     axes.bar_label(drawn, fmt="%.3f", padding=4, color=_INK)
     axes.set_yticks(range(len(names)), list(names))
     axes.invert_yaxis()
     axes.margins(x=0.12)
+    return figure
+
+
+def scores(
+    names: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    *,
+    title: str,
+) -> Figure:
+    """Scores from 0 to 1: one row for each task, one column for each length; None: not measured."""
+    figure, axes = _canvas(title, x="context length (tokens)", y="")
+    figure.set_size_inches(max(6.5, len(columns) + 3.5), max(2.4, 0.5 * len(names) + 1.4))
+    numbers = [[float("nan") if value is None else value for value in row] for row in values]
+    _heat(figure, axes, numbers, label="score", percent=True, low=0.0, high=1.0, map_="RdYlGn")
+    axes.set_xticks(range(len(columns)), list(columns))
+    axes.set_yticks(range(len(names)), list(names))
     return figure
 
 
@@ -275,6 +309,8 @@ def _heat(
         return
     for i, row in enumerate(values):
         for j, value in enumerate(row):
+            if value != value:
+                continue
             red, green, blue, _ = _rgba(image, value)
             dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
             text = f"{value:.0%}" if percent else f"{value:.2f}"

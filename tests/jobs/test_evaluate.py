@@ -29,6 +29,11 @@ FIGURES = {
     "needle_lift.png",
 }
 TABLES = {"bits_per_byte_by_position.json", "needle_trials.json"}
+TASKS = [
+    {"kind": "mqar", "lengths": [64, 128], "pairs": 4, "samples": 2},
+    {"kind": "aime", "file": "aime.jsonl", "attempts": 2, "max_new_tokens": [4],
+     "max_problem_tokens": 150},
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +42,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("evaluate")
     corpus = make_corpus(place / "data")
     export(corpus, make_model(corpus.tokenizer.vocab_size, max_context=160), place / "model")
+    (place / "aime.jsonl").write_text('{"problem": "1+1?", "answer": 2}\n')
     return place
 
 
@@ -129,6 +135,29 @@ def test_a_registered_model_is_evaluated_below_its_training_run(place: Path) -> 
     assert "needle" not in results
 
 
+def test_tasks_are_measured_and_recorded(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job.main(["--config", config_file(place, tasks=TASKS, needle=None, bits_per_byte=None)])
+    out = capsys.readouterr().out
+    assert "mqar" in out and "95 % interval" in out
+    experiment = client(place).get_experiment_by_name("test")
+    assert experiment is not None
+    run = client(place).search_runs([experiment.experiment_id])[0]
+    names = {"mqar/64", "mqar/128", "mqar/mean", "aime/4", "aime/mean"}
+    assert set(run.data.metrics) == {f"eval/{name}" for name in names}
+    files = client(place).list_artifacts(run.info.run_id, "evaluation")
+    each = {
+        f"{name}{end}" for name in ("mqar", "aime") for end in (".json", "_answers.json", ".png")
+    }
+    assert {Path(file.path).name for file in files} == each | {"tasks.png", "results.json"}
+    folder = Path(str(run.info.artifact_uri)) / "evaluation"
+    cells = json.loads((folder / "results.json").read_text())["tasks"]["mqar"]["cells"]
+    assert list(cells) == ["64", "128"]
+    assert cells["64"]["mean"] == pytest.approx(run.data.metrics["eval/mqar/64"])
+    assert cells["64"]["low"] <= cells["64"]["mean"] <= cells["64"]["high"]
+    table = json.loads((folder / "aime_answers.json").read_text())
+    assert len(table["data"]) == 2 and table["columns"][-1] == "score"
+
+
 def test_results_go_into_a_given_run_and_leave_it_as_it_was(place: Path) -> None:
     parent, queue_dir = parent_run(place)
     before = client(place).get_run(parent)
@@ -147,6 +176,12 @@ def test_results_go_into_a_given_run_and_leave_it_as_it_was(place: Path) -> None
     [
         ({"needle": {"lengths": [159]}}, "needle.lengths: 159 and 16 tokens for the answer"),
         ({"bits_per_byte": {"context_length": 161}}, "bits_per_byte.context_length=161 must not"),
+        (
+            {"tasks": [{"kind": "mqar", "lengths": [161]}]},
+            "tasks: mqar: prompts and answers of 161",
+        ),
+        ({"tasks": [{**TASKS[1], "file": "no"}]}, "it should be JSON lines with `problem`"),
+        ({"needle": {"lengths": [130], "values": 2}}, "130 and 32 tokens for the answer"),
         ({"checkpoint": "missing"}, "missing"),
         ({"checkpoint": "models:/evaluated@nobody"}, "no model 'evaluated' with the alias"),
         ({"data": "nowhere"}, "nowhere/validation/manifest.json"),

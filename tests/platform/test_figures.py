@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
@@ -131,6 +132,19 @@ def test_bars_carry_their_values() -> None:
     words = texts(figures.bars(["model", "bigram"], [2.1234, 3.5], unit="bits", title="Text"))
     for word in ("model", "bigram", "2.123", "3.500", "bits", "Text"):
         assert word in words
+
+
+def test_scores_carry_their_intervals_and_leave_out_what_is_not_measured() -> None:
+    figure = figures.bars(["4096"], [0.5], intervals=[(0.4, 0.7)], unit="score", title="vt")
+    (lines,) = figure.axes[0].collections
+    assert isinstance(lines, LineCollection)
+    assert lines.get_segments()[0][:, 0].tolist() == pytest.approx([0.4, 0.7])
+    words = texts(
+        figures.scores(["vt", "cwe"], ["4,096", "8,192"], [[1, 0.25], [0.5, None]], title="x")
+    )
+    for word in ("vt", "cwe", "8,192", "100%", "25%", "50%"):
+        assert word in words
+    assert "nan" not in words
 
 
 def test_no_display_is_ever_asked_for() -> None:

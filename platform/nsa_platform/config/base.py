@@ -115,13 +115,16 @@ def _patch(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _explain(root: type[BaseModel], problem: Any) -> str:
-    location = [part for part in problem["loc"] if not _is_union_tag(part, problem)]
+    path = problem["loc"]
+    location = [part for index, part in enumerate(path) if not _is_union_tag(index, path)]
     key = ".".join(str(part) for part in location)
     if problem["type"] == "extra_forbidden":
         valid = sorted(_valid_names(root, problem["loc"][:-1]))
         near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return f"{key}: unknown key{hint} (valid: {', '.join(valid)})"
+    if problem["type"] == "union_tag_invalid":
+        return _unknown_tag(key, problem["ctx"])
     message = problem["msg"].removeprefix("Value error, ")
     if not location:
         return message
@@ -140,14 +143,21 @@ def _is_echo(problem: Any, found: Sequence[Any]) -> bool:
     )
 
 
-def _is_union_tag(part: str | int, problem: Any) -> bool:
+def _unknown_tag(key: str, context: Any) -> str:
+    """A tagged union of several kinds was given another one."""
+    name = context["discriminator"].strip("'")
+    valid = [each.strip("'") for each in context["expected_tags"].split(", ")]
+    near = difflib.get_close_matches(str(context["tag"]), valid, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{key}.{name}: unknown {name} {context['tag']!r}{hint} (valid: {', '.join(valid)})"
+
+
+def _is_union_tag(index: int, path: Sequence[str | int]) -> bool:
     """Pydantic puts the chosen variant of a tagged union into the path; users never wrote it."""
-    path = problem["loc"]
-    return (
-        part in ("nsa", "full")
-        and path.index(part) > 0
-        and path[path.index(part) - 1] == ("attention")
-    )
+    before = path[max(0, index - 2) : index]
+    if before and before[-1] == "attention":
+        return path[index] in ("nsa", "full")
+    return len(before) == 2 and before[0] == "tasks" and isinstance(before[1], int)
 
 
 def _valid_names(root: type[BaseModel], location: Sequence[str | int]) -> set[str]:

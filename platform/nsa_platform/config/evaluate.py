@@ -41,10 +41,22 @@ class NeedleConfig(Strict):
     )
     """Where the needle stands, as a share of the haystack."""
     samples: PositiveInt = 2
-    """Needles per cell."""
+    """Haystacks per cell."""
+    keys: Annotated[int, Field(ge=1, le=25)] = 1
+    """Words that have a secret number; more than one: multi-key."""
+    values: PositiveInt = 1
+    """Numbers of each word; more than one: multi-value."""
+    queries: PositiveInt = 1
+    """Words that are asked for; more than one: multi-query."""
     filler: Literal["heldout", "synthetic"] = "heldout"
     """heldout: the haystack is held-out text of the data. synthetic: five plain sentences."""
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _asked_words_exist(self) -> Self:
+        if self.queries > self.keys:
+            raise ValueError(f"queries={self.queries} must not exceed keys={self.keys}")
+        return self
 
 
 BaselineName = Literal[

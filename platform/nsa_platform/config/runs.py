@@ -9,6 +9,7 @@ from nsa_platform.config.data import CorpusConfig, LoaderConfig, TokenizerConfig
 from nsa_platform.config.evaluate import BitsPerByteConfig, NeedleConfig
 from nsa_platform.config.locations import Location, ModelLocation
 from nsa_platform.config.model import ModelConfig
+from nsa_platform.config.tasks import TaskConfig
 from nsa_platform.config.train import ClusterConfig, TrackingConfig, TrainConfig
 
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
@@ -111,7 +112,17 @@ class EvaluateRun(Strict):
     tokens of train/."""
     bits_per_byte: BitsPerByteConfig | None = BitsPerByteConfig()
     needle: NeedleConfig | None = NeedleConfig()
+    tasks: tuple[TaskConfig, ...] = ()
+    """Tasks with answers, each kind at most once."""
     use_gpu: bool = False
     tracking: TrackingConfig = TrackingConfig()
     storage: Location = "runs"
     """Folder of what a tracking store out of reach has not taken yet, below storage/name."""
+
+    @model_validator(mode="after")
+    def _each_task_once(self) -> Self:
+        kinds = [task.kind for task in self.tasks]
+        twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
+        if twice:
+            raise ValueError(f"tasks: {', '.join(twice)} must not stand twice")
+        return self

@@ -1,9 +1,11 @@
-"""Needle in a haystack: one line with a number in a long text, and a question for the number.
+"""Needle in a haystack: lines with numbers in a long text, and a question for some of them.
 
 Prompt = filler, needle, filler, question; exactly `length` tokens. The needle goes in at `depth` of
-the filler and then back to the line end before it. Three readings of the same needles:
+the filler and then back to the line end before it. Several needles that are asked for go on from
+there in equal steps to the end; those of words that are not asked for lie anywhere. Three readings:
 
-    exact   the model, generating freely, writes the number: the test as it is usually reported
+    exact   the model, generating freely, writes the number: the test as it is usually reported; of
+            several numbers, the share that it writes
     tokens  share of the number's tokens that were most likely, the right ones before them given
     lift    log p(number | needle) - log p(number | a needle with another number), in nats: what
             the needle's content is worth; 0 means that the needle was not read at all
@@ -27,6 +29,7 @@ ScoreAnswer = Callable[[list[int], list[int]], AnswerScore]
 
 NEEDLE = "\nThe secret number of {word} is {number}.\n"
 QUESTION = "\nThe secret number of {word} is"
+QUESTION_FOR_SEVERAL = "\nThe secret numbers of {word} are"
 ANSWER = " {number}"
 WORDS = (
     *("anchor", "basil", "candle", "dragon", "ember", "falcon", "garnet", "harbor", "island"),
@@ -46,11 +49,12 @@ class Haystack:
 
     prompt: list[int]
     control: list[int]
-    """The same prompt with another number in its needle."""
+    """The same prompt with other numbers in the needles that are asked for."""
     answer: list[int]
     number: str
+    """What is asked for; several numbers are joined by a comma and a blank."""
     position: int
-    """Where the needle begins, in tokens."""
+    """Where the first needle that is asked for begins, in tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +66,7 @@ class Trial:
     position: int
     number: str
     written: str
-    exact: bool
+    exact: float
     tokens: float
     lift: float
 
@@ -119,7 +123,9 @@ def needle_grid(
         for depth in config.depths:
             for sample in range(config.samples):
                 dice = random.Random(f"{config.seed}/{length}/{depth}/{sample}")
-                hay = haystack(tokenizer, filler, length=length, depth=depth, dice=dice)
+                hay = haystack(
+                    tokenizer, filler, length=length, depth=depth, dice=dice, counts=_counts(config)
+                )
                 grid.trials.append(
                     _try(generate, score, tokenizer, hay, length=length, depth=depth)
                 )
@@ -127,42 +133,88 @@ def needle_grid(
     return grid
 
 
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How many needles there are."""
+
+    keys: int = 1
+    values: int = 1
+    queries: int = 1
+
+
+ONE_NEEDLE = Counts()
+
+
 def haystack(
-    tokenizer: Tokenizer, filler: Sequence[int], *, length: int, depth: float, dice: random.Random
+    tokenizer: Tokenizer,
+    filler: Sequence[int],
+    *,
+    length: int,
+    depth: float,
+    dice: random.Random,
+    counts: Counts = ONE_NEEDLE,
 ) -> Haystack:
     """A prompt of exactly `length` tokens with a needle at `depth`.
 
     Raises:
-        ValueError: the filler is empty, or `length` has no room for needle and question.
+        ValueError: the filler is empty, or `length` has no room for needles and question.
     """
     if not filler:
         raise ValueError("the haystack needs filler, got no token")
-    word = dice.choice(WORDS)
-    number, other = (str(dice.randint(10_000, 99_999)) for _ in range(2))
-    question = tokenizer.encode(QUESTION.format(word=word))
-    needle = tokenizer.encode(NEEDLE.format(word=word, number=number))
-    control = tokenizer.encode(NEEDLE.format(word=word, number=other))
-    room = length - len(question) - max(len(needle), len(control))
+    words = dice.sample(WORDS, counts.keys)
+    asked = words[: counts.queries]
+    pairs = [(word, *_two_numbers(dice)) for word in words for _ in range(counts.values)]
+    wanted = pairs[: counts.queries * counts.values]
+    question = _question(tokenizer, asked, len(wanted))
+    needles, controls, others = (
+        [tokenizer.encode(NEEDLE.format(word=pair[0], number=pair[which])) for pair in some]
+        for some, which in ((wanted, 1), (wanted, 2), (pairs[len(wanted) :], 1))
+    )
+    size = max(sum(map(len, needles)), sum(map(len, controls))) + sum(map(len, others))
+    room = length - len(question) - size
     if room < 1:
         raise ValueError(
             f"needle.lengths={length} must be more than {length - room}, "
             "the tokens of needle and question"
         )
     begin = dice.randrange(len(filler))
-    hay = [filler[(begin + i) % len(filler)] for i in range(room + abs(len(needle) - len(control)))]
-    place = _line_start(tokenizer, hay, round(depth * room))
+    hay = [filler[(begin + i) % len(filler)] for i in range(length)]
+    steps = [depth + (1 - depth) * i / len(wanted) for i in range(len(wanted))]
+    places = [break_before(tokenizer, hay, round(step * room)) for step in steps]
+    elsewhere = [break_before(tokenizer, hay, dice.randint(0, room)) for _ in others]
 
-    def around(middle: list[int]) -> list[int]:
-        rest = length - len(question) - len(middle)
-        return [*hay[:place], *middle, *hay[place:rest], *question]
+    def around(middle: list[list[int]]) -> list[int]:
+        at = sorted(
+            zip([*places, *elsewhere], [*middle, *others], strict=True), key=lambda each: each[0]
+        )
+        rest = length - len(question) - sum(map(len, [*middle, *others]))
+        starts, result = [0, *(place for place, _ in at)], []
+        for start, (place, needle) in zip(starts, at, strict=False):
+            result += [*hay[start:place], *needle]
+        return [*result, *hay[starts[-1] : rest], *question]
 
+    number = ", ".join(pair[1] for pair in wanted)
+    earlier = [needle for needle, place in zip(others, elsewhere, strict=True) if place < places[0]]
     return Haystack(
-        prompt=around(needle),
-        control=around(control),
+        prompt=around(needles),
+        control=around(controls),
         answer=tokenizer.encode(ANSWER.format(number=number)),
         number=number,
-        position=place,
+        position=places[0] + sum(map(len, earlier)),
     )
+
+
+def _counts(config: NeedleConfig) -> Counts:
+    return Counts(config.keys, config.values, config.queries)
+
+
+def _two_numbers(dice: random.Random) -> tuple[str, str]:
+    return str(dice.randint(10_000, 99_999)), str(dice.randint(10_000, 99_999))
+
+
+def _question(tokenizer: Tokenizer, asked: Sequence[str], numbers: int) -> list[int]:
+    template = QUESTION if numbers == 1 else QUESTION_FOR_SEVERAL
+    return tokenizer.encode(template.format(word=" and ".join(asked)))
 
 
 def synthetic_filler(tokenizer: Tokenizer) -> list[int]:
@@ -170,10 +222,10 @@ def synthetic_filler(tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode(SYNTHETIC)
 
 
-def _line_start(tokenizer: Tokenizer, hay: Sequence[int], place: int) -> int:
-    """The nearest place at or before `place` that follows a line end; `place` if none is near."""
+def break_before(tokenizer: Tokenizer, hay: Sequence[int], place: int, *, marks: str = "\n") -> int:
+    """The nearest place at or before `place` after one of the marks; `place` if none is near."""
     for candidate in range(place, max(0, place - LINE_END_REACH), -1):
-        if "\n" in tokenizer.decode(hay[candidate - 1 : candidate]):
+        if any(mark in tokenizer.decode(hay[candidate - 1 : candidate]) for mark in marks):
             return candidate
     return place
 
@@ -190,17 +242,24 @@ def _try(
     with_needle = score(hay.prompt, hay.answer)
     without = score(hay.control, hay.answer)
     written = tokenizer.decode(generate(hay.prompt, len(hay.answer) + 2))
-    found = re.match(r"\s*(\d+)", written)
     return Trial(
         length=length,
         depth=depth,
         position=hay.position,
         number=hay.number,
         written=written,
-        exact=found is not None and found.group(1) == hay.number,
+        exact=_found(written, hay.number.split(", ")),
         tokens=_mean([float(hit) for hit in with_needle.hits]),
         lift=sum(without.nats) - sum(with_needle.nats),
     )
+
+
+def _found(written: str, numbers: Sequence[str]) -> float:
+    """The share of the numbers that are written; a single one must come first."""
+    if len(numbers) == 1:
+        first = re.match(r"\s*(\d+)", written)
+        return float(first is not None and first.group(1) == numbers[0])
+    return len(set(numbers) & set(re.findall(r"\d+", written))) / len(set(numbers))
 
 
 def _mean(values: Sequence[float]) -> float:

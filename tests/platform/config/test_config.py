@@ -58,7 +58,11 @@ def changed(key: str, value: object) -> dict[str, Any]:
         ),
         ("model.attention.num_local_blocks", 16, "must fit into num_selected_blocks=16"),
         ("model.attention.kv_heads", 3, "kv_heads=3 must divide query_heads=4"),
-        ("model.attention.kind", "sparse", "model.attention: "),
+        (
+            "model.attention.kind",
+            "sparse",
+            "model.attention.kind: unknown kind 'sparse' (valid: nsa, full)",
+        ),
         ("train.tokens_per_step", 300, "must be a multiple of data.context_length=256"),
         ("data.context_length", 512, "must not exceed model.max_context=256"),
         ("tracking.uri", "ftp://x", "tracking: uri='ftp://x' must start with"),

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from nsa_platform.config.evaluate import NeedleConfig
-from nsa_platform.evaluate.needle import haystack, needle_grid, synthetic_filler
+from nsa_platform.evaluate.needle import Counts, haystack, needle_grid, synthetic_filler
 from nsa_platform.evaluate.scores import AnswerScore, ModelScorer
 
 CONFIG = NeedleConfig(lengths=(96, 160), depths=(0.0, 0.5, 1.0), samples=2)
@@ -91,6 +91,52 @@ def test_a_longer_number_that_begins_with_the_right_one_is_wrong(corpus, filler)
 
     grid = needle_grid(almost, shrug, corpus.tokenizer, CONFIG, filler=filler)
     assert grid.mean("exact") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("counts", "asked"),
+    [
+        (Counts(keys=4), 1),
+        (Counts(values=3), 3),
+        (Counts(keys=4, queries=2), 2),
+        (Counts(keys=3, values=2, queries=2), 4),
+    ],
+)
+def test_several_needles(corpus, filler: list[int], counts: Counts, asked: int) -> None:
+    hay = haystack(
+        corpus.tokenizer, filler, length=700, depth=0.2, dice=random.Random(3), counts=counts
+    )
+    assert len(hay.prompt) == len(hay.control) == 700
+    text, control = corpus.tokenizer.decode(hay.prompt), corpus.tokenizer.decode(hay.control)
+    pairs = re.findall(r"\nThe secret number of (\w+) is (\d+)\.\n", text)
+    assert len(pairs) == counts.keys * counts.values
+    question = text.rsplit("\nThe secret number", 1)[1]
+    numbers = hay.number.split(", ")
+    assert len(numbers) == asked
+    assert [number for word, number in pairs if re.search(rf"\b{word}\b", question)] == numbers
+    others = {number for _, number in pairs} - set(numbers)
+    assert not any(number in control for number in numbers)
+    assert all(number in control for number in others)
+    first = corpus.tokenizer.decode(hay.prompt[hay.position :])
+    assert re.match(rf"\nThe secret number of \w+ is {numbers[0]}\.", first)
+    places = [text.index(f"is {number}.") / len(text) for number in numbers]
+    assert places == sorted(places) and places[0] > 0.05
+    assert asked == 1 or places[-1] - places[0] > 0.3, "spread from the depth to the end"
+
+
+def test_of_several_numbers_the_share_counts(corpus, filler: list[int]) -> None:
+    def half(prompt: list[int], count: int) -> list[int]:
+        found = re.findall(r"number of \w+ is (\d+)", corpus.tokenizer.decode(prompt))
+        return corpus.tokenizer.encode(f" {found[0]} and 1{found[1]}")[:count]
+
+    def shrug(prompt: list[int], answer: list[int]) -> AnswerScore:
+        return AnswerScore((1.0,) * len(answer), (False,) * len(answer))
+
+    config = NeedleConfig(lengths=(200,), depths=(0.5,), samples=1, values=2)
+    grid = needle_grid(half, shrug, corpus.tokenizer, config, filler=filler)
+    assert grid.mean("exact") == 0.5
+    with pytest.raises(ValueError, match="queries=2 must not exceed keys=1"):
+        NeedleConfig(queries=2)
 
 
 def test_an_answer_is_scored_as_the_batch_scores_it(corpus, model, filler: list[int]) -> None:

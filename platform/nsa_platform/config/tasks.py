@@ -1,0 +1,165 @@
+"""Tasks of an evaluation: which, at which lengths, how often, from which files."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt
+
+from nsa_platform.config.base import Strict
+from nsa_platform.config.locations import Location
+
+Lengths = Annotated[tuple[Annotated[int, Field(ge=64)], ...], Field(min_length=1)]
+
+LONGBENCH_OF_THE_PAPER = (
+    *("multifieldqa_en", "multifieldqa_zh", "qasper", "hotpotqa", "2wikimqa"),
+    *("gov_report", "dureader", "passage_retrieval_en", "passage_retrieval_zh", "lcc"),
+)
+
+
+class _Generated(Strict):
+    samples: PositiveInt = 100
+    """Samples of each length; RULER's own number is 500."""
+    lengths: Lengths = (4096,)
+    """Tokens of a prompt together with those left for the answer."""
+    seed: int = 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and its answer."""
+        return max(self.lengths)
+
+
+class _Asked(Strict):
+    chat: bool = False
+    """Prompts go through the tokenizer's chat template as one message of a user's."""
+
+
+class NiahTask(_Generated, _Asked):
+    """RULER's needles in a haystack: what an asked key stands for."""
+
+    kind: Literal[
+        "niah_single_1",
+        "niah_single_2",
+        "niah_single_3",
+        "niah_multikey_1",
+        "niah_multikey_2",
+        "niah_multikey_3",
+        "niah_multivalue",
+        "niah_multiquery",
+    ]
+    essays: Location | None = None
+    """Folder of .txt files, the haystack of single_2, single_3, multikey_1, multivalue and
+    multiquery; without it their haystack is the noise of single_1."""
+
+
+class VariableTrackingTask(_Generated, _Asked):
+    """RULER's variable tracking: which variables hold a value through a chain of assignments."""
+
+    kind: Literal["vt"]
+    chains: PositiveInt = 1
+    hops: PositiveInt = 4
+    """Assignments from variable to variable in a chain."""
+
+
+class WordsTask(_Generated, _Asked):
+    """RULER's common words (cwe) and frequent words (fwe)."""
+
+    kind: Literal["cwe", "fwe"]
+
+
+class QaTask(_Generated, _Asked):
+    """RULER's question answering among distracting documents: SQuAD (qa_1), HotpotQA (qa_2)."""
+
+    kind: Literal["qa_1", "qa_2"]
+    file: Location
+    """qa_1: dev-v2.0.json of SQuAD 2.0. qa_2: hotpot_dev_distractor_v1.json of HotpotQA."""
+
+
+class MqarTask(_Generated):
+    """Multi-query associative recall: pairs of tokens, then each key again, asked for its value."""
+
+    kind: Literal["mqar"]
+    pairs: PositiveInt = 16
+    vocabulary: Annotated[int, Field(ge=8)] | None = None
+    """Ids below this are used: keys from the lower half, values from the upper one. Default: all
+    ids of the tokenizer."""
+
+
+class LongBenchTask(_Asked):
+    """LongBench, from the user's copy of its files."""
+
+    kind: Literal["longbench"]
+    folder: Location
+    """Holds <dataset>.jsonl for each dataset, as data.zip of
+    huggingface.co/datasets/THUDM/LongBench does."""
+    datasets: Annotated[tuple[str, ...], Field(min_length=1)] = LONGBENCH_OF_THE_PAPER
+    """Default: the ten that the paper reports. <dataset>_e: those of LongBench-E."""
+    prompts: Location | None = None
+    """dataset2prompt.json of github.com/THUDM/LongBench: published scores are made with it.
+    Without it prompts ask the same in our own words."""
+    max_length: PositiveInt = 31500
+    """Tokens of a prompt; of a longer one the middle is left out."""
+    samples: PositiveInt | None = None
+    """The first so many rows of each file; default: all."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and its answer."""
+        return self.max_length + 512
+
+
+class LongBenchV2Task(_Asked):
+    """LongBench v2: questions with four choices about very long texts."""
+
+    kind: Literal["longbench_v2"]
+    file: Location
+    """data.json of huggingface.co/datasets/THUDM/LongBench-v2, or its rows as .jsonl."""
+    prompt: Location | None = None
+    """prompts/0shot.txt of github.com/THUDM/LongBench; without it our own words."""
+    max_length: PositiveInt = 120_000
+    """Tokens of a prompt; of a longer one the middle is left out."""
+    temperature: Annotated[float, Field(ge=0)] = 0.1
+    samples: PositiveInt | None = None
+    """The first so many questions; default: all."""
+    seed: int = 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and its answer."""
+        return self.max_length + 128
+
+
+class AimeTask(_Asked):
+    """Competition problems with an integer answer, each tried several times."""
+
+    kind: Literal["aime"]
+    file: Location
+    """JSONL with `problem` and `answer` in each row, such as the 30 of AIME 2024."""
+    attempts: PositiveInt = 16
+    """Answers drawn for each problem; pass@1 is their mean."""
+    temperature: Annotated[float, Field(ge=0)] = 0.7
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    max_new_tokens: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (8192, 16384)
+    """Limits of an answer's length; each is a measurement of its own."""
+    max_problem_tokens: PositiveInt = 2048
+    """A longer problem is an error."""
+    samples: PositiveInt | None = None
+    """The first so many problems; default: all."""
+    seed: int = 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and its answer."""
+        return self.max_problem_tokens + max(self.max_new_tokens)
+
+
+TaskConfig = Annotated[
+    NiahTask
+    | VariableTrackingTask
+    | WordsTask
+    | QaTask
+    | MqarTask
+    | LongBenchTask
+    | LongBenchV2Task
+    | AimeTask,
+    Field(discriminator="kind"),
+]

@@ -1,0 +1,1 @@
+"""Tasks with prompts, answers and exact scores, run by one harness."""

@@ -1,0 +1,109 @@
+"""Scores of a task in its cells: counts, means and intervals of 95 %.
+
+Where every unit is one sample that is right or wrong, the interval is Wilson's; otherwise it is the
+percentile bootstrap over units, for samples of a unit are alike.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sample and what the model made of it."""
+
+    cells: tuple[str, ...]
+    unit: str
+    prompt_tokens: int
+    references: tuple[str, ...]
+    written: str
+    new_tokens: int
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A mean with its interval."""
+
+    mean: float
+    low: float
+    high: float
+    method: str
+    """wilson or bootstrap."""
+    samples: int
+    units: int
+    new_tokens: float
+    """Mean tokens of an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskResult:
+    """All rows of a task."""
+
+    name: str
+    rows: list[Row]
+
+    @property
+    def cells(self) -> dict[str, Score]:
+        """Score of each cell, in the order in which cells came."""
+        by_cell: dict[str, list[Row]] = defaultdict(list)
+        for row in self.rows:
+            for cell in row.cells:
+                by_cell[cell].append(row)
+        return {cell: score_of(rows) for cell, rows in by_cell.items()}
+
+    @property
+    def mean(self) -> float:
+        """The plain mean of the cells: each length or dataset counts as much as any other."""
+        return float(np.mean([score.mean for score in self.cells.values()]))
+
+
+def score_of(rows: Sequence[Row]) -> Score:
+    """Mean and interval of some rows; there must be one."""
+    by_unit: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        by_unit[row.unit].append(row.score)
+    means = [float(np.mean(scores)) for scores in by_unit.values()]
+    binary = len(means) == len(rows) and set(means) <= {0.0, 1.0}
+    low, high = wilson(means) if binary else bootstrap(means)
+    return Score(
+        mean=float(np.mean([row.score for row in rows])),
+        low=low,
+        high=high,
+        method="wilson" if binary else "bootstrap",
+        samples=len(rows),
+        units=len(means),
+        new_tokens=float(np.mean([row.new_tokens for row in rows])),
+    )
+
+
+def wilson(scores: Iterable[float]) -> tuple[float, float]:
+    """Wilson's interval of a share, from scores that are 0 or 1."""
+    values = list(scores)
+    found = stats.binomtest(round(sum(values)), len(values)).proportion_ci(
+        CONFIDENCE, method="wilson"
+    )
+    return float(found.low), float(found.high)
+
+
+def bootstrap(scores: Sequence[float]) -> tuple[float, float]:
+    """The percentile interval of a mean; one score alone says nothing: 0 to 1."""
+    if len(scores) < 2:
+        return 0.0, 1.0
+    found = stats.bootstrap(
+        (scores,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(0),
+        batch=100,
+    ).confidence_interval
+    return float(found.low), float(found.high)

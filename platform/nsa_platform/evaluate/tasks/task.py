@@ -1,0 +1,58 @@
+"""What a task is: samples in cells, each with a prompt and a way to score what a model makes of it.
+
+A cell is what one number is reported for: a length, a dataset, a limit of the answer; a sample may
+count in several. Samples of one unit vary together, such as several tries at one problem.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+Scorer = Callable[[str], float]
+"""What a model wrote to its score, 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How an answer is drawn; the default is greedy."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenSample:
+    """The model writes an answer to a prompt."""
+
+    cells: tuple[str, ...]
+    unit: str
+    prompt: list[int]
+    references: tuple[str, ...]
+    max_new_tokens: int
+    score: Scorer
+    decoding: Decoding = Decoding()
+
+
+@dataclass(frozen=True, slots=True)
+class ForcedSample:
+    """The model is given the answer token by token; some of its tokens count."""
+
+    cells: tuple[str, ...]
+    unit: str
+    prompt: list[int]
+    answer: list[int]
+    counted: tuple[int, ...]
+    """Places in the answer; the score is the share of them that were the likeliest token."""
+
+
+Sample = WrittenSample | ForcedSample
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A named set of samples. Asked again, `samples` gives the same ones."""
+
+    name: str
+    size: int
+    """How many samples there are."""
+    samples: Callable[[], Iterator[Sample]]

@@ -1,0 +1,146 @@
+"""LongBench's scores as its own code gives them, its files, and the frames around its prompts."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nsa_platform.config.tasks import LongBenchTask, LongBenchV2Task
+from nsa_platform.evaluate.tasks import longbench_scores as scores
+from nsa_platform.evaluate.tasks.longbench import DATASETS, middle_left_out, scorer
+from nsa_platform.evaluate.tasks.longbench_v2 import letter_of
+from nsa_platform.evaluate.tasks.suite import open_task
+from nsa_platform.evaluate.tasks.task import WrittenSample
+
+
+@pytest.mark.parametrize(
+    ("score", "prediction", "answer", "classes", "expected"),
+    [
+        (scores.f1_english, "The cat, sat.", "a cat ran", (), 2 * 1 / (2 + 2)),
+        (scores.f1_english, "dog", "cat", (), 0.0),
+        (scores.f1_chinese, "我来到，北京", "我来到北京", (), 1.0),
+        (scores.f1_chinese, "清华大学", "北京", (), 0.0),
+        (scores.rouge_l, "the cat sat", "the cat ran", (), 2 / 3),
+        (scores.rouge_l, "", "the cat", (), 0.0),
+        (scores.rouge_l, " . ", "the cat", (), 0.0),
+        (scores.rouge_l_chinese, "我来到北京", "我来到北京", (), 1.0),
+        (scores.classification, "It is Food or Sport", "Food", ("Food", "Sport", "Art"), 0.5),
+        (scores.classification, "Sport", "Food", ("Food", "Sport"), 0.0),
+        (scores.classification, "Food other", "Food other", ("Food", "Food other"), 1.0),
+        (scores.retrieval, "Paragraph 7 or 8", "Paragraph 7", (), 0.5),
+        (scores.retrieval_chinese, "段落3", "段落3", (), 1.0),
+        (scores.count, "There are 12 of 20, so 12", "12", (), 2 / 3),
+        (scores.count, "none", "12", (), 0.0),
+        (scores.code_similarity, "\n# first\nx = 10\ny", "x = 11", (), 0.83),
+        (scores.code_similarity, "x = 1 // two\n`x`", "x = 1", (), 0.0),
+    ],
+)
+def test_scores(score, prediction: str, answer: str, classes, expected: float) -> None:
+    assert score(prediction, answer, classes) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_sentence_that_the_package_cannot_walk_counts_as_0() -> None:
+    long = " ".join(map(str, range(1000)))
+    assert scores.rouge_l(long, long) == 0.0
+
+
+def test_the_best_answer_counts_and_of_examples_only_the_first_line() -> None:
+    assert scorer(DATASETS["hotpotqa"], ["dog", "red cat"], ())("red cat") == 1.0
+    assert scorer(DATASETS["triviaqa"], ["cat"], ())("\ncat\nPassage: dog") == 1.0
+    assert scorer(DATASETS["hotpotqa"], ["cat"], ())("\ncat\nPassage: dog") == 0.5
+
+
+def test_all_datasets_are_there() -> None:
+    assert len(DATASETS) == 21
+    limits = {name: each.max_new_tokens for name, each in DATASETS.items()}
+    assert {limits[n] for n in ("narrativeqa", "qasper", "dureader", "samsum")} == {128}
+    assert {limits[n] for n in ("gov_report", "qmsum", "multi_news", "vcsum")} == {512}
+    assert sum(limit == 32 for limit in limits.values()) == 7
+    assert {n for n, each in DATASETS.items() if each.is_plain} == {
+        *("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"),
+    }
+
+
+def write(folder: Path, name: str, rows: list[dict[str, object]]) -> None:
+    lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+    (folder / name).write_text("\n".join(lines) + "\n")
+
+
+def row(**changes: object) -> dict[str, object]:
+    empty = {"input": "Who?", "context": "Ann {did} it.", "answers": ["Ann"], "all_classes": None}
+    return {**empty, **changes}
+
+
+def test_files_become_samples(corpus, tmp_path: Path) -> None:
+    write(tmp_path, "hotpotqa.jsonl", [row(), row(context="long " * 400), row()])
+    write(tmp_path, "lcc_e.jsonl", [row(context="x = 1\n", input="", answers=["y = 2"])])
+    (tmp_path / "prompts.json").write_text(json.dumps({"lcc": "CODE {context}NEXT"}))
+    config = LongBenchTask.parse(
+        {
+            "kind": "longbench",
+            "folder": str(tmp_path),
+            "datasets": ["hotpotqa", "lcc_e"],
+            "prompts": str(tmp_path / "prompts.json"),
+            "max_length": 400,
+            "samples": 2,
+            "chat": True,
+        }
+    )
+    task = open_task(config, corpus.tokenizer)
+    first, long, code = task.samples()
+    assert task.size == 3
+    assert isinstance(first, WrittenSample) and isinstance(code, WrittenSample)
+    assert (first.cells, first.max_new_tokens, first.score("ann!")) == (("hotpotqa",), 32, 1.0)
+    text = corpus.tokenizer.decode(first.prompt, skip_special_tokens=False)
+    assert "Ann {did} it." in text and "Who?" in text and text.endswith("assistant\n")
+    assert len(long.prompt) == 400
+    assert corpus.tokenizer.decode(long.prompt).rstrip().endswith("assistant")
+    assert corpus.tokenizer.decode(code.prompt) == "CODE x = 1\nNEXT", "no template around code"
+    assert code.cells == ("lcc_e",) and code.score("y = 2\nz") == 1.0
+
+
+def test_what_is_missing_is_named(corpus, tmp_path: Path) -> None:
+    def opened(**changes: object) -> None:
+        tree = {"kind": "longbench", "folder": str(tmp_path), "datasets": ["qasper"], **changes}
+        open_task(LongBenchTask.parse(tree), corpus.tokenizer)
+
+    with pytest.raises(OSError, match=r"qasper\.jsonl of LongBench's data\.zip"):
+        opened()
+    with pytest.raises(ValueError, match="no dataset 'qaspar'; did you mean 'qasper'"):
+        opened(datasets=["qaspar"])
+    write(tmp_path, "qasper.jsonl", [row(), {"input": "x", "context": "y"}])
+    with pytest.raises(ValueError, match="row 2 has no answers, all_classes"):
+        opened()
+    (tmp_path / "qasper.jsonl").write_text("not JSON")
+    with pytest.raises(ValueError, match="is neither JSON lines nor a JSON list"):
+        opened()
+
+
+def test_the_middle_is_left_out() -> None:
+    assert middle_left_out([1, 2, 3, 4, 5], 5) == [1, 2, 3, 4, 5]
+    assert middle_left_out([1, 2, 3, 4, 5], 3) == [1, 2, 5]
+    assert middle_left_out([1, 2, 3, 4, 5], 2) == [1, 5]
+
+
+def test_choices_are_read_from_the_answer() -> None:
+    assert letter_of("So **The correct answer is (B)**.") == "B"
+    assert letter_of("The correct answer is C") == "C"
+    assert letter_of("B") is None
+
+
+def test_version_2_asks_four_choices(corpus, tmp_path: Path) -> None:
+    question = {
+        "_id": "q1", "difficulty": "easy", "length": "short", "question": "Which $C_A$?",
+        "choice_A": "one", "choice_B": "two", "choice_C": "three", "choice_D": "four",
+        "answer": "B", "context": " The $Q$ text. ",
+    }  # fmt: skip
+    (tmp_path / "data.json").write_text(json.dumps([question]))
+    config = LongBenchV2Task.parse({"kind": "longbench_v2", "file": str(tmp_path / "data.json")})
+    (sample,) = open_task(config, corpus.tokenizer).samples()
+    assert isinstance(sample, WrittenSample)
+    text = corpus.tokenizer.decode(sample.prompt)
+    assert "\n\nThe $Q$ text.\n\nQuestion: Which $C_A$?\n(A) one\n(B) two\n(C) three" in text
+    assert sample.cells == ("easy", "short")
+    assert sample.decoding.temperature == 0.1
+    assert sample.score("The correct answer is (B)") == 1.0
+    assert sample.score("The correct answer is (A)") == 0.0
