@@ -5,11 +5,13 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
-from nsa_platform.config.tasks import NiahTask, QaTask, VariableTrackingTask, WordsTask
+from nsa_platform.config.tasks import NiahTask, QaTask, TaskConfig, VariableTrackingTask, WordsTask
 from nsa_platform.data.chat import render_prompt
+from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.evaluate.tasks.niah import SHAPES
 from nsa_platform.evaluate.tasks.ruler_scores import any_of, share_of
 from nsa_platform.evaluate.tasks.suite import open_task, run_task
@@ -59,6 +61,12 @@ GENERATED: list[tuple[str, Callable[[str], str]]] = [
 ]
 
 
+def written(config: TaskConfig, tokenizer: Tokenizer) -> list[WrittenSample]:
+    samples = list(open_task(config, tokenizer).samples())
+    assert all(isinstance(sample, WrittenSample) for sample in samples)
+    return [sample for sample in samples if isinstance(sample, WrittenSample)]
+
+
 def config_of(kind: str, **settings: object):
     model = {"vt": VariableTrackingTask, "cwe": WordsTask, "fwe": WordsTask}.get(kind, NiahTask)
     return model.parse({"kind": kind, "lengths": LENGTHS, "samples": 2, **settings})
@@ -68,25 +76,24 @@ def config_of(kind: str, **settings: object):
 def test_samples_have_their_length_and_can_be_solved(corpus, kind: str, reader) -> None:
     tokenizer = corpus.tokenizer
     task = open_task(config_of(kind), tokenizer)
-    samples = list(task.samples())
+    samples = written(config_of(kind), tokenizer)
     assert len(samples) == task.size == 4
     assert samples[0].prompt != samples[1].prompt
     for sample in samples:
-        assert isinstance(sample, WrittenSample)
         assert len(sample.prompt) + sample.max_new_tokens == int(sample.cells[0])
         text = tokenizer.decode(sample.prompt)
         assert sample.score(reader(text)) == 1.0, (reader(text), sample.references)
         assert sample.score("nothing of it") == 0.0
-    again = list(open_task(config_of(kind), tokenizer).samples())
+    again = written(config_of(kind), tokenizer)
     assert [each.prompt for each in again] == [each.prompt for each in samples]
-    other = next(open_task(config_of(kind, seed=1), tokenizer).samples())
+    other = written(config_of(kind, seed=1), tokenizer)[0]
     assert other.prompt != samples[0].prompt
     with pytest.raises(ValueError, match=rf"tasks: {kind}: lengths=200 must be at least \d+"):
         open_task(config_of(kind, lengths=[3000, 200]), tokenizer)
 
 
 def test_kinds_differ_as_ruler_says(corpus) -> None:
-    first = {kind: next(open_task(config_of(kind), corpus.tokenizer).samples()) for kind in SHAPES}
+    first = {kind: written(config_of(kind), corpus.tokenizer)[0] for kind in SHAPES}
     counts = {kind: len(sample.references) for kind, sample in first.items()}
     assert counts == dict.fromkeys(SHAPES, 1) | {"niah_multivalue": 4, "niah_multiquery": 4}
     texts = {kind: corpus.tokenizer.decode(sample.prompt) for kind, sample in first.items()}
@@ -102,7 +109,7 @@ def test_kinds_differ_as_ruler_says(corpus) -> None:
 def test_essays_are_the_haystack(corpus, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("Zebras graze. They   sleep.\n\nThey run.\n")
     essays = config_of("niah_single_2", essays=str(tmp_path))
-    text = corpus.tokenizer.decode(next(open_task(essays, corpus.tokenizer).samples()).prompt)
+    text = corpus.tokenizer.decode(written(essays, corpus.tokenizer)[0].prompt)
     assert "They sleep. They run.Zebras graze." in text and "The grass is green" not in text
     (tmp_path / "a.txt").unlink()
     with pytest.raises(ValueError, match=r"holds no \.txt file"):
@@ -111,7 +118,7 @@ def test_essays_are_the_haystack(corpus, tmp_path: Path) -> None:
 
 def test_the_chat_template_goes_around_the_text(corpus) -> None:
     tokenizer = corpus.tokenizer
-    sample = next(open_task(config_of("niah_single_1", chat=True), tokenizer).samples())
+    sample = written(config_of("niah_single_1", chat=True), tokenizer)[0]
     assert len(sample.prompt) + sample.max_new_tokens == min(LENGTHS)
     text = tokenizer.decode(sample.prompt, skip_special_tokens=False)
     asked, answer = text.split("<|im_end|>")[:2]
@@ -158,10 +165,9 @@ def test_questions_come_with_their_documents(corpus, tmp_path: Path, kind: str, 
     file.write_text(json.dumps(tree))
     config = QaTask.parse({"kind": kind, "file": str(file), "lengths": [1500], "samples": 5})
     task = open_task(config, corpus.tokenizer)
-    samples = list(task.samples())
+    samples = written(config, corpus.tokenizer)
     assert len(samples) == task.size == (2 if kind == "qa_1" else 5)
     for sample in samples:
-        assert isinstance(sample, WrittenSample)
         assert len(sample.prompt) + sample.max_new_tokens == 1500
         text = corpus.tokenizer.decode(sample.prompt)
         assert sample.references[0] in text
@@ -201,7 +207,7 @@ def test_the_harness_generates_greedily_and_scores(corpus) -> None:
         half.append(len(prompt))
         return corpus.tokenizer.encode(" ".join(values[:2]))
 
-    def never(*_: object) -> list[int]:
+    def never(*_: object) -> NoReturn:
         raise AssertionError("neither scores nor draws")
 
     result = run_task(task, corpus.tokenizer, generate=generate, score=never, draw=never)

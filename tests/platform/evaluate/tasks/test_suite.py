@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -15,7 +16,7 @@ from nsa_platform.evaluate.tasks.suite import open_task, run_task
 from nsa_platform.evaluate.tasks.task import Decoding, ForcedSample
 
 
-def never(*_: object) -> list[int]:
+def never(*_: object) -> NoReturn:
     raise AssertionError("not asked for")
 
 
