@@ -135,6 +135,7 @@ def parts_of(case: Case) -> dict[str, Part]:
     raw, keys, value, _ = layer.key_value(x).split(sizes, dim=1)
     raw, value = (t.unflatten(1, (groups, -1)) for t in (raw, value))
     keys = keys.unflatten(1, (2, groups, width)).transpose(0, 1)
+    assert layer.gate is not None
     gate = layer.gate(x)
     phi = [*layer.compress_key.parameters(), *layer.compress_value.parameters()]
     rotate = step.rotation.apply

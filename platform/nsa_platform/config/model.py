@@ -36,6 +36,11 @@ class Heads(Strict):
         return self
 
 
+Branch = Literal["compressed", "selected", "sliding"]
+BRANCHES: tuple[Branch, ...] = ("compressed", "selected", "sliding")
+"""In the order of the gates."""
+
+
 class NsaChoices(Strict):
     """What a layer of Native Sparse Attention leaves open beside its heads."""
 
@@ -64,6 +69,14 @@ class NsaChoices(Strict):
     """Rotary positions of compressed keys; the paper is silent. block_start: compress unrotated
     keys, rotate the result at its block's start. before: compress rotated keys. none: neither; the
     one query that all branches share stays rotated."""
+    branches: Annotated[tuple[Branch, ...], Field(min_length=1)] = BRANCHES
+    """Branches that enter the output. Fewer than three make an ablation: the gate of a branch left
+    out is held at 0, its weights stay and get no gradient, its work is done all the same. Blocks
+    are always selected by scores of the compressed keys; without the output of the compressed
+    branch nothing trains these keys or phi, so that selected alone needs branch_kv=shared, which
+    trains the keys as selected ones, and compression=mean, which has no weights."""
+    gates: Literal["sigmoid", "none"] = "sigmoid"
+    """none: the branches are added up as they are, without gates: an ablation."""
     gate_bias: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Initial bias of the gates in the order cmp, slc, win. The paper gives no initialisation."""
 
@@ -88,6 +101,20 @@ class NsaChoices(Strict):
             raise ValueError(
                 f"num_initial_blocks + num_local_blocks = {forced} must fit into "
                 f"num_selected_blocks={self.num_selected_blocks}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _branches_can_learn(self) -> Self:
+        if len(set(self.branches)) < len(self.branches):
+            raise ValueError(f"branches={list(self.branches)} must name each branch once")
+        scores_learn = "compressed" in self.branches or "selected" not in self.branches
+        is_free = self.branch_kv == "shared" and self.compression == "mean"
+        if not scores_learn and not is_free:
+            raise ValueError(
+                f"branches={list(self.branches)} selects by compressed keys that nothing trains: "
+                "it needs branch_kv=shared and compression=mean, got "
+                f"branch_kv={self.branch_kv} and compression={self.compression}"
             )
         return self
 

@@ -21,7 +21,12 @@ from nsa_kernels import (
     sliding_attention,
 )
 from nsa_kernels.branches import Inputs
-from nsa_platform.config.model import FullAttentionConfig, ModelConfig, NsaAttentionConfig
+from nsa_platform.config.model import (
+    BRANCHES,
+    FullAttentionConfig,
+    ModelConfig,
+    NsaAttentionConfig,
+)
 from nsa_platform.model.cache import (
     FullLayerCache,
     LayerCache,
@@ -78,7 +83,7 @@ class NsaAttention(nn.Module):
         self.query = nn.Linear(config.width, heads * attention.key_width, bias=bias)
         self.key_value = nn.Linear(config.width, branches * pair_width, bias=bias)
         self.query_norm, self.key_norm = head_norm(config), head_norm(config)
-        self.gate = nn.Linear(config.width, heads * 3)
+        self.gate = nn.Linear(config.width, heads * 3) if attention.gates == "sigmoid" else None
         self.compress_key = Compression(attention, width=attention.key_width)
         self.compress_value = Compression(attention, width=attention.value_width)
         self.output = nn.Linear(heads * attention.value_width, config.width, bias=False)
@@ -102,8 +107,7 @@ class NsaAttention(nn.Module):
 
         q = own_outputs(self.query, x, [config.query_heads * config.key_width], tensor)
         q = rotation.apply(self.query_norm(q.unflatten(1, (-1, config.key_width))))
-        gates = own_outputs(self.gate, x, [config.query_heads * 3], tensor)
-        gates = torch.sigmoid(gates).unflatten(1, (-1, 3))
+        gates = self._gates(x, tensor)
         # Split once: the gradients of all parts then meet in one concatenation. Only what a branch
         # reads rotated is rotated, branch by branch, so that the op finds it contiguous.
         num_raw = int(branches == 3 and config.compressed_rotary != "before")
@@ -122,6 +126,22 @@ class NsaAttention(nn.Module):
             k_tail = self.key_norm(raw.unflatten(1, (groups, -1))) if num_raw else keys[0]
         k_slc, k_win = (rotated * 2)[-2:]
         return _Projected(q, gates, k_tail, v_tail, k_slc, v_slc, k_win, v_win)
+
+    def _gates(self, x: Tensor, tensor: Axis) -> Tensor:
+        """[T, own heads, 3]: 0 for a branch that is left out, 1 for the others without gates."""
+        config = self.config
+        if self.gate is None:
+            gates = x.new_ones(len(x), config.query_heads // tensor.size, 3)
+        else:
+            gates = own_outputs(self.gate, x, [config.query_heads * 3], tensor)
+            gates = torch.sigmoid(gates).unflatten(1, (-1, 3))
+        if len(config.branches) == len(BRANCHES):
+            return gates
+        kept = [
+            gate if branch in config.branches else torch.zeros_like(gate)
+            for branch, gate in zip(BRANCHES, gates.unbind(2), strict=True)
+        ]
+        return torch.stack(kept, dim=2)
 
     def _place(self, k_cmp: Tensor, rotation: Rotation) -> Tensor:
         """Compressed keys [C, G, K], rotated to their blocks' starts when the config says so."""

@@ -134,6 +134,23 @@ def dense_equivalent(config: ModelConfig) -> ModelConfig:
     return config.model_copy(update={"attention": full})
 
 
+def parameter_matched(config: ModelConfig, *, multiple: int = 8) -> ModelConfig:
+    """The same shape with full attention and a feed-forward so wide that the parameters are equal.
+
+    multiple: the width is rounded to a multiple of it, as matrix products like it.
+
+    Raises:
+        ValueError: the model has experts, of which no token meets all.
+    """
+    if config.moe is not None:
+        raise ValueError("a parameter-matched model needs a dense feed-forward, this one has moe")
+    full = dense_equivalent(config)
+    missing = count_parameters(config).total - count_parameters(full).total
+    more = missing / (3 * config.layers * config.width)
+    width = round((config.ffn_width + more) / multiple) * multiple
+    return full.model_copy(update={"ffn_width": width})
+
+
 def key_counts(attention: NsaChoices, context: int) -> KeyCounts:
     """Average keys per query of each branch over the positions 0 to context - 1.
 
@@ -201,9 +218,16 @@ def _attention_parameters(config: ModelConfig) -> int:
     attention, width = config.attention, config.width
     heads = attention.query_heads
     query_and_output = width * heads * (attention.key_width + attention.value_width)
-    gates = 3 * heads if isinstance(attention, NsaAttentionConfig) else heads * attention.gated
+    gates = _gates(attention)
     products = query_and_output + width * _key_value_width(attention) + width * gates
     return products + _vector_parameters(attention)
+
+
+def _gates(attention: AttentionConfig) -> int:
+    """Gates of a token in one layer."""
+    if isinstance(attention, NsaAttentionConfig):
+        return 3 * attention.query_heads if attention.gates == "sigmoid" else 0
+    return attention.query_heads if attention.gated else 0
 
 
 def _key_value_width(attention: AttentionConfig) -> int:
@@ -216,7 +240,7 @@ def _key_value_width(attention: AttentionConfig) -> int:
 def _vector_parameters(attention: AttentionConfig) -> int:
     """Biases and norms of a layer's attention."""
     heads = attention.query_heads
-    biases = 3 * heads if isinstance(attention, NsaAttentionConfig) else heads * attention.gated
+    biases = _gates(attention)
     if attention.qkv_bias:
         biases += heads * attention.key_width + _key_value_width(attention)
     return biases + 2 * attention.key_width * attention.qk_norm

@@ -57,6 +57,12 @@ def changed(key: str, value: object) -> dict[str, Any]:
             "compression_stride=12 must divide compression_block_size=32 (d | l, Eq. 9)",
         ),
         ("model.attention.num_local_blocks", 16, "must fit into num_selected_blocks=16"),
+        ("model.attention.branches", ["sliding", "sliding"], "must name each branch once"),
+        (
+            "model.attention.branches",
+            ["selected", "sliding"],
+            "needs branch_kv=shared and compression=mean, got branch_kv=separate",
+        ),
         ("model.attention.kv_heads", 3, "kv_heads=3 must divide query_heads=4"),
         (
             "model.attention.kind",

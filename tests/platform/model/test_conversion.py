@@ -117,6 +117,7 @@ def test_every_branch_starts_with_the_checkpoints_keys_and_values(tmp_path, bran
         blocks = torch.randn(2, 5, 8, 16)
         folded = attention.compress_key(blocks)
         torch.testing.assert_close(folded, blocks.mean(2).transpose(0, 1))
+        assert attention.gate is not None
         gates = torch.sigmoid(attention.gate(torch.randn(3, 32))).unflatten(1, (4, 3))
         assert gates[..., 2].min() > 0.98 and gates[..., :2].max() < 0.01
 

@@ -1,5 +1,6 @@
 """Costs from the config, against built models, brute force and counted operations."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from nsa_platform.model.cost import (
     dense_equivalent,
     flops_per_token,
     key_counts,
+    parameter_matched,
 )
 from nsa_platform.model.inputs import PackedInputs
 from nsa_platform.model.transformer import Transformer
 
+DOCUMENT = Path(__file__).parents[3] / "docs" / "baselines.md"
 CONFIGS = Path(__file__).parents[3] / "jobs" / "configs" / "pretrain"
 MOE = {"routed_experts": 5, "shared_experts": 1, "experts_per_token": 2, "expert_width": 16}
 
@@ -83,6 +86,7 @@ def test_shape_of_nsa_1b_is_that_of_the_dense_baseline():
         {"branch_kv": "shared"},
         {"compression": "mean"},
         {"compression": "linear"},
+        {"gates": "none"},
         {"kind": "full"},
         {"kind": "full", "gated": True},
         {"qkv_bias": True, "qk_norm": True},
@@ -151,6 +155,42 @@ def test_dense_equivalent_has_full_attention_and_training_is_three_forwards(make
     assert flops.training == 3 * flops.forward
     sparse = flops_per_token(config, 101)
     assert sparse.training == pytest.approx(3 * sparse.forward - 2 * sparse.scores)
+
+
+def documented_systems() -> list[tuple[str, list[str], int]]:
+    """Rows of the table of trained systems: name, overrides, parameters."""
+    rows = re.findall(r"^\| (.+?) \| (.*?) ?\| ([\d,]+) \|$", DOCUMENT.read_text(), re.MULTILINE)
+    return [
+        (
+            name,
+            [re.sub("^A", "model.attention", each) for each in re.findall("`(.+?)`", overrides)],
+            int(parameters.replace(",", "")),
+        )
+        for name, overrides, parameters in rows
+    ]
+
+
+def test_the_documented_systems_have_the_parameters_that_stand_there():
+    systems = documented_systems()
+    assert len(systems) == 11
+    for name, overrides, parameters in systems:
+        model = PretrainRun.load(CONFIGS / "nsa_150m.yaml", overrides).model
+        assert model is not None
+        assert (name, count_parameters(model).total) == (name, parameters)
+        if "as many" in name:
+            assert model == parameter_matched(preset("nsa_150m"))
+
+
+def test_a_parameter_matched_model_is_wider_and_has_as_many(make_config):
+    nsa = preset("nsa_150m")
+    full = parameter_matched(nsa)
+    assert full.attention.kind == "full" and full.ffn_width > nsa.ffn_width
+    totals = [count_parameters(each).total for each in (nsa, full)]
+    # Half a multiple of eight hidden channels in every layer.
+    assert abs(totals[0] - totals[1]) <= 4 * 3 * nsa.width * nsa.layers
+    assert parameter_matched(nsa, multiple=1).ffn_width == pytest.approx(full.ffn_width, abs=4)
+    with pytest.raises(ValueError, match="has moe"):
+        parameter_matched(make_config(moe=MOE))
 
 
 def test_long_contexts_cost_less_than_dense():

@@ -17,6 +17,7 @@ VARIANTS = {
     "mean": ({"compression": "mean"}, {}),
     "linear": ({"compression": "linear"}, {}),
     "shared": ({"branch_kv": "shared"}, {}),
+    "no-gates": ({"gates": "none"}, {}),
     "rotated-before": ({"compressed_rotary": "before"}, {}),
     "unrotated-blocks": ({"compressed_rotary": "none"}, {}),
     "full": ({"kind": "full"}, {}),

@@ -43,6 +43,12 @@ def test_greedy_equals_recomputing_from_scratch(make_model, attention, length):
         ({}, {"moe": MOE}),
         ({"compressed_rotary": "before"}, {}),
         ({}, {"yarn": {"factor": 2, "original_context": 64}}),
+        ({"gates": "none"}, {}),
+        ({"branches": ["sliding"]}, {}),
+        (
+            {"branches": ["selected", "sliding"], "branch_kv": "shared", "compression": "mean"},
+            {},
+        ),
     ],
 )
 def test_greedy_equals_recomputing_for_other_models(make_model, attention, fields):
