@@ -26,7 +26,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "[1/3] torch and triton"
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c constraints.txt torch==2.13.0 triton
 	@echo "[2/3] ray, mlflow, pyarrow, transformers, test tools"
-	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c constraints.txt -e '.[platform,server,dev]'
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar on -c constraints.txt -e '.[platform,server,eval,dev]'
 	@echo "[3/3] checking that it fits together"
 	@$(BIN)/python -m pip check
 	@touch $(READY)

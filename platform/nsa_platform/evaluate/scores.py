@@ -1,10 +1,11 @@
 """How a model scores given tokens: -log p of every target, and of an answer to a prompt."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from nsa_platform.data.loader import Batch
@@ -51,14 +52,25 @@ class ModelScorer:
         ]
         return torch.cat(losses).double().cpu().numpy()
 
-    @torch.no_grad()
     def answer(self, prompt: list[int], answer: list[int]) -> AnswerScore:
         """Score an answer that follows a prompt; one forward pass without a cache."""
-        ids = torch.tensor(prompt + answer, device=self.device)
-        inputs = PackedInputs.from_lengths([len(ids) - 1], device=self.device)
-        hidden = self.model(ids[:-1], inputs).hidden[len(prompt) - 1 :]
+        return self.answers([(prompt, answer)])[0]
+
+    @torch.no_grad()
+    def answers(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[AnswerScore]:
+        """Score answers that follow prompts, packed into one forward pass without a cache."""
+        whole = [[*prompt, *answer] for prompt, answer in pairs]
+        ids = torch.tensor([token for each in whole for token in each[:-1]], device=self.device)
+        inputs = PackedInputs.from_lengths([len(each) - 1 for each in whole], device=self.device)
+        hidden = self.model(ids, inputs).hidden.split([len(each) - 1 for each in whole])
+        return [
+            self._answer(part[len(prompt) - 1 :], answer)
+            for part, (prompt, answer) in zip(hidden, pairs, strict=True)
+        ]
+
+    def _answer(self, hidden: Tensor, answer: list[int]) -> AnswerScore:
+        goals = torch.tensor(answer, device=self.device)
         logits = self.model.logits(hidden).float()
-        goals = ids[len(prompt) :]
         losses = functional.cross_entropy(logits, goals, reduction="none")
         hits = logits.argmax(-1) == goals
         return AnswerScore(tuple(losses.double().tolist()), tuple(hits.tolist()))

@@ -1,0 +1,203 @@
+"""lm-eval-harness on tasks made here sees what our scorer sees; no task is downloaded."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+from jobs import lm_eval as job
+from nsa_platform.evaluate.scores import ModelScorer
+from nsa_platform.model.inputs import PackedInputs
+from nsa_platform.model.transformer import Transformer
+from tests.platform.evaluate.small import Corpus, export, make_corpus, make_model
+
+MAX_CONTEXT = 160
+TASK = """
+task: {name}
+custom_dataset: !function rows.rows
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{question}}}}"
+target_delimiter: ""
+{rest}
+metadata: {{version: 1.0}}
+"""
+CHOICE = """doc_to_choice: "{{choices}}"
+doc_to_target: "{{right}}"
+num_fewshot: 0
+"""
+TEXT = """doc_to_target: "{{choices[right]}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 6}
+metric_list: [{metric: exact_match}]
+"""
+ROWS = """
+import datasets
+
+def rows(**_):
+    table = [
+        {"question": "the cat", "choices": [" sat", " under the tree"], "right": 0},
+        {"question": "a bird over", "choices": [" the dog", " fish"], "right": 1},
+    ]
+    return {"test": datasets.Dataset.from_list(table)}
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return make_corpus(tmp_path_factory.mktemp("lm_eval") / "data")
+
+
+@pytest.fixture(scope="module")
+def model(corpus: Corpus) -> Transformer:
+    return make_model(corpus.tokenizer.vocab_size, max_context=MAX_CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def adapter(corpus: Corpus, model: Transformer) -> job.NsaModel:
+    folder = export(corpus, model, corpus.path.parent / "model")
+    return job.NsaModel(str(folder), batch_size="3")
+
+
+def instances(kind: str, *arguments: tuple[object, ...]) -> list[Instance]:
+    return [Instance(kind, {}, each, i) for i, each in enumerate(arguments)]  # type: ignore[arg-type]
+
+
+def expected(corpus: Corpus, model: Transformer, context: str, answer: str) -> float:
+    """Log-likelihood by hand: one forward pass over all ids."""
+    ids = corpus.tokenizer.encode(context + answer)
+    begin = len(corpus.tokenizer.encode(context))
+    score = ModelScorer(model).answer(ids[:begin], ids[begin:])
+    return -sum(score.nats)
+
+
+def test_the_model_is_registered() -> None:
+    assert get_model("nsa") is job.NsaModel
+
+
+def test_log_likelihoods_are_those_of_our_scorer(
+    corpus: Corpus, model: Transformer, adapter: job.NsaModel
+) -> None:
+    asked = [("the cat", " sat"), ("a bird over ", "the house"), ("the", " dog ran"), ("a", ".\n")]
+    found = adapter.loglikelihood(instances("loglikelihood", *asked), disable_tqdm=True)
+    for (context, answer), (value, _) in zip(asked, found, strict=True):
+        blanks = len(context) - len(context.rstrip())
+        whole = (context.rstrip(), context[len(context) - blanks :] + answer)
+        assert value == pytest.approx(expected(corpus, model, *whole), abs=1e-4)
+    (value, _), = adapter.loglikelihood(instances("loglikelihood", ("", "the cat")))  # fmt: skip
+    ids = corpus.tokenizer.encode("the cat")
+    alone = ModelScorer(model).answer([corpus.tokenizer.eos_id], ids)
+    assert value == pytest.approx(-sum(alone.nats), abs=1e-4)
+
+
+def test_greedy_answers_are_told(corpus: Corpus, model: Transformer, adapter: job.NsaModel) -> None:
+    tokenizer, told = corpus.tokenizer, []
+    for context in ("the cat", "a bird over", "tree tree a"):
+        ids = tokenizer.encode(context)
+        hidden = model(torch.tensor(ids), PackedInputs.from_lengths([len(ids)])).hidden
+        likeliest = int(model.logits(hidden[-1]).argmax())
+        texts = {i: tokenizer.decode([i]) for i in range(tokenizer.vocab_size)}
+        usable = [i for i, text in texts.items() if tokenizer.encode(context + text) == [*ids, i]]
+        asked = instances("loglikelihood", *((context, texts[i]) for i in usable))
+        found = adapter.loglikelihood(asked, disable_tqdm=True)
+        assert [greedy for _, greedy in found] == [i == likeliest for i in usable]
+        told += [greedy for _, greedy in found]
+    assert any(told), "one of the likeliest tokens is a text of its own"
+
+
+def test_long_texts_are_scored_whole_in_windows(
+    corpus: Corpus, model: Transformer, adapter: job.NsaModel
+) -> None:
+    text = "".join(corpus.documents["validation"])[:1400]
+    ids = corpus.tokenizer.encode(text)
+    assert len(ids) > 2 * MAX_CONTEXT
+    (found,) = adapter.loglikelihood_rolling(instances("loglikelihood_rolling", (text,)))
+    total, before = 0.0, corpus.tokenizer.eos_id
+    scorer = ModelScorer(model)
+    full = len(ids) // MAX_CONTEXT * MAX_CONTEXT
+    for start in range(0, full, MAX_CONTEXT):
+        part = ids[start : start + MAX_CONTEXT]
+        total += sum(scorer.answer([before], part).nats)
+        before = part[-1]
+    # The last window is filled with context: only its last tokens count.
+    last = len(ids) - full
+    tail = scorer.answer(ids[-MAX_CONTEXT - 1 : -last], ids[-last:])
+    assert found == pytest.approx(-total - sum(tail.nats), rel=1e-4)
+
+
+def test_generation_ends_at_a_stop_string_and_is_reproducible(adapter: job.NsaModel) -> None:
+    free = {"until": [], "max_gen_toks": 12}
+    (whole,) = adapter.generate_until(instances("generate_until", ("the", free)))
+    stop = whole[3:5]
+    (cut,) = adapter.generate_until(instances("generate_until", ("the", {**free, "until": stop})))
+    assert cut == whole[: whole.index(stop)]
+    drawn = {"do_sample": True, "temperature": 1.5, "seed": 3, **free}
+    once, again = adapter.generate_until(
+        instances("generate_until", ("the", drawn), ("the", drawn))
+    )
+    assert once == again != whole
+    with pytest.raises(ValueError, match="gen_kwargs: num_beams not known"):
+        adapter.generate_until(instances("generate_until", ("the", {**free, "num_beams": 4})))
+
+
+def test_too_long_a_prompt_keeps_its_end_and_says_so(
+    corpus: Corpus, model: Transformer, adapter: job.NsaModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapter._has_cut = False
+    long = "the cat sat over the house " * 40
+    with caplog.at_level(logging.WARNING, logger="nsa_platform"):
+        (value, _), = adapter.loglikelihood(instances("loglikelihood", (long, "and")))  # fmt: skip
+    ids = corpus.tokenizer.encode(long.rstrip())
+    answer = corpus.tokenizer.encode(long.rstrip() + " and")[len(ids) :]
+    kept = ids[-(MAX_CONTEXT - len(answer) + 1) :]
+    assert value == pytest.approx(-sum(ModelScorer(model).answer(kept, answer).nats), abs=1e-4)
+    assert "is cut to its last" in caplog.text
+
+
+def test_arguments_without_a_meaning_are_refused(adapter: job.NsaModel) -> None:
+    with pytest.raises(ValueError, match="batch_size='auto' must be a number"):
+        job.NsaModel("nowhere", batch_size="auto")
+    with pytest.raises(ValueError, match="dtype='int8' must be one of bfloat16"):
+        job.NsaModel("nowhere", dtype="int8")
+
+
+def test_the_harness_runs_tasks_by_the_name_of_the_model(
+    corpus: Corpus, model: Transformer, adapter: job.NsaModel, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.py").write_text(ROWS)
+    tasks = {"tiny_choice": ("multiple_choice", CHOICE), "tiny_text": ("generate_until", TEXT)}
+    for name, (kind, rest) in tasks.items():
+        (tmp_path / f"{name}.yaml").write_text(TASK.format(name=name, kind=kind, rest=rest))
+    run: Any = simple_evaluate
+    results = run(
+        model="nsa",
+        model_args=f"checkpoint={corpus.path.parent / 'model'}",
+        tasks=list(tasks),
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        batch_size=2,
+        device="cpu",
+        bootstrap_iters=0,
+    )
+    assert "exact_match,none" in results["results"]["tiny_text"]
+    rows = results["samples"]["tiny_choice"]
+    for row in rows:
+        given = [float(value) for ((value, _),) in row["resps"]]
+        choices = row["doc"]["choices"]
+        wanted = [expected(corpus, model, row["doc"]["question"], each) for each in choices]
+        assert given == pytest.approx(wanted, abs=1e-3)
+        best = max(range(2), key=wanted.__getitem__)
+        assert row["acc"] == float(best == row["doc"]["right"])
+    accuracy = sum(row["acc"] for row in rows) / 2
+    assert results["results"]["tiny_choice"]["acc,none"] == accuracy
+
+
+def test_a_gpu_that_is_not_there_is_named() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ValueError, match="device='cuda:0', but torch sees no GPU here"):
+        job.NsaModel("nowhere", device="cuda:0")
