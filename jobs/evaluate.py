@@ -44,6 +44,13 @@ def print_results(results: dict[str, Any]) -> None:
         table.add_row("tokens of the number, earlier ones given", f"{needle['tokens']:.0%}")
         table.add_row("worth of the needle for log p(number)", f"{needle['lift']:+.2f} nats")
         console.print(table)
+    if "baselines" in results:
+        table = Table("policy", "bits per byte", "numbers exact", "keys per query (text)")
+        for name, each in results["baselines"].items():
+            exact = f"{each['needle_exact']:.0%}" if "needle_exact" in each else "-"
+            keys = [r["count"]["keys_per_query"] for r in each["reads"] if r["task"] == "text"]
+            table.add_row(name, _number(each.get("bits_per_byte")), exact, _number(*keys or [None]))
+        console.print(table)
     if "tasks" in results:
         table = Table("task", "cell", "samples", "score", "95 % interval")
         for name, task in results["tasks"].items():

@@ -1,6 +1,7 @@
 """What jobs.evaluate does: open model, data and run, measure, record."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,29 @@ from jobs.cluster import connect
 from jobs.training_inputs import private_folder
 from nsa_platform import storage
 from nsa_platform.config.data import LoaderConfig
-from nsa_platform.config.evaluate import BitsPerByteConfig, NeedleConfig
+from nsa_platform.config.evaluate import (
+    BaselineName,
+    BaselinesConfig,
+    BitsPerByteConfig,
+    NeedleConfig,
+)
 from nsa_platform.config.runs import EvaluateRun
 from nsa_platform.data.loader import Batch, Loader
 from nsa_platform.data.shards import ShardSet
 from nsa_platform.data.tokenizer import Tokenizer
+from nsa_platform.evaluate.baselines.comparison import (
+    PolicyResult,
+    policy_needles,
+    reader_of,
+    reads_of,
+)
+from nsa_platform.evaluate.baselines.reader import PolicyReader
+from nsa_platform.evaluate.baselines.report import baselines_summary, record_baselines
 from nsa_platform.evaluate.bits_per_byte import BitsPerByte, bits_per_byte, first_batches
 from nsa_platform.evaluate.needle import NeedleGrid, needle_grid, synthetic_filler
 from nsa_platform.evaluate.ngram import Ngrams
 from nsa_platform.evaluate.report import MODEL, record_bits_per_byte, record_needles, summary
-from nsa_platform.evaluate.scores import ModelScorer
+from nsa_platform.evaluate.scores import ModelScorer, Score
 from nsa_platform.evaluate.tasks.report import record_overview, record_task, task_summary
 from nsa_platform.evaluate.tasks.results import TaskResult
 from nsa_platform.evaluate.tasks.suite import open_task, run_task
@@ -103,8 +117,15 @@ def measure(run: EvaluateRun, folder: str, handle: RunHandle, step: int) -> dict
             if run.needle is not None:
                 grid = _needles(run, run.needle, model, tokenizer, progress)
                 record_needles(tracker, grid, step)
+            policies = {}
+            if run.baselines is not None:
+                policies = _baselines(run, run.baselines, model, tokenizer, progress)
+                own = bits[MODEL] if bits is not None else None
+                record_baselines(tracker, policies, bits=own, grid=grid, step=step)
             tasks = _tasks(run, model, tokenizer, tracker, step, progress)
         results = summary(bits, grid)
+        if policies:
+            results["baselines"] = baselines_summary(policies)
         if tasks:
             results["tasks"] = {result.name: task_summary(result) for result in tasks}
         tracker.log_dict(results, "evaluation/results.json")
@@ -125,6 +146,11 @@ def _look(run: EvaluateRun, folder: str) -> None:
     place = storage.fetch(folder, storage.default_cache("files"))
     config, tokenizer = load_config(place), Tokenizer(place)
     _check_lengths(run, config.max_context)
+    if run.baselines is not None and config.attention.kind != "full":
+        raise ValueError(
+            "baselines: policies need a model with attention.kind=full, "
+            f"{run.checkpoint} has {config.attention.kind}"
+        )
     for split in ("validation", "train"):
         ShardSet(storage.join(run.data, split), tokenizer_fingerprint=tokenizer.fingerprint)
     for task in run.tasks:
@@ -201,10 +227,25 @@ def _bits_per_byte(
         ),
         model.config.vocab_size,
     )
+    scorers = {MODEL: ModelScorer(model).nats, "bigram": ngrams.bigram, "unigram": ngrams.unigram}
+    return _on_text(run, config, scorers, tokenizer, progress, title="bits per byte")
+
+
+def _on_text(
+    run: EvaluateRun,
+    config: BitsPerByteConfig,
+    scorers: Mapping[str, Score],
+    tokenizer: Tokenizer,
+    progress: Progress,
+    *,
+    title: str,
+) -> dict[str, BitsPerByte]:
+    """Scorers on the held-out text; it is the same for each call."""
+    loader = _loader(run.data, "validation", tokenizer, config.context_length)
     rows = min(max(1, config.tokens // config.context_length), loader.rows_per_epoch)
-    task = progress.add_task("bits per byte", total=rows * config.context_length)
+    task = progress.add_task(title, total=rows * config.context_length)
     return bits_per_byte(
-        {MODEL: ModelScorer(model).nats, "bigram": ngrams.bigram, "unigram": ngrams.unigram},
+        dict(scorers),
         first_batches(loader, tokens=config.tokens, batch_rows=config.sequences_per_batch),
         tokenizer.token_bytes(),
         context_length=config.context_length,
@@ -221,23 +262,68 @@ def _needles(
     progress: Progress,
 ) -> NeedleGrid:
     generator = Generator(model)
-    if config.filler == "synthetic":
-        filler = synthetic_filler(tokenizer)
-    else:
-        loader = _loader(run.data, "validation", tokenizer, max(config.lengths))
-        batches = first_batches(loader, tokens=16 * max(config.lengths), batch_rows=1)
-        ids = [token for batch in batches for token in batch.ids.tolist()]
-        filler = [token for token in ids if token not in (tokenizer.eos_id, tokenizer.pad_id)]
-    trials = len(config.lengths) * len(config.depths) * config.samples
-    task = progress.add_task("needles", total=trials)
+    task = progress.add_task("needles", total=_num_trials(config))
     return needle_grid(
         lambda prompt, count: list(generator.stream(prompt, count, stop_ids=tokenizer.stop_ids())),
         ModelScorer(model).answer,
         tokenizer,
         config,
-        filler=filler,
+        filler=_filler(run, config, tokenizer),
         advance=lambda: progress.advance(task),
     )
+
+
+def _filler(run: EvaluateRun, config: NeedleConfig, tokenizer: Tokenizer) -> list[int]:
+    """Ids of the haystack's text."""
+    if config.filler == "synthetic":
+        return synthetic_filler(tokenizer)
+    loader = _loader(run.data, "validation", tokenizer, max(config.lengths))
+    batches = first_batches(loader, tokens=16 * max(config.lengths), batch_rows=1)
+    ids = [token for batch in batches for token in batch.ids.tolist()]
+    return [token for token in ids if token not in (tokenizer.eos_id, tokenizer.pad_id)]
+
+
+def _num_trials(config: NeedleConfig) -> int:
+    return len(config.lengths) * len(config.depths) * config.samples
+
+
+def _baselines(
+    run: EvaluateRun,
+    config: BaselinesConfig,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    progress: Progress,
+) -> dict[str, PolicyResult]:
+    """Every policy on the text and the needles that the model itself gets."""
+
+    def reader(name: BaselineName) -> PolicyReader:
+        return reader_of(name, model, config, tokenizer.stop_ids())
+
+    results = {str(name): PolicyResult() for name in config.systems}
+    text, needle = run.bits_per_byte, run.needle
+    if text is not None:
+        readers = {name: reader(name) for name in config.systems}
+        scorers = {
+            name: partial(each.nats, context=text.context_length) for name, each in readers.items()
+        }
+        found = _on_text(run, text, scorers, tokenizer, progress, title="policies: text")
+        for name, each in readers.items():
+            results[name].bits = found[name]
+            results[name].reads += reads_of(each, "text", text.context_length)
+    if needle is not None:
+        filler = _filler(run, needle, tokenizer)
+        total = _num_trials(needle) * len(config.systems)
+        bar = progress.add_task("policies: needles", total=total)
+        for name in config.systems:
+            results[name].grid, reads = policy_needles(
+                partial(reader, name),
+                tokenizer,
+                needle,
+                filler=filler,
+                advance=lambda: progress.advance(bar),
+            )
+            results[name].reads += reads
+    return results
 
 
 def _tasks(

@@ -41,7 +41,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with data/, model/ and, after the first test, a store."""
     place = tmp_path_factory.mktemp("evaluate")
     corpus = make_corpus(place / "data")
-    export(corpus, make_model(corpus.tokenizer.vocab_size, max_context=160), place / "model")
+    for folder, kind in (("model", "nsa"), ("full", "full")):
+        model = make_model(corpus.tokenizer.vocab_size, max_context=160, kind=kind)
+        export(corpus, model, place / folder)
     (place / "aime.jsonl").write_text('{"problem": "1+1?", "answer": 2}\n')
     return place
 
@@ -126,6 +128,45 @@ def test_results_are_printed_and_recorded(place: Path, capsys: pytest.CaptureFix
     assert len(results["needle"]["trials"]) == 4
 
 
+def test_policies_are_measured_beside_the_model(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    systems = ["full", "streaming", "quest"]
+    changes = {"checkpoint": "full", "baselines": {"systems": systems, "tokens": 20}}
+    results = evaluate(EvaluateRun.load(config_file(place, **changes)))
+    job.print_results(results)
+    assert "streaming" in capsys.readouterr().out
+    run = client(place).get_run(results["run_id"])
+    own, full = run.data.metrics, results["baselines"]["full"]
+    assert full["bits_per_byte"] == pytest.approx(own["eval/bits_per_byte"], abs=1e-4)
+    assert full["needle_lift"] == pytest.approx(own["eval/needle_lift"], abs=1e-3)
+    for name in systems:
+        assert own[f"eval/baselines/{name}/needle_tokens"] >= 0
+        reads = {(r["task"], r["length"]): r for r in results["baselines"][name]["reads"]}
+        assert {("text", 64), ("needle", 80), ("needle", 120)} <= set(reads)
+        phase = "prefill" if name == "full" else "decode"
+        assert own[f"eval/baselines/{name}/text/{phase}/64/bytes_per_step"] > 0
+        if name != "full":
+            assert reads["needle", 120]["count"]["keys_per_query"] <= 20
+    files = client(place).list_artifacts(run.info.run_id, "evaluation")
+    names = {Path(file.path).name for file in files if "baselines" in file.path}
+    assert names == {
+        "baselines_bits_per_byte.png",
+        "baselines_bits_per_byte_by_position.json",
+        "baselines_needle.json",
+        "baselines_needle.png",
+        "baselines_needle_trials.json",
+        "baselines_reads.json",
+    }
+    table = client(place).download_artifacts(
+        run.info.run_id, "evaluation/baselines_needle.json", str(place)
+    )
+    rows = json.loads(Path(table).read_text())["data"]
+    assert [row[:3] for row in rows] == [
+        [name, length, 2] for name in ("model", *systems) for length in (80, 120)
+    ]
+
+
 def test_a_registered_model_is_evaluated_below_its_training_run(place: Path) -> None:
     parent, _ = parent_run(place)
     run = EvaluateRun.load(config_file(place, checkpoint="models:/evaluated@champion", needle=None))
@@ -182,6 +223,7 @@ def test_results_go_into_a_given_run_and_leave_it_as_it_was(place: Path) -> None
         ),
         ({"tasks": [{**TASKS[1], "file": "no"}]}, "it should be JSON lines with `problem`"),
         ({"needle": {"lengths": [130], "values": 2}}, "130 and 32 tokens for the answer"),
+        ({"baselines": {}}, "policies need a model with attention.kind=full"),
         ({"checkpoint": "missing"}, "missing"),
         ({"checkpoint": "models:/evaluated@nobody"}, "no model 'evaluated' with the alias"),
         ({"data": "nowhere"}, "nowhere/validation/manifest.json"),

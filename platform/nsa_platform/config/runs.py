@@ -6,7 +6,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from nsa_platform.config.base import Strict
 from nsa_platform.config.data import CorpusConfig, LoaderConfig, TokenizerConfig
-from nsa_platform.config.evaluate import BitsPerByteConfig, NeedleConfig
+from nsa_platform.config.evaluate import BaselinesConfig, BitsPerByteConfig, NeedleConfig
 from nsa_platform.config.locations import Location, ModelLocation
 from nsa_platform.config.model import ModelConfig
 from nsa_platform.config.tasks import TaskConfig
@@ -114,6 +114,9 @@ class EvaluateRun(Strict):
     needle: NeedleConfig | None = NeedleConfig()
     tasks: tuple[TaskConfig, ...] = ()
     """Tasks with answers, each kind at most once."""
+    baselines: BaselinesConfig | None = None
+    """Policies that are measured beside the model, on the same text and needles; for a model with
+    full attention. null: none."""
     use_gpu: bool = False
     tracking: TrackingConfig = TrackingConfig()
     storage: Location = "runs"
@@ -125,4 +128,10 @@ class EvaluateRun(Strict):
         twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
         if twice:
             raise ValueError(f"tasks: {', '.join(twice)} must not stand twice")
+        return self
+
+    @model_validator(mode="after")
+    def _baselines_have_a_task(self) -> Self:
+        if self.baselines is not None and self.bits_per_byte is None and self.needle is None:
+            raise ValueError("baselines are measured by bits_per_byte or needle, both are null")
         return self

@@ -64,25 +64,23 @@ def make_corpus(path: Path, *, vocab_size: int = 300) -> Corpus:
     return Corpus(path, tokenizer, documents)
 
 
-def make_model(vocab_size: int, *, max_context: int = 512) -> Transformer:
+def make_model(vocab_size: int, *, max_context: int = 512, kind: str = "nsa") -> Transformer:
+    """An untrained model; kind: nsa, with blocks that fit into short prompts, or full."""
+    heads = {"query_heads": 4, "kv_heads": 2, "key_width": 16, "value_width": 16}
+    nsa = {
+        "compression_block_size": 8,
+        "compression_stride": 4,
+        "selection_block_size": 8,
+        "num_selected_blocks": 4,
+        "window_size": 16,
+    }
     tree = {
         "vocab_size": vocab_size,
         "layers": 2,
         "width": 32,
         "ffn_width": 64,
         "max_context": max_context,
-        "attention": {
-            "kind": "nsa",
-            "query_heads": 4,
-            "kv_heads": 2,
-            "key_width": 16,
-            "value_width": 16,
-            "compression_block_size": 8,
-            "compression_stride": 4,
-            "selection_block_size": 8,
-            "num_selected_blocks": 4,
-            "window_size": 16,
-        },
+        "attention": {"kind": kind, **heads, **(nsa if kind == "nsa" else {})},
     }
     model = Transformer(ModelConfig.parse(tree))
     init_weights(model, 0)

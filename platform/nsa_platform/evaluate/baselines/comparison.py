@@ -1,0 +1,104 @@
+"""Policies beside the model itself: the same text, the same needles, and what each one reads."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+from nsa_platform.config.evaluate import BaselineName, BaselinesConfig, NeedleConfig
+from nsa_platform.config.model import ModelConfig
+from nsa_platform.data.tokenizer import Tokenizer
+from nsa_platform.evaluate.baselines.budget import equal_budget, split_budget
+from nsa_platform.evaluate.baselines.policy import Phase, Policy
+from nsa_platform.evaluate.baselines.reader import PolicyReader, Start
+from nsa_platform.evaluate.baselines.reads import ReadCount
+from nsa_platform.evaluate.baselines.systems import published, within
+from nsa_platform.evaluate.bits_per_byte import BitsPerByte
+from nsa_platform.evaluate.needle import NeedleGrid, needle_grid
+from nsa_platform.model.transformer import Transformer
+
+
+@dataclass(frozen=True, slots=True)
+class TaskReads:
+    """What a policy read in one phase of one task at one length; phases without a query are left
+    out."""
+
+    task: str
+    """text or needle."""
+    length: int
+    phase: Phase
+    count: ReadCount
+
+
+@dataclass(slots=True)
+class PolicyResult:
+    """What one policy made of the tasks."""
+
+    bits: BitsPerByte | None = None
+    grid: NeedleGrid | None = None
+    reads: list[TaskReads] = field(default_factory=list)
+
+
+def start_of(name: BaselineName, model: ModelConfig, config: BaselinesConfig) -> Start:
+    """How a policy begins on a context, with the sizes that the configuration asks for."""
+
+    def start(context: int) -> Policy:
+        if config.budget == "published":
+            return published(name, model, prompt_tokens=context)
+        if config.tokens is not None:
+            return within(name, model, split_budget(config.tokens))
+        return within(name, model, equal_budget(config.nsa, context))
+
+    return start
+
+
+def reader_of(
+    name: BaselineName,
+    model: Transformer,
+    config: BaselinesConfig,
+    stop_ids: Collection[int] = (),
+) -> PolicyReader:
+    """A reader for a policy; it has read nothing."""
+    return PolicyReader(
+        model,
+        start_of(name, model.config, config),
+        decoded_tail=config.decoded_tail,
+        stop_ids=stop_ids,
+    )
+
+
+def reads_of(reader: PolicyReader, task: str, length: int) -> list[TaskReads]:
+    """What a reader has read so far, as that of one task."""
+    found = []
+    for phase, reads in reader.reads.items():
+        count = reads.summary()
+        if count.queries:
+            found.append(TaskReads(task, length, phase, count))
+    return found
+
+
+def policy_needles(
+    make_reader: Callable[[], PolicyReader],
+    tokenizer: Tokenizer,
+    config: NeedleConfig,
+    *,
+    filler: Sequence[int],
+    advance: Callable[[], None] = lambda: None,
+) -> tuple[NeedleGrid, list[TaskReads]]:
+    """One policy on the needles that the model itself gets, and its reads at each length.
+
+    Raises:
+        ValueError: as needle_grid.
+    """
+    whole, reads = NeedleGrid(config.lengths, config.depths), []
+    for length in config.lengths:
+        reader = make_reader()
+        grid = needle_grid(
+            reader.generate,
+            reader.answer,
+            tokenizer,
+            config.model_copy(update={"lengths": (length,)}),
+            filler=filler,
+            advance=advance,
+        )
+        whole.trials.extend(grid.trials)
+        reads += reads_of(reader, "needle", length)
+    return whole, reads

@@ -1,0 +1,141 @@
+"""Policies beside the model in an MLflow run: metrics, tables, two figures, plain values."""
+
+from dataclasses import asdict
+from typing import Any
+
+from nsa_platform import figures
+from nsa_platform.evaluate.baselines.comparison import PolicyResult
+from nsa_platform.evaluate.bits_per_byte import BitsPerByte
+from nsa_platform.evaluate.needle import NeedleGrid
+from nsa_platform.evaluate.report import MODEL, UNIT
+from nsa_platform.evaluate.tasks.results import bootstrap, wilson
+from nsa_platform.tracking import Tracker
+
+FOLDER = "evaluation"
+READINGS = ("exact", "tokens", "lift")
+
+
+def record_baselines(
+    tracker: Tracker,
+    results: dict[str, PolicyResult],
+    *,
+    bits: BitsPerByte | None,
+    grid: NeedleGrid | None,
+    step: int,
+) -> None:
+    """eval/baselines/<policy>/..., tables of results, reads and trials, figures with the model.
+
+    Args:
+        bits, grid: what the model itself made of the tasks, by its own attention.
+    """
+    tracker.log_metrics(
+        {
+            f"eval/baselines/{name}/{key}": value
+            for name, result in results.items()
+            for key, value in _metrics(result).items()
+        },
+        step,
+    )
+    _record_reads(tracker, results)
+    everybody = {MODEL: PolicyResult(bits=bits, grid=grid), **results}
+    if bits is not None:
+        _record_text(tracker, everybody)
+    if grid is not None:
+        _record_needles(tracker, everybody)
+
+
+def baselines_summary(results: dict[str, PolicyResult]) -> dict[str, Any]:
+    """The results as plain values."""
+    return {
+        name: {
+            **_metrics(result),
+            **({"by_position": _by_position(result.bits)} if result.bits is not None else {}),
+            "reads": [asdict(each) for each in result.reads],
+        }
+        for name, result in results.items()
+    }
+
+
+def _metrics(result: PolicyResult) -> dict[str, float]:
+    found = {}
+    if result.bits is not None and result.bits.total.bits_per_byte is not None:
+        found["bits_per_byte"] = result.bits.total.bits_per_byte
+    if result.grid is not None:
+        found |= {f"needle_{name}": result.grid.mean(name) for name in READINGS}
+    for reads in result.reads:
+        where = f"{reads.task}/{reads.phase}/{reads.length}"
+        found[f"{where}/keys_per_query"] = reads.count.keys_per_query
+        found[f"{where}/union_per_group"] = reads.count.union_per_group
+        found[f"{where}/bytes_per_step"] = reads.count.bytes_per_step
+    return found
+
+
+def _record_reads(tracker: Tracker, results: dict[str, PolicyResult]) -> None:
+    rows = [
+        [name, each.task, each.length, each.phase, *asdict(each.count).values()]
+        for name, result in results.items()
+        for each in result.reads
+    ]
+    counts = ["queries", "keys per query", "union per group", "bytes per step"]
+    columns = ["policy", "task", "length", "phase", *counts]
+    tracker.log_table(columns, rows, f"{FOLDER}/baselines_reads.json")
+
+
+def _record_text(tracker: Tracker, everybody: dict[str, PolicyResult]) -> None:
+    """Bits per byte by position, a column for each; one bar for each."""
+    known = {
+        name: (result.bits, result.bits.total.bits_per_byte)
+        for name, result in everybody.items()
+        if result.bits is not None and result.bits.total.bits_per_byte is not None
+    }
+    if not known:
+        return
+    edges = next(iter(known.values()))[0].edges
+    parts = zip(
+        edges[:-1], edges[1:], *(_by_position(bits) for bits, _ in known.values()), strict=True
+    )
+    tracker.log_table(
+        ["from position", "to position", *(f"{name} ({UNIT})" for name in known)],
+        [list(row) for row in parts],
+        f"{FOLDER}/baselines_bits_per_byte_by_position.json",
+    )
+    figure = figures.bars(
+        list(known),
+        [total for _, total in known.values()],
+        unit=f"{UNIT} (lower is better)",
+        title="Held-out text, read through policies",
+    )
+    tracker.log_figure(figure, f"{FOLDER}/baselines_bits_per_byte.png")
+
+
+def _record_needles(tracker: Tracker, everybody: dict[str, PolicyResult]) -> None:
+    """All trials; the share of exact numbers by length, with its interval; a heat map of it."""
+    grids = {name: each.grid for name, each in everybody.items() if each.grid is not None}
+    trials = [(name, trial) for name, grid in grids.items() for trial in grid.trials]
+    columns = ["policy", *asdict(trials[0][1])]
+    rows = [[name, *asdict(trial).values()] for name, trial in trials]
+    tracker.log_table(columns, rows, f"{FOLDER}/baselines_needle_trials.json")
+
+    lengths = next(iter(grids.values())).lengths
+    table, cells = [], []
+    for name, grid in grids.items():
+        cells.append([])
+        for length in lengths:
+            exact = [trial.exact for trial in grid.trials if trial.length == length]
+            mean = sum(exact) / len(exact)
+            low, high = wilson(exact) if set(exact) <= {0.0, 1.0} else bootstrap(exact)
+            table.append([name, length, len(exact), mean, low, high])
+            cells[-1].append(mean)
+    columns = ["policy", "length", "needles", "exact", "low (95 %)", "high (95 %)"]
+    tracker.log_table(columns, table, f"{FOLDER}/baselines_needle.json")
+    figure = figures.scores(
+        list(grids),
+        [f"{length:,}" for length in lengths],
+        cells,
+        title="Needles written exactly, read through policies",
+    )
+    tracker.log_figure(figure, f"{FOLDER}/baselines_needle.png")
+
+
+def _by_position(bits: BitsPerByte) -> list[float | None]:
+    return [part.bits_per_byte for part in bits.parts]
