@@ -22,22 +22,15 @@ from nsa_platform.evaluate.baselines.sliding import SlidingWindow
 from nsa_platform.evaluate.baselines.streaming import StreamingLlm
 from tests.platform.evaluate.baselines import brute
 
-CONFIG = ModelConfig.parse(
-    {
-        "vocab_size": 64,
-        "layers": 1,
-        "width": 16,
-        "ffn_width": 16,
-        "max_context": 256,
-        "attention": {
-            "kind": "full",
-            "query_heads": 4,
-            "kv_heads": 2,
-            "key_width": 4,
-            "value_width": 3,
-        },
-    }
-)
+
+
+def config_of(kv_heads: int) -> ModelConfig:
+    heads = {"query_heads": 4, "kv_heads": kv_heads, "key_width": 4, "value_width": 3}
+    tree = {"vocab_size": 64, "layers": 1, "width": 16, "ffn_width": 16, "max_context": 256}
+    return ModelConfig.parse({**tree, "attention": {"kind": "full", **heads}})
+
+
+CONFIG = config_of(2)
 EXACT = {"rtol": 0, "atol": 1e-12}
 """fp64 on both sides."""
 ELEMENT = 8
@@ -87,14 +80,14 @@ CASES: dict[str, tuple[Callable[[ModelConfig], Policy], Callable[[brute.Text], b
 }
 
 
-def make_text(tokens: int, prompt: int, *, seed: int = 0) -> brute.Text:
+def make_text(tokens: int, prompt: int, *, seed: int = 0, groups: int = 2) -> brute.Text:
     """Random, with some zero queries and repeated keys, so that scores tie."""
     dice = np.random.default_rng(seed)
     q = dice.normal(size=(tokens, 4, 4)) * 2
-    k = dice.normal(size=(tokens, 2, 4))
+    k = dice.normal(size=(tokens, groups, 4))
     q[dice.random((tokens, 4)) < 0.2] = 0
-    k[dice.random((tokens, 2)) < 0.2] = 0
-    return brute.Text(q, k, dice.normal(size=(tokens, 2, 3)), prompt)
+    k[dice.random((tokens, groups)) < 0.2] = 0
+    return brute.Text(q, k, dice.normal(size=(tokens, groups, 3)), prompt)
 
 
 def run(policy: Policy, text: brute.Text, *, together: bool = True) -> np.ndarray:
@@ -134,6 +127,37 @@ def test_out_and_reads_are_those_of_the_rule(
         assert count.bytes_per_step >= loaded - 1e-9
         if name in ("full", "sliding", "streaming"):
             assert count.bytes_per_step == pytest.approx(loaded)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("groups", [1, 4], ids=["MQA", "MHA"])
+def test_groups_of_all_heads_and_of_one(name: str, groups: int) -> None:
+    make, rule = CASES[name]
+    text = make_text(29, 21, groups=groups)
+    wanted, read = brute.attend(text, rule(text))
+    policy = make(config_of(groups))
+    np.testing.assert_allclose(run(policy, text), wanted, **EXACT)
+    share = 4 // groups
+    unions = [
+        len(set().union(*heads[first : first + share]))
+        for heads in read[21:]
+        for first in range(0, 4, share)
+    ]
+    assert policy.reads["decode"].summary().union_per_group == pytest.approx(np.mean(unions))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bfloat16_stays_bfloat16(name: str) -> None:
+    make, _ = CASES[name]
+    text = make_text(40, 30)
+    q, k, v = (torch.from_numpy(x).bfloat16() for x in (text.q, text.k, text.v))
+    policy = make(CONFIG)
+    out = torch.cat(
+        [policy.prefill(0, q[:30], k[:30], v[:30]), policy.decode(0, q[30:], k[30:], v[30:])]
+    )
+    assert out.dtype == torch.bfloat16 and out.isfinite().all()
+    count = policy.reads["decode"].summary()
+    assert count.bytes_per_step >= 2 * count.union_per_group * 7 * 2 - 1e-9
 
 
 @pytest.mark.parametrize("name", CASES)
