@@ -1,7 +1,6 @@
 """What jobs.evaluate does: open model, data and run, measure, record."""
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +9,21 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jobs.cluster import connect
+from jobs.evaluation_inputs import counted, filler_of, num_trials, open_loader, score_text
+from jobs.policies import measure_policies
 from jobs.training_inputs import private_folder
 from nsa_platform import storage
-from nsa_platform.config.data import LoaderConfig
-from nsa_platform.config.evaluate import (
-    BaselineName,
-    BaselinesConfig,
-    BitsPerByteConfig,
-    NeedleConfig,
-)
+from nsa_platform.config.evaluate import BitsPerByteConfig, NeedleConfig
 from nsa_platform.config.runs import EvaluateRun
-from nsa_platform.data.loader import Batch, Loader
 from nsa_platform.data.shards import ShardSet
 from nsa_platform.data.tokenizer import Tokenizer
-from nsa_platform.evaluate.baselines.comparison import (
-    PolicyResult,
-    policy_needles,
-    reader_of,
-    reads_of,
-)
-from nsa_platform.evaluate.baselines.reader import PolicyReader
+from nsa_platform.evaluate.baselines.comparison import PolicyResult
 from nsa_platform.evaluate.baselines.report import baselines_summary, record_baselines
-from nsa_platform.evaluate.bits_per_byte import BitsPerByte, bits_per_byte, first_batches
-from nsa_platform.evaluate.needle import NeedleGrid, needle_grid, synthetic_filler
+from nsa_platform.evaluate.bits_per_byte import BitsPerByte, first_batches
+from nsa_platform.evaluate.needle import NeedleGrid, needle_grid
 from nsa_platform.evaluate.ngram import Ngrams
 from nsa_platform.evaluate.report import MODEL, record_bits_per_byte, record_needles, summary
-from nsa_platform.evaluate.scores import ModelScorer, Score
+from nsa_platform.evaluate.scores import ModelScorer
 from nsa_platform.evaluate.tasks.report import record_overview, record_task, task_summary
 from nsa_platform.evaluate.tasks.results import TaskResult
 from nsa_platform.evaluate.tasks.suite import open_task, run_task
@@ -117,12 +105,12 @@ def measure(run: EvaluateRun, folder: str, handle: RunHandle, step: int) -> dict
             if run.needle is not None:
                 grid = _needles(run, run.needle, model, tokenizer, progress)
                 record_needles(tracker, grid, step)
+            tasks = _tasks(run, model, tokenizer, tracker, step, progress)
             policies = {}
             if run.baselines is not None:
-                policies = _baselines(run, run.baselines, model, tokenizer, progress)
-                own = bits[MODEL] if bits is not None else None
-                record_baselines(tracker, policies, bits=own, grid=grid, step=step)
-            tasks = _tasks(run, model, tokenizer, tracker, step, progress)
+                policies = measure_policies(run, run.baselines, model, tokenizer, progress)
+                own = PolicyResult(bits[MODEL] if bits is not None else None, grid, tasks)
+                record_baselines(tracker, policies, own=own, step=step)
         results = summary(bits, grid)
         if policies:
             results["baselines"] = baselines_summary(policies)
@@ -210,48 +198,25 @@ def _bits_per_byte(
     tracker: Tracker,
     progress: Progress,
 ) -> dict[str, BitsPerByte]:
-    loader = _loader(run.data, "validation", tokenizer, config.context_length)
+    loader = open_loader(run.data, "validation", tokenizer, config.context_length)
     tracker.log_dataset(
         loader.shards.manifest.to_dict(),
         Path(run.data).name,
         "evaluation",
         source=loader.shards.folder,
     )
-    train = _loader(run.data, "train", tokenizer, config.context_length)
+    train = open_loader(run.data, "train", tokenizer, config.context_length)
     wanted = min(config.baseline_tokens, train.shards.manifest.tokens)
     task = progress.add_task("unigram and bigram", total=wanted)
     ngrams = Ngrams(
-        _counted(
+        counted(
             first_batches(train, tokens=wanted, batch_rows=1),
             lambda tokens: progress.advance(task, tokens),
         ),
         model.config.vocab_size,
     )
     scorers = {MODEL: ModelScorer(model).nats, "bigram": ngrams.bigram, "unigram": ngrams.unigram}
-    return _on_text(run, config, scorers, tokenizer, progress, title="bits per byte")
-
-
-def _on_text(
-    run: EvaluateRun,
-    config: BitsPerByteConfig,
-    scorers: Mapping[str, Score],
-    tokenizer: Tokenizer,
-    progress: Progress,
-    *,
-    title: str,
-) -> dict[str, BitsPerByte]:
-    """Scorers on the held-out text; it is the same for each call."""
-    loader = _loader(run.data, "validation", tokenizer, config.context_length)
-    rows = min(max(1, config.tokens // config.context_length), loader.rows_per_epoch)
-    task = progress.add_task(title, total=rows * config.context_length)
-    return bits_per_byte(
-        dict(scorers),
-        first_batches(loader, tokens=config.tokens, batch_rows=config.sequences_per_batch),
-        tokenizer.token_bytes(),
-        context_length=config.context_length,
-        buckets=config.position_buckets,
-        advance=lambda tokens: progress.advance(task, tokens),
-    )
+    return score_text(run, config, scorers, tokenizer, progress, title="bits per byte")
 
 
 def _needles(
@@ -262,68 +227,15 @@ def _needles(
     progress: Progress,
 ) -> NeedleGrid:
     generator = Generator(model)
-    task = progress.add_task("needles", total=_num_trials(config))
+    task = progress.add_task("needles", total=num_trials(config))
     return needle_grid(
         lambda prompt, count: list(generator.stream(prompt, count, stop_ids=tokenizer.stop_ids())),
         ModelScorer(model).answer,
         tokenizer,
         config,
-        filler=_filler(run, config, tokenizer),
+        filler=filler_of(run, config, tokenizer),
         advance=lambda: progress.advance(task),
     )
-
-
-def _filler(run: EvaluateRun, config: NeedleConfig, tokenizer: Tokenizer) -> list[int]:
-    """Ids of the haystack's text."""
-    if config.filler == "synthetic":
-        return synthetic_filler(tokenizer)
-    loader = _loader(run.data, "validation", tokenizer, max(config.lengths))
-    batches = first_batches(loader, tokens=16 * max(config.lengths), batch_rows=1)
-    ids = [token for batch in batches for token in batch.ids.tolist()]
-    return [token for token in ids if token not in (tokenizer.eos_id, tokenizer.pad_id)]
-
-
-def _num_trials(config: NeedleConfig) -> int:
-    return len(config.lengths) * len(config.depths) * config.samples
-
-
-def _baselines(
-    run: EvaluateRun,
-    config: BaselinesConfig,
-    model: Transformer,
-    tokenizer: Tokenizer,
-    progress: Progress,
-) -> dict[str, PolicyResult]:
-    """Every policy on the text and the needles that the model itself gets."""
-
-    def reader(name: BaselineName) -> PolicyReader:
-        return reader_of(name, model, config, tokenizer.stop_ids())
-
-    results = {str(name): PolicyResult() for name in config.systems}
-    text, needle = run.bits_per_byte, run.needle
-    if text is not None:
-        readers = {name: reader(name) for name in config.systems}
-        scorers = {
-            name: partial(each.nats, context=text.context_length) for name, each in readers.items()
-        }
-        found = _on_text(run, text, scorers, tokenizer, progress, title="policies: text")
-        for name, each in readers.items():
-            results[name].bits = found[name]
-            results[name].reads += reads_of(each, "text", text.context_length)
-    if needle is not None:
-        filler = _filler(run, needle, tokenizer)
-        total = _num_trials(needle) * len(config.systems)
-        bar = progress.add_task("policies: needles", total=total)
-        for name in config.systems:
-            results[name].grid, reads = policy_needles(
-                partial(reader, name),
-                tokenizer,
-                needle,
-                filler=filler,
-                advance=lambda: progress.advance(bar),
-            )
-            results[name].reads += reads
-    return results
 
 
 def _tasks(
@@ -356,17 +268,6 @@ def _tasks(
         results.append(result)
     record_overview(tracker, results)
     return results
-
-
-def _counted(batches: Iterator[Batch], advance: Callable[[int], None]) -> Iterator[Batch]:
-    for batch in batches:
-        yield batch
-        advance(len(batch.ids))
-
-
-def _loader(data: str, split: str, tokenizer: Tokenizer, context_length: int) -> Loader:
-    shards = ShardSet(storage.join(data, split), tokenizer_fingerprint=tokenizer.fingerprint)
-    return Loader(shards, LoaderConfig(path=data, context_length=context_length))
 
 
 def _progress() -> Progress:

@@ -132,18 +132,24 @@ def test_policies_are_measured_beside_the_model(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     systems = ["full", "streaming", "quest"]
-    changes = {"checkpoint": "full", "baselines": {"systems": systems, "tokens": 20}}
+    changes = {
+        "checkpoint": "full",
+        "baselines": {"systems": systems, "tokens": 20},
+        "tasks": [{"kind": "mqar", "lengths": [64], "pairs": 3, "samples": 2}],
+    }
     results = evaluate(EvaluateRun.load(config_file(place, **changes)))
     job.print_results(results)
     assert "streaming" in capsys.readouterr().out
     run = client(place).get_run(results["run_id"])
     own, full = run.data.metrics, results["baselines"]["full"]
     assert full["bits_per_byte"] == pytest.approx(own["eval/bits_per_byte"], abs=1e-4)
+    assert full["mqar/64"] == own["eval/mqar/64"]
     assert full["needle_lift"] == pytest.approx(own["eval/needle_lift"], abs=1e-3)
     for name in systems:
         assert own[f"eval/baselines/{name}/needle_tokens"] >= 0
+        assert 0 <= own[f"eval/baselines/{name}/mqar/64"] <= 1
         reads = {(r["task"], r["length"]): r for r in results["baselines"][name]["reads"]}
-        assert {("text", 64), ("needle", 80), ("needle", 120)} <= set(reads)
+        assert set(reads) == {("text", 64), ("needle", 80), ("needle", 120), ("mqar", None)}
         phase = "prefill" if name == "full" else "decode"
         assert own[f"eval/baselines/{name}/text/{phase}/64/bytes_per_step"] > 0
         if name != "full":
@@ -157,6 +163,8 @@ def test_policies_are_measured_beside_the_model(
         "baselines_needle.png",
         "baselines_needle_trials.json",
         "baselines_reads.json",
+        "baselines_tasks.json",
+        "baselines_tasks.png",
     }
     table = client(place).download_artifacts(
         run.info.run_id, "evaluation/baselines_needle.json", str(place)

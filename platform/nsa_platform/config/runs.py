@@ -115,8 +115,8 @@ class EvaluateRun(Strict):
     tasks: tuple[TaskConfig, ...] = ()
     """Tasks with answers, each kind at most once."""
     baselines: BaselinesConfig | None = None
-    """Policies that are measured beside the model, on the same text and needles; for a model with
-    full attention. null: none."""
+    """Policies that are measured beside the model, on the same text, needles and tasks; for a model
+    with full attention. null: none."""
     use_gpu: bool = False
     tracking: TrackingConfig = TrackingConfig()
     storage: Location = "runs"
@@ -132,6 +132,7 @@ class EvaluateRun(Strict):
 
     @model_validator(mode="after")
     def _baselines_have_a_task(self) -> Self:
-        if self.baselines is not None and self.bits_per_byte is None and self.needle is None:
-            raise ValueError("baselines are measured by bits_per_byte or needle, both are null")
+        is_measured = self.bits_per_byte is not None or self.needle is not None or self.tasks
+        if self.baselines is not None and not is_measured:
+            raise ValueError("baselines need bits_per_byte, needle or tasks to be measured by")
         return self

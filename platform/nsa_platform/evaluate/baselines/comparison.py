@@ -1,4 +1,4 @@
-"""Policies beside the model itself: the same text, the same needles, and what each one reads."""
+"""Policies beside the model itself: the same text, needles and tasks, and what each one reads."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from nsa_platform.evaluate.baselines.reads import ReadCount
 from nsa_platform.evaluate.baselines.systems import published, within
 from nsa_platform.evaluate.bits_per_byte import BitsPerByte
 from nsa_platform.evaluate.needle import NeedleGrid, needle_grid
+from nsa_platform.evaluate.tasks.results import TaskResult
 from nsa_platform.model.transformer import Transformer
 
 
@@ -22,8 +23,9 @@ class TaskReads:
     out."""
 
     task: str
-    """text or needle."""
-    length: int
+    """text, needle, or a task's name."""
+    length: int | None
+    """Tokens of the context; None: of all lengths of a task together."""
     phase: Phase
     count: ReadCount
 
@@ -34,6 +36,7 @@ class PolicyResult:
 
     bits: BitsPerByte | None = None
     grid: NeedleGrid | None = None
+    tasks: list[TaskResult] = field(default_factory=list)
     reads: list[TaskReads] = field(default_factory=list)
 
 
@@ -65,7 +68,7 @@ def reader_of(
     )
 
 
-def reads_of(reader: PolicyReader, task: str, length: int) -> list[TaskReads]:
+def reads_of(reader: PolicyReader, task: str, length: int | None) -> list[TaskReads]:
     """What a reader has read so far, as that of one task."""
     found = []
     for phase, reads in reader.reads.items():

@@ -19,6 +19,10 @@ Start = Callable[[int], Policy]
 """The tokens of a context to a policy that has seen nothing."""
 
 
+def _likeliest(logits: Tensor) -> int:
+    return int(logits.argmax())
+
+
 class PolicyReader:
     """One policy on one model with full attention; every sequence gets a policy of its own.
 
@@ -71,12 +75,17 @@ class PolicyReader:
         return AnswerScore(tuple(losses.double().tolist()), tuple(hits.tolist()))
 
     @torch.no_grad()
-    def generate(self, prompt: list[int], count: int) -> list[int]:
-        """Up to `count` ids after a prompt, greedily, until a stop id (left out)."""
+    def generate(
+        self, prompt: list[int], count: int, *, pick: Callable[[Tensor], int] = _likeliest
+    ) -> list[int]:
+        """Up to `count` ids after a prompt, until a stop id (left out).
+
+        pick: the scores [vocab] of the next token to its id; the default is greedy.
+        """
         policy, hidden = self._read_prompt(prompt)
         written: list[int] = []
         while True:
-            token = int(self.model.logits(hidden[-1]).argmax())
+            token = pick(self.model.logits(hidden[-1]))
             if token in self.stop_ids:
                 break
             written.append(token)

@@ -1,14 +1,14 @@
 """Policies beside the model in an MLflow run: metrics, tables, two figures, plain values."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from statistics import fmean
 from typing import Any
 
 from nsa_platform import figures
 from nsa_platform.evaluate.baselines.comparison import PolicyResult
 from nsa_platform.evaluate.bits_per_byte import BitsPerByte
-from nsa_platform.evaluate.needle import NeedleGrid
 from nsa_platform.evaluate.report import MODEL, UNIT
-from nsa_platform.evaluate.tasks.results import bootstrap, wilson
+from nsa_platform.evaluate.tasks.results import Score, bootstrap, wilson
 from nsa_platform.tracking import Tracker
 
 FOLDER = "evaluation"
@@ -19,14 +19,13 @@ def record_baselines(
     tracker: Tracker,
     results: dict[str, PolicyResult],
     *,
-    bits: BitsPerByte | None,
-    grid: NeedleGrid | None,
+    own: PolicyResult,
     step: int,
 ) -> None:
     """eval/baselines/<policy>/..., tables of results, reads and trials, figures with the model.
 
     Args:
-        bits, grid: what the model itself made of the tasks, by its own attention.
+        own: what the model itself made of all this, by its own attention.
     """
     tracker.log_metrics(
         {
@@ -37,11 +36,13 @@ def record_baselines(
         step,
     )
     _record_reads(tracker, results)
-    everybody = {MODEL: PolicyResult(bits=bits, grid=grid), **results}
-    if bits is not None:
+    everybody = {MODEL: own, **results}
+    if own.bits is not None:
         _record_text(tracker, everybody)
-    if grid is not None:
+    if own.grid is not None:
         _record_needles(tracker, everybody)
+    if own.tasks:
+        _record_tasks(tracker, everybody)
 
 
 def baselines_summary(results: dict[str, PolicyResult]) -> dict[str, Any]:
@@ -62,8 +63,12 @@ def _metrics(result: PolicyResult) -> dict[str, float]:
         found["bits_per_byte"] = result.bits.total.bits_per_byte
     if result.grid is not None:
         found |= {f"needle_{name}": result.grid.mean(name) for name in READINGS}
+    for task in result.tasks:
+        found |= {f"{task.name}/{cell}": score.mean for cell, score in task.cells.items()}
     for reads in result.reads:
-        where = f"{reads.task}/{reads.phase}/{reads.length}"
+        where = f"{reads.task}/{reads.phase}"
+        if reads.length is not None:
+            where += f"/{reads.length}"
         found[f"{where}/keys_per_query"] = reads.count.keys_per_query
         found[f"{where}/union_per_group"] = reads.count.union_per_group
         found[f"{where}/bytes_per_step"] = reads.count.bytes_per_step
@@ -135,6 +140,25 @@ def _record_needles(tracker: Tracker, everybody: dict[str, PolicyResult]) -> Non
         title="Needles written exactly, read through policies",
     )
     tracker.log_figure(figure, f"{FOLDER}/baselines_needle.png")
+
+
+def _record_tasks(tracker: Tracker, everybody: dict[str, PolicyResult]) -> None:
+    """Each cell of each task with its interval; one bar for each policy."""
+    rows = [
+        [name, task.name, cell, *asdict(score).values()]
+        for name, result in everybody.items()
+        for task in result.tasks
+        for cell, score in task.cells.items()
+    ]
+    columns = ["policy", "task", "cell", *(each.name for each in fields(Score))]
+    tracker.log_table(columns, rows, f"{FOLDER}/baselines_tasks.json")
+    figure = figures.bars(
+        list(everybody),
+        [fmean(task.mean for task in result.tasks) for result in everybody.values()],
+        unit="mean score of the tasks, 0 to 1",
+        title="Tasks, read through policies",
+    )
+    tracker.log_figure(figure, f"{FOLDER}/baselines_tasks.png")
 
 
 def _by_position(bits: BitsPerByte) -> list[float | None]:

@@ -23,7 +23,6 @@ from nsa_platform.evaluate.baselines.streaming import StreamingLlm
 from tests.platform.evaluate.baselines import brute
 
 
-
 def config_of(kv_heads: int) -> ModelConfig:
     heads = {"query_heads": 4, "kv_heads": kv_heads, "key_width": 4, "value_width": 3}
     tree = {"vocab_size": 64, "layers": 1, "width": 16, "ffn_width": 16, "max_context": 256}

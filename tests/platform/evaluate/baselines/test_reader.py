@@ -77,6 +77,7 @@ def test_the_full_policy_is_the_model(gated: bool, batch: Batch) -> None:
     assert mine.nats == pytest.approx(theirs.nats, abs=1e-4)
     assert mine.hits == theirs.hits
     assert full.generate(PROMPT, 6) == list(Generator(model).stream(PROMPT, 6))
+    assert full.generate(PROMPT, 3, pick=lambda logits: 11) == [11, 11, 11]
     stopped = PolicyReader(
         model,
         lambda context: Full(model.config),

@@ -1,0 +1,64 @@
+"""What an evaluation reads: held-out rows, and the text of a haystack."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+from rich.progress import Progress
+
+from nsa_platform import storage
+from nsa_platform.config.data import LoaderConfig
+from nsa_platform.config.evaluate import BitsPerByteConfig, NeedleConfig
+from nsa_platform.config.runs import EvaluateRun
+from nsa_platform.data.loader import Batch, Loader
+from nsa_platform.data.shards import ShardSet
+from nsa_platform.data.tokenizer import Tokenizer
+from nsa_platform.evaluate.bits_per_byte import BitsPerByte, bits_per_byte, first_batches
+from nsa_platform.evaluate.needle import synthetic_filler
+from nsa_platform.evaluate.scores import Score
+
+
+def counted(batches: Iterator[Batch], advance: Callable[[int], None]) -> Iterator[Batch]:
+    for batch in batches:
+        yield batch
+        advance(len(batch.ids))
+
+
+def open_loader(data: str, split: str, tokenizer: Tokenizer, context_length: int) -> Loader:
+    shards = ShardSet(storage.join(data, split), tokenizer_fingerprint=tokenizer.fingerprint)
+    return Loader(shards, LoaderConfig(path=data, context_length=context_length))
+
+
+def score_text(
+    run: EvaluateRun,
+    config: BitsPerByteConfig,
+    scorers: Mapping[str, Score],
+    tokenizer: Tokenizer,
+    progress: Progress,
+    *,
+    title: str,
+) -> dict[str, BitsPerByte]:
+    """Scorers on the held-out text; it is the same for each call."""
+    loader = open_loader(run.data, "validation", tokenizer, config.context_length)
+    rows = min(max(1, config.tokens // config.context_length), loader.rows_per_epoch)
+    task = progress.add_task(title, total=rows * config.context_length)
+    return bits_per_byte(
+        dict(scorers),
+        first_batches(loader, tokens=config.tokens, batch_rows=config.sequences_per_batch),
+        tokenizer.token_bytes(),
+        context_length=config.context_length,
+        buckets=config.position_buckets,
+        advance=lambda tokens: progress.advance(task, tokens),
+    )
+
+
+def filler_of(run: EvaluateRun, config: NeedleConfig, tokenizer: Tokenizer) -> list[int]:
+    """Ids of the haystack's text."""
+    if config.filler == "synthetic":
+        return synthetic_filler(tokenizer)
+    loader = open_loader(run.data, "validation", tokenizer, max(config.lengths))
+    batches = first_batches(loader, tokens=16 * max(config.lengths), batch_rows=1)
+    ids = [token for batch in batches for token in batch.ids.tolist()]
+    return [token for token in ids if token not in (tokenizer.eos_id, tokenizer.pad_id)]
+
+
+def num_trials(config: NeedleConfig) -> int:
+    return len(config.lengths) * len(config.depths) * config.samples

@@ -1,0 +1,97 @@
+"""What jobs.evaluate does with baselines: every policy gets what the model itself gets."""
+
+from collections.abc import Callable
+from functools import partial
+
+from rich.progress import Progress
+
+from jobs.evaluation_inputs import filler_of, num_trials, score_text
+from nsa_platform.config.evaluate import BaselinesConfig
+from nsa_platform.config.runs import EvaluateRun
+from nsa_platform.data.tokenizer import Tokenizer
+from nsa_platform.evaluate.baselines.comparison import (
+    PolicyResult,
+    policy_needles,
+    reader_of,
+    reads_of,
+)
+from nsa_platform.evaluate.baselines.reader import PolicyReader
+from nsa_platform.evaluate.tasks.suite import open_task, run_task
+from nsa_platform.evaluate.tasks.task import Decoding
+from nsa_platform.model.transformer import Transformer
+from nsa_platform.serve.sampler import Sampler, Sampling
+
+
+def measure_policies(
+    run: EvaluateRun,
+    config: BaselinesConfig,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    progress: Progress,
+) -> dict[str, PolicyResult]:
+    """Every policy on the run's text, needles and tasks, by name."""
+    results = {name: PolicyResult() for name in config.systems}
+    make = {
+        name: partial(reader_of, name, model, config, tokenizer.stop_ids())
+        for name in config.systems
+    }
+    if run.bits_per_byte is not None:
+        length = run.bits_per_byte.context_length
+        readers = {name: make[name]() for name in config.systems}
+        found = score_text(
+            run,
+            run.bits_per_byte,
+            {name: partial(reader.nats, context=length) for name, reader in readers.items()},
+            tokenizer,
+            progress,
+            title="policies: text",
+        )
+        for name, reader in readers.items():
+            results[name].bits = found[name]
+            results[name].reads += reads_of(reader, "text", length)
+    if run.needle is not None:
+        filler = filler_of(run, run.needle, tokenizer)
+        total = num_trials(run.needle) * len(config.systems)
+        bar = progress.add_task("policies: needles", total=total)
+        for name, result in results.items():
+            result.grid, reads = policy_needles(
+                make[name],
+                tokenizer,
+                run.needle,
+                filler=filler,
+                advance=lambda: progress.advance(bar),
+            )
+            result.reads += reads
+    for name, result in results.items():
+        _tasks(run, result, make[name], tokenizer, progress)
+    return {str(name): result for name, result in results.items()}
+
+
+def _tasks(
+    run: EvaluateRun,
+    result: PolicyResult,
+    make: Callable[[], PolicyReader],
+    tokenizer: Tokenizer,
+    progress: Progress,
+) -> None:
+    """The run's tasks for one policy."""
+    for config in run.tasks:
+        task, reader = open_task(config, tokenizer), make()
+        bar = progress.add_task(f"policies: {task.name}", total=task.size)
+
+        def draw(
+            prompt: list[int], count: int, decoding: Decoding, reader: PolicyReader = reader
+        ) -> list[int]:
+            sampling = Sampling(decoding.temperature, decoding.top_p, seed=decoding.seed)
+            return reader.generate(prompt, count, pick=Sampler(sampling).pick)
+
+        found = run_task(
+            task,
+            tokenizer,
+            generate=reader.generate,
+            score=reader.answer,
+            draw=draw,
+            advance=lambda bar=bar: progress.advance(bar),
+        )
+        result.tasks.append(found)
+        result.reads += reads_of(reader, task.name, None)
