@@ -105,15 +105,20 @@ def show_plan(run: PretrainRun | SftRun, origin: Origin) -> None:
     parameters = _si(plan.parameters.total)
     if plan.parameters.active != plan.parameters.total:
         parameters += f", {_si(plan.parameters.active)} active"
+    lora = run.train.lora
+    share = plan.trainable / plan.parameters.total
     rows = {
         "parameters": f"{parameters}, {_si(plan.parameters.embedding)} of them embeddings",
+        "trainable": "all of them"
+        if lora is None
+        else f"{_si(plan.trainable)} ({share:.2%}): LoRA of rank {lora.rank}",
         "steps": f"{plan.steps:,} of {_si(run.train.tokens_per_step)} tokens",
         "tokens": f"{_si(plan.tokens)} in rows of {run.data.context_length:,}",
         "FLOPs per step": f"{_si(sparse)} as executed, {_si(dense)} with full attention",
         "workers": f"{workers} x {device}, {plan.parallel}, each {plan.microbatches} microbatches "
         f"of {run.train.sequences_per_microbatch} rows in a step",
-        "memory per worker": f"{_si(plan.state_bytes)}B weights, gradients and optimizer, about "
-        f"{_si(plan.activation_bytes)}B activations",
+        "memory per worker": f"{_si(plan.state_bytes)}B weights, gradients and optimizer (alone "
+        f"{_si(plan.optimizer_bytes)}B), about {_si(plan.activation_bytes)}B activations",
     }
     for name, value in rows.items():
         print(f"{name:<18} {value}")

@@ -93,9 +93,11 @@ def find_origin(run: PretrainRun | SftRun) -> Origin:
             f"data.context_length={run.data.context_length} must not exceed {model.max_context}, "
             f"the max_context of {run.checkpoint}"
         )
-    misfits = run.train.mesh.model_problems(model)
+    misfits = [f"train.mesh: {line}" for line in run.train.mesh.model_problems(model)]
+    if run.train.lora is not None:
+        misfits += [f"train.lora.{line}" for line in run.train.lora.model_problems(model)]
     if misfits:
-        raise ValueError("; ".join(f"train.mesh: {line}" for line in misfits))
+        raise ValueError("; ".join(misfits))
     return Origin(model=model, start_from=place, local=local)
 
 

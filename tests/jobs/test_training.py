@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from jobs import pretrain, sft
 from jobs.cluster import connect
@@ -23,6 +24,7 @@ from nsa_platform import storage
 from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.model.weights import load_model
 from nsa_platform.tracking.library import MlflowClient
+from nsa_platform.train.adapters import ADAPTER_FILE
 from nsa_platform.train.snapshots import snapshots
 
 # Ray warns of its own deprecated settings when a trainer is built.
@@ -275,6 +277,34 @@ def test_fine_tuning_starts_from_the_registered_model(
         sft.main(["--config", str(config), "--set", f"checkpoint={model}"])
     assert "belong to another run: start was" in capsys.readouterr().err
     assert (place.folder / "runs" / "tuned" / "run.yaml").read_text() == before
+
+
+def test_adapters_are_trained_merged_and_kept_alone(
+    place: Place, straight, tiny_chat_shards, capsys
+) -> None:
+    start = place.folder / "runs" / "straight" / "model"
+    config = place.config(
+        "adapted",
+        checkpoint=str(start),
+        data={"path": str(tiny_chat_shards.path), "packing": "whole"},
+        train={"steps": 4, "checkpoint": {"every_steps": 2}, "lora": {"rank": 4}},
+    )
+    sft.main(["--config", str(config), "--dry-run"])
+    assert re.search(r"trainable +\S+k \(\d+\.\d\d%\): LoRA of rank 4\n", capsys.readouterr().out)
+    command = ["--config", str(config), "--set", "train.optimizer.warmup_steps=6"]
+    sft.main([*command, "--set", "train.steps=2"])
+    sft.main(command)
+    assert "goes on from the checkpoint of step 2" in capsys.readouterr().out
+    assert [step for step, _ in place.losses("adapted")] == [1, 2, 3, 4]
+    folder = place.folder / "runs" / "adapted"
+    base, plain = (load_model(each).state_dict() for each in (start, folder / "model"))
+    adapter = load_file(folder / "adapter" / ADAPTER_FILE)
+    changed = {name for name in base if not base[name].equal(plain[name])}
+    assert changed == {f"{name.rpartition('.')[0]}.weight" for name in adapter}
+    assert "layers.1.ffn.down.weight" in changed and "embedding.weight" not in changed
+    with pytest.raises(SystemExit):
+        sft.main([*command, "--set", "train.lora.rank=2"])
+    assert "belong to another run: train.lora.rank was 4, is 2" in capsys.readouterr().err
 
 
 def test_a_broken_shard_ends_the_run_with_its_name(

@@ -88,6 +88,8 @@ class PretrainRun(_TrainingRun):
                 f"data.context_length={self.data.context_length} must not exceed "
                 f"model.max_context={self.model.max_context}"
             )
+        if self.model is not None and self.train.lora is not None:
+            problems.append("train.lora adapts a model that exists: give checkpoint, not model")
         if self.model is not None:
             misfits = self.train.mesh.model_problems(self.model)
             problems += [f"train.mesh: {line}" for line in misfits]

@@ -6,6 +6,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from nsa_platform.config.base import Strict
 from nsa_platform.config.locations import ServiceLocation
+from nsa_platform.config.lora import LoraConfig
 from nsa_platform.config.mesh import MeshConfig
 
 
@@ -67,6 +68,8 @@ class TrainConfig(Strict):
     """Tokens of one optimizer step over all workers; a multiple of the context length."""
     sequences_per_microbatch: PositiveInt = 1
     """Packed rows that one worker puts through the model at once."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters of a model that exists; null: train all of its weights."""
     optimizer: OptimizerConfig = OptimizerConfig()
     seed: int = 0
     """Initialisation of the weights."""

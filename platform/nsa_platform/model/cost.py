@@ -51,6 +51,18 @@ class Flops:
         """Forward and backward: three times the forward, but for the scores."""
         return 3 * self.forward - 2 * self.scores
 
+    def adapting(self, adapters: int, *, in_full: int = 0, with_phi: bool = False) -> float:
+        """Forward and backward when weights are frozen, which have no gradient of their own and
+        only pass on that of their inputs.
+
+        Args:
+            adapters: parameters of adapters beside them.
+            in_full: parameters that each token meets in a matrix product and that are trained.
+            with_phi: whether phi is trained.
+        """
+        frozen = self.linear - 2 * in_full + (0.0 if with_phi else self.compression)
+        return self.training - frozen + 6 * adapters
+
 
 @dataclass(frozen=True, slots=True)
 class KeyCounts:

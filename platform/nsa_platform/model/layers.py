@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nsa_platform.model.exchange import summed
+from nsa_platform.model.lora import LoraLinear
 from nsa_platform.model.partition import WHOLE, Axis, Partition
 
 
@@ -22,7 +23,8 @@ def own_outputs(linear: nn.Linear, x: Tensor, sections: Sequence[int], axis: Axi
     bias = None
     if linear.bias is not None:
         bias = torch.cat([part[axis.own(len(part))] for part in linear.bias.split(list(sections))])
-    return nn.functional.linear(x, torch.cat(weights), bias)
+    out = nn.functional.linear(x, torch.cat(weights), bias)
+    return out + linear.change(x, axis) if isinstance(linear, LoraLinear) else out
 
 
 def from_own_inputs(linear: nn.Linear, x: Tensor, axis: Axis) -> Tensor:
@@ -30,7 +32,10 @@ def from_own_inputs(linear: nn.Linear, x: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return linear(x)
     weight = linear.weight[:, axis.own(linear.weight.shape[1])]
-    return summed(nn.functional.linear(x, weight), axis)
+    part = nn.functional.linear(x, weight)
+    if isinstance(linear, LoraLinear):
+        part = part + linear.change_by_own_inputs(x, axis)
+    return summed(part, axis)
 
 
 class SwiGlu(nn.Module):

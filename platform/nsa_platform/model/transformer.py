@@ -174,6 +174,7 @@ INIT = (
     ("*.ffn.down.weight", "residual"),
     ("*.experts.down", "residual"),
     ("*.balance_bias", "zeros"),
+    ("*.lora_B", "zeros"),
     ("*", "fan_in"),
 )
 

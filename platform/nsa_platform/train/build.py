@@ -9,6 +9,7 @@ from nsa_platform.config.model import ModelConfig
 from nsa_platform.config.train import TrainConfig
 from nsa_platform.model.transformer import Layer, Transformer, initial_tensor
 from nsa_platform.model.weights import load_model
+from nsa_platform.train.adapters import adapt
 from nsa_platform.train.mesh import Mesh, make_mesh
 from nsa_platform.train.parallel import (
     World,
@@ -56,10 +57,16 @@ def build_model(
 
     Args:
         mesh: as build_mesh made it.
-        weights: exported model to start from; None: initial weights by train.seed.
+        weights: exported model to start from; None: initial weights by train.seed. Adapters
+            (train.lora) begin by train.seed either way.
     """
     with torch.device("meta"):
         model = Transformer(config)
+        if train.lora is not None:
+            adapt(model, train.lora)
+    if train.lora is not None and train.lora.dropout:
+        # Workers have other tokens and leave out other inputs; a checkpoint keeps the state.
+        torch.manual_seed(train.seed + world.rank)
     layers = [layer for layer in model.layers if isinstance(layer, Layer)]
     recompute_activations(layers, train.activation_checkpointing)
     if train.compile:
@@ -67,15 +74,12 @@ def build_model(
     if mesh.state is not None:
         shard(model, dtype=DTYPES[train.dtype], mesh=mesh)
     model.to_empty(device=world.device)
-    if weights is None:
-        fill_parameters(
-            model, lambda name, shape: initial_tensor(config, name, shape, seed=train.seed)
-        )
-    else:
-        state = load_model(weights).state_dict()
+    state = {} if weights is None else load_model(weights).state_dict()
 
-        def exported(name: str, _: torch.Size) -> Tensor:
+    def value_of(name: str, shape: torch.Size) -> Tensor:
+        if name in state:
             return state[name]
+        return initial_tensor(config, name, shape, seed=train.seed)
 
-        fill_parameters(model, exported)
+    fill_parameters(model, value_of)
     return model.train()

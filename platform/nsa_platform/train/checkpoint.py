@@ -22,12 +22,17 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from nsa_platform import storage
 from nsa_platform.config.train import CheckpointConfig
+from nsa_platform.model.lora import is_adapted
 from nsa_platform.retry import DELAYS_S, first_line, retried
 from nsa_platform.train.parallel import World
 from nsa_platform.train.snapshots import (
@@ -196,6 +201,7 @@ class CheckpointStore:
             optimizer,
             model_state_dict=tensors["model"],
             optim_state_dict=optimizer_state,
+            options=_options(model),
         )
         _restore_random_state(snapshot.uri, self._world)
         return self._from_first(lambda: read_facts(snapshot))
@@ -317,9 +323,15 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
     """Weights and the optimizer's moments by parameter name.
 
     The optimizer's settings (learning rate, decay) are not state: they follow the configuration.
+    Beside adapters frozen weights are not state either: they follow the model of the start.
     """
-    model_state, optimizer_state = get_state_dict(model, optimizer)
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=_options(model))
     return {"model": model_state, "optimizer": optimizer_state["state"]}
+
+
+def _options(model: nn.Module) -> StateDictOptions:
+    adapted = is_adapted(model)
+    return StateDictOptions(ignore_frozen_params=adapted, strict=not adapted)
 
 
 def _copied(tensors: dict[str, Any]) -> Any:

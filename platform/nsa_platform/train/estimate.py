@@ -6,16 +6,12 @@ from typing import Literal
 from nsa_platform.config.data import LoaderConfig
 from nsa_platform.config.model import ModelConfig, NsaAttentionConfig
 from nsa_platform.config.train import ClusterConfig, TrainConfig
-from nsa_platform.model.cost import (
-    ParameterCount,
-    count_parameters,
-    dense_equivalent,
-    flops_per_token,
-)
+from nsa_platform.model.cost import ParameterCount, count_parameters, dense_equivalent
+from nsa_platform.train.adapters import count_trainable, training_flops
 from nsa_platform.train.parallel import resolve_parallel
 
-# float32 weight, gradient and the two moments of AdamW.
-STATE_BYTES = 16
+# float32 weight, gradient and the two moments of AdamW; the moments; a frozen weight.
+STATE_BYTES, OPTIMIZER_BYTES, FROZEN_BYTES = 16, 8, 4
 
 # Values of width D that a layer keeps for its backward pass beside the feed-forward's, about:
 # norms, queries, keys and values of three branches, their outputs, the residual stream.
@@ -30,6 +26,8 @@ class Estimate:
     """What a run will take."""
 
     parameters: ParameterCount
+    trainable: int
+    """Parameters that are trained."""
     steps: int
     tokens: int
     """Of the whole run."""
@@ -41,6 +39,8 @@ class Estimate:
     """Of one worker in one step."""
     state_bytes: int
     """Weights, gradients and optimizer of one worker."""
+    optimizer_bytes: int
+    """The optimizer's part of them."""
     activation_bytes: int
     """Roughly what one worker keeps for the backward pass, logits included; workers of the tensor
     axis count as if each had its own tokens."""
@@ -54,23 +54,28 @@ def estimate(
 ) -> Estimate:
     """Work it out; nothing is built or read."""
     parameters = count_parameters(model)
-    flops = flops_per_token(model, data.context_length).training
-    dense = flops_per_token(dense_equivalent(model), data.context_length).training
+    lora, length = train.lora, data.context_length
+    trainable = parameters.total if lora is None else count_trainable(model, lora)
+    flops = training_flops(model, lora, length)
+    dense = training_flops(dense_equivalent(model), lora, length)
     parallel = resolve_parallel(train, on_gpu=cluster.use_gpu)
     mesh = train.mesh
     copies = mesh.data_parallel_replicate_degree
     holders = cluster.num_workers // copies if parallel == "shard" else 1
+    state = trainable * STATE_BYTES + (parameters.total - trainable) * FROZEN_BYTES
     rows = train.tokens_per_step // data.context_length
     tokens_at_once = data.context_length * train.sequences_per_microbatch // mesh.row_workers
     dealt = mesh.data_workers(cluster.num_workers)
     return Estimate(
         parameters=parameters,
+        trainable=trainable,
         steps=train.steps,
         tokens=train.steps * train.tokens_per_step,
         flops_per_step=flops * train.tokens_per_step,
         dense_flops_per_step=dense * train.tokens_per_step,
         microbatches=rows // (dealt * train.sequences_per_microbatch),
-        state_bytes=-(-parameters.total * STATE_BYTES // holders),
+        state_bytes=-(-state // holders),
+        optimizer_bytes=-(-trainable * OPTIMIZER_BYTES // holders),
         activation_bytes=_activation_bytes(model, train, tokens_at_once),
         parallel=parallel,
         mesh=mesh.describe(cluster.num_workers),

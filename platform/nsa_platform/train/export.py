@@ -13,6 +13,7 @@ from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.model.transformer import Transformer
 from nsa_platform.model.weights import CONFIG_FILE, export_model
 from nsa_platform.retry import retried
+from nsa_platform.train.adapters import merged
 from nsa_platform.train.parallel import World
 
 
@@ -41,11 +42,14 @@ def export(
 ) -> None:
     """Write the model with its tokenizer to `target`, local or s3://. All workers call it.
 
+    Adapters are merged into the weights they belong to.
+
     Raises:
         OSError: it could not be written; on the first worker.
     """
     weights = gather_weights(model)
     if world.is_first:
+        weights = merged(model, weights)
         publish(model.config, weights, target, tokenizer=tokenizer, say=say)
 
 

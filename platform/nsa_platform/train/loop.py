@@ -165,7 +165,8 @@ def take_step(
     optimizer.zero_grad(set_to_none=True)
     if model.config.moe is not None:
         expert_load = world.sum(expert_load) // alike
-        if skipped is None:
+        # Beside adapters the choice of experts is frozen.
+        if skipped is None and config.lora is None:
             model.steer_experts(expert_load)
     return StepResult(loss, balance_loss, grad_norm, expert_load, skipped)
 

@@ -68,13 +68,19 @@ class _CrossEntropySum(torch.autograd.Function):
         exact = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=exact, device=hidden.device)
         dhidden = torch.empty_like(hidden) if needs_gradients else None
-        dweight = torch.zeros(weight.shape, dtype=exact, device=weight.device)
+        # A frozen output head needs none.
+        dweight = (
+            torch.zeros(weight.shape, dtype=exact, device=weight.device)
+            if needs_gradients and ctx.needs_input_grad[1]
+            else None
+        )
         for start in range(0, hidden.shape[0], chunk):
             rows, goals = hidden[start : start + chunk], targets[start : start + chunk]
             part, dlogits = _chunk(rows, goals, weight, first_id, axis)
             loss += part
             if dhidden is not None:
                 torch.mm(dlogits, weight, out=dhidden[start : start + chunk])
+            if dweight is not None:
                 dweight += dlogits.T @ rows
         if dhidden is not None:
             ctx.save_for_backward(dhidden, dweight)
@@ -86,7 +92,8 @@ class _CrossEntropySum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dhidden, dweight = ctx.saved_tensors
         grad = grad * ctx.times
-        return dhidden * grad.to(dhidden.dtype), (dweight * grad).to(ctx.dtype), *[None] * 5
+        dweight = None if dweight is None else (dweight * grad).to(ctx.dtype)
+        return dhidden * grad.to(dhidden.dtype), dweight, *[None] * 5
 
 
 def _chunk(

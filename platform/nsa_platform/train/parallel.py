@@ -63,7 +63,7 @@ def shard(model: Transformer, *, dtype: torch.dtype, mesh: Mesh) -> None:
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     # Nothing casts or gathers what steers the choice of experts: it is small and must stay exact.
-    steering = {p for p in model.parameters() if not p.requires_grad}
+    steering = {p for name, p in model.named_parameters() if name.endswith(".balance_bias")}
     if mesh.experts is not None:
         for module in model.modules():
             if isinstance(module, Experts):
@@ -89,7 +89,7 @@ def spread(experts: Experts, mesh: DeviceMesh) -> None:
         shape = (parameter.shape[0] // mesh.size(), *parameter.shape[1:])
         part = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
         whole = DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
-        experts.register_parameter(name, nn.Parameter(whole))
+        experts.register_parameter(name, nn.Parameter(whole, parameter.requires_grad))
 
 
 def _inside_experts(mesh: DeviceMesh | None) -> Callable[[nn.Parameter], Shard]:

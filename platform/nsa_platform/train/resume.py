@@ -7,9 +7,9 @@ from typing import Any
 # Sections of a run that a checkpoint remembers.
 SECTIONS = ("model", "data", "train", "cluster")
 
-# Weights have the model's shape and come from one start, and the loader's row number means a row of
-# exactly this data in exactly this order.
-FIXED = ("model", "data", "data_digest", "start")
+# Weights have the model's shape, with the same adapters, and come from one start, and the loader's
+# row number means a row of exactly this data in exactly this order.
+FIXED = ("model", "data", "data_digest", "start", "train.lora")
 
 # Changes that have no say in what is computed; they come before FIXED.
 SILENT = (

@@ -18,10 +18,11 @@ from nsa_platform.data.manifest import ShardError
 from nsa_platform.data.prefetch import Prefetched
 from nsa_platform.data.shards import ShardSet, open_mixture, open_split
 from nsa_platform.data.tokenizer import Tokenizer, TokenizerError
-from nsa_platform.model.cost import dense_equivalent, flops_per_token
+from nsa_platform.model.cost import dense_equivalent
 from nsa_platform.model.transformer import Transformer
 from nsa_platform.model.weights import ExportError
 from nsa_platform.tracking import RunHandle, SystemMonitor, Tracker
+from nsa_platform.train.adapters import save_adapter, training_flops
 from nsa_platform.train.build import build_mesh, build_model
 from nsa_platform.train.checkpoint import CheckpointStore
 from nsa_platform.train.export import export
@@ -149,6 +150,8 @@ def _train(task: Task, *, world: World, voice: Voice, tracker: Tracker | None) -
             )
         checkpoints.close()
         _choose(task, checkpoints, model, optimizer, voice)
+        if task.train.lora is not None:
+            _save_adapter(task, model, world=world, voice=voice)
         target = storage.join(task.folder, "model")
         export(model, target, tokenizer=tokenizer, world=world, say=voice.say)
         problem = None
@@ -180,6 +183,17 @@ def _choose(
             voice.say(f"the model is that of step {facts['step']}, the best one")
 
 
+def _save_adapter(task: Task, model: Transformer, *, world: World, voice: Voice) -> None:
+    assert task.train.lora is not None
+    about = {
+        "base_model": task.start_from,
+        "base_digest": task.identity["described"]["start"],
+        **task.train.lora.model_dump(mode="json"),
+    }
+    folder = storage.join(task.folder, "adapter")
+    save_adapter(model, folder, about=about, world=world, say=voice.say)
+
+
 def _notice() -> str | None:
     """Why this worker must leave: it was told to end, or its node is being drained."""
     info = get_train_context().preemption_context.preemption_info
@@ -193,8 +207,9 @@ def _model(
     task: Task, *, world: World, mesh: Mesh, checkpoints: CheckpointStore
 ) -> tuple[Transformer, torch.optim.Optimizer, dict[str, Any] | None]:
     """Model and optimizer of the newest checkpoint, else of the start; and its facts."""
-    weights = None
-    if task.start_from is not None and not checkpoints.has_any():
+    weights, is_new = None, not checkpoints.has_any()
+    # Checkpoints of adapters do not hold the weights that these stand beside.
+    if task.start_from is not None and (is_new or task.train.lora is not None):
         weights = storage.fetch(task.start_from, task.cache_dir)
     model = build_model(task.model, task.train, world=world, mesh=mesh, weights=weights)
     optimizer = build_optimizer(model, task.train.optimizer)
@@ -255,12 +270,12 @@ def _track_data(shards: ShardSet, tracker: Tracker | None, context: str) -> None
 
 def _throughput(task: Task, world: World) -> Throughput:
     peak = peak_flops(world.device) if task.train.dtype == "bfloat16" else None
-    length = task.data.context_length
+    length, lora = task.data.context_length, task.train.lora
     return Throughput(
         tokens_per_step=task.train.tokens_per_step,
-        flops_per_token=flops_per_token(task.model, length).training,
+        flops_per_token=training_flops(task.model, lora, length),
         peak=None if peak is None else peak * world.size,
-        dense_flops_per_token=flops_per_token(dense_equivalent(task.model), length).training,
+        dense_flops_per_token=training_flops(dense_equivalent(task.model), lora, length),
         workers=world.size,
     )
 

@@ -46,6 +46,7 @@ MODELS = {
         MOE.model_dump() | {"attention": MOE.attention.model_dump() | SHARED}
     ),
 }
+LORA = {"rank": 4, "modules_to_save": ["gate", "compression", "norm"]}
 # Warm-up to the end: the rate of a step then does not know how long the run is.
 RATES = {"optimizer": {"learning_rate": 1e-2, "warmup_steps": 6}}
 
@@ -69,6 +70,8 @@ CASES = [
     ("full", "context-of-kin"),
     ("full", "context+tensor"),
     ("shared", "context-of-kin"),
+    *(("lora", mesh) for mesh in ("context-of-kin", "all-experts", "context+tensor")),
+    *(("lora", mesh) for mesh in ("tensor+expert", "expert+replicate")),
 ]
 
 
@@ -111,9 +114,10 @@ def _two_steps(
 def _worker(rank: int, size: int, folder: str, data: LoaderConfig) -> None:
     meeting = (Path(folder) / f"group-{size}").as_uri()
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
-    cases = [(model, "shard") for model in MODELS] if size == 1 else CASES
+    cases = [(model, "shard") for model in (*MODELS, "lora")] if size == 1 else CASES
     for model, mesh in cases:
-        found = _two_steps(MODELS[model], _settings(MESHES[mesh]), data)
+        config = _settings(MESHES[mesh], lora=LORA if model == "lora" else None)
+        found = _two_steps(MODELS.get(model, NSA), config, data)
         if rank == 0:
             torch.save(found, Path(folder) / f"{model}-{mesh}-{size}.pt")
     if size == 1:

@@ -10,7 +10,7 @@ from nsa_platform.train.resume import ResumeError, check_resumable, describe_run
 RUN = {
     "model": {"name": "a", "layers": 4, "attention": {"kind": "nsa", "gate_bias": (0.0, 1.0)}},
     "data": {"path": "/x", "context_length": 128, "packing": "split", "seed": 0},
-    "train": {"steps": 10, "optimizer": {"learning_rate": 0.1}},
+    "train": {"steps": 10, "lora": None, "optimizer": {"learning_rate": 0.1}},
     "cluster": {"num_workers": 2},
     "tracking": {"uri": "sqlite:///x"},
 }
@@ -49,6 +49,7 @@ def test_allowed_changes_are_said() -> None:
         ("data.context_length", 64, "data.context_length was 128, is 64"),
         ("data.packing", "whole", "data.packing was 'split', is 'whole'"),
         ("data.seed", 1, "data.seed was 0, is 1"),
+        ("train.lora", {"rank": 8}, "train.lora.rank was None, is 8"),
     ],
 )
 def test_another_model_or_other_rows_are_an_error(key: str, value: object, message: str) -> None:

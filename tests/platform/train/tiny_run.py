@@ -121,11 +121,12 @@ def run(
     keep_latest: int = 9,
     device: str = "cpu",
     notice: Notice = lambda: None,
+    weights: Path | None = None,
 ) -> Recorded:
-    """Train (or go on training) in `folder`, as a worker does."""
+    """Train (or go on training) in `folder`, as a worker does; `weights`: an exported model."""
     recorded, world = Recorded(), this_world(device)
     mesh = build_mesh(model_config, config, context_length=data.context_length, world=world)
-    model = build_model(model_config, config, world=world, mesh=mesh)
+    model = build_model(model_config, config, world=world, mesh=mesh, weights=weights)
     optimizer = build_optimizer(model, config.optimizer)
     checkpoints = CheckpointStore(
         str(folder),
