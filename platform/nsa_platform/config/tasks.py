@@ -1,8 +1,8 @@
 """Tasks of an evaluation: which, at which lengths, how often, from which files."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from nsa_platform.config.base import Strict
 from nsa_platform.config.locations import Location
@@ -13,6 +13,8 @@ LONGBENCH_OF_THE_PAPER = (
     *("multifieldqa_en", "multifieldqa_zh", "qasper", "hotpotqa", "2wikimqa"),
     *("gov_report", "dureader", "passage_retrieval_en", "passage_retrieval_zh", "lcc"),
 )
+
+WITHOUT_ESSAYS = ("niah_single_1", "niah_multikey_2", "niah_multikey_3")
 
 
 class _Generated(Strict):
@@ -49,6 +51,12 @@ class NiahTask(_Generated, _Asked):
     essays: Location | None = None
     """Folder of .txt files, the haystack of single_2, single_3, multikey_1, multivalue and
     multiquery; without it their haystack is the noise of single_1."""
+
+    @model_validator(mode="after")
+    def _essays_are_read(self) -> Self:
+        if self.essays is not None and self.kind in WITHOUT_ESSAYS:
+            raise ValueError(f"essays is of no use to {self.kind}, whose haystack is no prose")
+        return self
 
 
 class VariableTrackingTask(_Generated, _Asked):
@@ -96,7 +104,7 @@ class LongBenchTask(_Asked):
     prompts: Location | None = None
     """dataset2prompt.json of github.com/THUDM/LongBench: published scores are made with it.
     Without it prompts ask the same in our own words."""
-    max_length: PositiveInt = 31500
+    max_length: Annotated[int, Field(ge=64)] = 31500
     """Tokens of a prompt; of a longer one the middle is left out."""
     samples: PositiveInt | None = None
     """The first so many rows of each file; default: all."""
@@ -115,7 +123,7 @@ class LongBenchV2Task(_Asked):
     """data.json of huggingface.co/datasets/THUDM/LongBench-v2, or its rows as .jsonl."""
     prompt: Location | None = None
     """prompts/0shot.txt of github.com/THUDM/LongBench; without it our own words."""
-    max_length: PositiveInt = 120_000
+    max_length: Annotated[int, Field(ge=64)] = 120_000
     """Tokens of a prompt; of a longer one the middle is left out."""
     temperature: Annotated[float, Field(ge=0)] = 0.1
     samples: PositiveInt | None = None

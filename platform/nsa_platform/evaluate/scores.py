@@ -43,7 +43,7 @@ class ModelScorer:
         batch = batch.to(self.device)
         inputs = PackedInputs(batch.positions, batch.cu_seqlens)
         hidden = self.model(batch.ids, inputs).hidden
-        chunk = max(1, LOGITS_PER_CHUNK // self.model.config.vocab_size)
+        chunk = self._rows_per_chunk()
         losses = [
             functional.cross_entropy(
                 self.model.logits(part).float(), goals, ignore_index=IGNORED, reduction="none"
@@ -70,7 +70,15 @@ class ModelScorer:
 
     def _answer(self, hidden: Tensor, answer: list[int]) -> AnswerScore:
         goals = torch.tensor(answer, device=self.device)
-        logits = self.model.logits(hidden).float()
-        losses = functional.cross_entropy(logits, goals, reduction="none")
-        hits = logits.argmax(-1) == goals
-        return AnswerScore(tuple(losses.double().tolist()), tuple(hits.tolist()))
+        chunk = self._rows_per_chunk()
+        nats: list[float] = []
+        hits: list[bool] = []
+        for part, right in zip(hidden.split(chunk), goals.split(chunk), strict=True):
+            logits = self.model.logits(part).float()
+            losses = functional.cross_entropy(logits, right, reduction="none")
+            nats += losses.double().tolist()
+            hits += (logits.argmax(-1) == right).tolist()
+        return AnswerScore(tuple(nats), tuple(hits))
+
+    def _rows_per_chunk(self) -> int:
+        return max(1, LOGITS_PER_CHUNK // self.model.config.vocab_size)

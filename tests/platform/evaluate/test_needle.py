@@ -6,6 +6,7 @@ import re
 import pytest
 
 from nsa_platform.config.evaluate import NeedleConfig
+from nsa_platform.evaluate import scores
 from nsa_platform.evaluate.needle import Counts, haystack, needle_grid, synthetic_filler
 from nsa_platform.evaluate.scores import AnswerScore, ModelScorer
 
@@ -139,10 +140,15 @@ def test_of_several_numbers_the_share_counts(corpus, filler: list[int]) -> None:
         NeedleConfig(queries=2)
 
 
-def test_an_answer_is_scored_as_the_batch_scores_it(corpus, model, filler: list[int]) -> None:
+def test_an_answer_is_scored_as_the_batch_scores_it(
+    corpus, model, filler: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     scorer = ModelScorer(model)
     prompt, answer = filler[:50], filler[50:57]
     whole = scorer.answer(prompt, answer)
+    # As many rows of logits at once as one call has memory for: here two.
+    monkeypatch.setattr(scores, "LOGITS_PER_CHUNK", 2 * model.config.vocab_size)
+    assert scorer.answer(prompt, answer).nats == pytest.approx(whole.nats, rel=1e-5)
     one_by_one = [scorer.answer(prompt + answer[:i], answer[i : i + 1]) for i in range(len(answer))]
     assert whole.nats == pytest.approx([each.nats[0] for each in one_by_one], rel=1e-4)
     assert whole.hits == tuple(each.hits[0] for each in one_by_one)

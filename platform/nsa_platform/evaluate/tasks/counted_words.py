@@ -93,17 +93,19 @@ def _frequent(
         random.Random(f"{seed}/order").shuffle(text)
         return " ".join(text), tuple(names[1 : FREQUENT_WORDS + 1])
 
-    # With fewer words the fourth rank would not come at all.
+    # With fewer than 30 words the fourth rank would not come at all; a code is two tokens or more.
     return _fitted(
         ("fwe", length, number), tokenizer, frame, tokenizer.encode(FWE_INTRODUCTION),
-        (FWE_QUESTION, FWE_BEGUN, FWE_TOKENS), content, 30, length,
+        (FWE_QUESTION, FWE_BEGUN, FWE_TOKENS), content, 30, length // 2,
     )  # fmt: skip
 
 
 def _word_list(
     dice: random.Random, words: int, often: int, seldom: int
 ) -> tuple[str, tuple[str, ...]]:
-    chosen = dice.sample(english("noun", "adjective", "verb"), words)
+    # All words in one order, so that a longer list holds what a shorter one does.
+    every = english("noun", "adjective", "verb")
+    chosen = dice.sample(every, len(every))[:words]
     common, others = chosen[:COMMON_WORDS], chosen[COMMON_WORDS:]
     listed = common * often + others * seldom
     dice.shuffle(listed)
@@ -129,7 +131,7 @@ def _fitted(
     encoded = functools.cache(lambda words: tokenizer.encode(content(words)[0]))
     if len(encoded(fewest)) > room:
         raise too_short(kind, length, fixed + len(encoded(fewest)))
-    words = largest(lambda count: len(encoded(count)) <= room, fewest, most)
+    words = largest(lambda count: len(encoded(count)), room, fewest, most)
     references = content(words)[1]
     text = padded(tokenizer, encoded(words), room)
     return WrittenSample(

@@ -17,11 +17,18 @@ def repeated(filler: Sequence[int], size: int, begin: int = 0) -> list[int]:
     return [filler[(begin + i) % len(filler)] for i in range(size)]
 
 
-def largest(fits: Callable[[int], bool], low: int, high: int) -> int:
-    """The largest number in [low, high] that fits, if all below it do; `low` fits."""
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+def largest(size_of: Callable[[int], int], room: int, low: int, high: int) -> int:
+    """The largest number in [low, high] whose size is at most `room`; that of `low` is.
+
+    Sizes grow, nearly in proportion: the next guess lies on the line between what is known.
+    """
+    if size_of(high) <= room:
+        return high
+    while high - low > 1:
+        rise = size_of(high) - size_of(low)
+        guess = low + (room - size_of(low)) * (high - low) // max(1, rise)
+        middle = min(max(guess, low + 1), high - 1)
+        low, high = (middle, high) if size_of(middle) <= room else (low, middle)
     return low
 
 

@@ -1,6 +1,7 @@
 """LongBench: 21 datasets of long texts in English and Chinese, from the user's copy of the files.
 
-Of a prompt that is too long the middle is left out. Five datasets of examples or code go without
+Sets of LongBench-E (`_e`) are also reported by length, in words: below 4,000, 8,000, and more. Of a
+prompt that is too long the middle is left out. Five datasets of examples or code go without
 the chat template; of four only the first line of an answer counts. The prompts are our own words
 for the same; those of the benchmark are read from the user's dataset2prompt.json.
 
@@ -22,7 +23,9 @@ from nsa_platform.evaluate.tasks.task import Scorer, Task, WrittenSample
 
 SOURCE = "{name}.jsonl of LongBench's data.zip (huggingface.co/datasets/THUDM/LongBench)"
 PROMPTS_SOURCE = "config/dataset2prompt.json of github.com/THUDM/LongBench"
-FIELDS = ("input", "context", "answers", "all_classes")
+FIELDS = ("input", "context", "answers", "all_classes", "length")
+EXTENDED = "_e"
+BUCKETS = ((4000, "0-4k"), (8000, "4-8k"))
 
 Against = Callable[[str, str, Sequence[str]], float]
 
@@ -122,12 +125,12 @@ def longbench(config: LongBenchTask, tokenizer: Tokenizer) -> Task:
     def samples() -> Iterator[WrittenSample]:
         for name, dataset in datasets.items():
             frame = plain if dataset.is_plain else chat
-            prompt = prompts.get(name.removesuffix("_e"), dataset.prompt)
+            prompt = prompts.get(name.removesuffix(EXTENDED), dataset.prompt)
             for number, row in enumerate(rows[name]):
                 text = prompt.format(context=row["context"], input=row["input"])
                 ids = middle_left_out(tokenizer.encode(text), config.max_length - frame.size)
                 yield WrittenSample(
-                    cells=(name,),
+                    cells=_cells(name, row["length"]),
                     unit=f"{name}/{number}",
                     prompt=frame.around(ids),
                     references=tuple(row["answers"]),
@@ -156,8 +159,15 @@ def middle_left_out(ids: list[int], size: int) -> list[int]:
     return ids[: size - size // 2] + ids[len(ids) - size // 2 :]
 
 
+def _cells(name: str, words: int) -> tuple[str, ...]:
+    if not name.endswith(EXTENDED):
+        return (name,)
+    bucket = next((label for limit, label in BUCKETS if words < limit), "8k+")
+    return name, f"{name}/{bucket}"
+
+
 def _dataset(name: str) -> Dataset:
-    known = DATASETS.get(name.removesuffix("_e"))
+    known = DATASETS.get(name.removesuffix(EXTENDED))
     if known is None:
         near = difflib.get_close_matches(name, DATASETS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

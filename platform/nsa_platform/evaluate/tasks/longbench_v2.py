@@ -1,7 +1,7 @@
 """LongBench v2: one of four choices about a text of 8,000 to 2 million words.
 
-A question counts in the cell of its difficulty and in that of its class of length. The letter is
-read from "The correct answer is (X)".
+A question counts in the cell of all, in that of its difficulty and in that of its class of length.
+The letter is read from "The correct answer is (X)".
 
 Source: arXiv 2412.15204; github.com/THUDM/LongBench, pred.py.
 """
@@ -30,7 +30,7 @@ LETTER = (r"The correct answer is \(([A-D])\)", r"The correct answer is ([A-D])"
 
 
 def longbench_v2(config: LongBenchV2Task, tokenizer: Tokenizer) -> Task:
-    """The samples, in the cells easy and hard, short, medium and long.
+    """The samples, in the cells all, easy and hard, short, medium and long.
 
     Raises:
         ValueError: the file is not what it should be.
@@ -45,7 +45,7 @@ def longbench_v2(config: LongBenchV2Task, tokenizer: Tokenizer) -> Task:
             text = tokenizer.encode(_filled(prompt, row))
             ids = middle_left_out(text, config.max_length - frame.size)
             yield WrittenSample(
-                cells=(row["difficulty"], row["length"]),
+                cells=("all", row["difficulty"], row["length"]),
                 unit=str(row["_id"]),
                 prompt=frame.around(ids),
                 references=(row["answer"],),

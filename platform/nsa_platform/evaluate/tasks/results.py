@@ -61,8 +61,10 @@ class TaskResult:
 
     @property
     def mean(self) -> float:
-        """The plain mean of the cells: each length or dataset counts as much as any other."""
-        return float(np.mean([score.mean for score in self.cells.values()]))
+        """The plain mean of the cells that stand first in a sample: lengths or datasets count
+        alike, however many samples they have."""
+        first = {row.cells[0] for row in self.rows}
+        return float(np.mean([score.mean for cell, score in self.cells.items() if cell in first]))
 
 
 def score_of(rows: Sequence[Row]) -> Score:

@@ -1,7 +1,8 @@
 """What a task is: samples in cells, each with a prompt and a way to score what a model makes of it.
 
-A cell is what one number is reported for: a length, a dataset, a limit of the answer; a sample may
-count in several. Samples of one unit vary together, such as several tries at one problem.
+A cell is what one number is reported for: a length, a dataset, a limit of the answer. A sample may
+count in several; a task's mean is taken over those that come first. Samples of one unit vary
+together, such as several tries at one problem.
 """
 
 from collections.abc import Callable, Iterator

@@ -67,7 +67,13 @@ def write(folder: Path, name: str, rows: list[dict[str, object]]) -> None:
 
 
 def row(**changes: object) -> dict[str, object]:
-    empty = {"input": "Who?", "context": "Ann {did} it.", "answers": ["Ann"], "all_classes": None}
+    empty = {
+        "input": "Who?",
+        "context": "Ann {did} it.",
+        "answers": ["Ann"],
+        "all_classes": None,
+        "length": 4000,
+    }
     return {**empty, **changes}
 
 
@@ -96,7 +102,7 @@ def test_files_become_samples(corpus, tmp_path: Path) -> None:
     assert len(long.prompt) == 400
     assert corpus.tokenizer.decode(long.prompt).rstrip().endswith("assistant")
     assert corpus.tokenizer.decode(code.prompt) == "CODE x = 1\nNEXT", "no template around code"
-    assert code.cells == ("lcc_e",) and code.score("y = 2\nz") == 1.0
+    assert code.cells == ("lcc_e", "lcc_e/4-8k") and code.score("y = 2\nz") == 1.0
 
 
 def test_what_is_missing_is_named(corpus, tmp_path: Path) -> None:
@@ -109,7 +115,7 @@ def test_what_is_missing_is_named(corpus, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no dataset 'qaspar'; did you mean 'qasper'"):
         opened(datasets=["qaspar"])
     write(tmp_path, "qasper.jsonl", [row(), {"input": "x", "context": "y"}])
-    with pytest.raises(ValueError, match="row 2 has no answers, all_classes"):
+    with pytest.raises(ValueError, match="row 2 has no answers, all_classes, length"):
         opened()
     (tmp_path / "qasper.jsonl").write_text("not JSON")
     with pytest.raises(ValueError, match="is neither JSON lines nor a JSON list"):
@@ -140,7 +146,7 @@ def test_version_2_asks_four_choices(corpus, tmp_path: Path) -> None:
     assert isinstance(sample, WrittenSample)
     text = corpus.tokenizer.decode(sample.prompt)
     assert "\n\nThe $Q$ text.\n\nQuestion: Which $C_A$?\n(A) one\n(B) two\n(C) three" in text
-    assert sample.cells == ("easy", "short")
+    assert sample.cells == ("all", "easy", "short")
     assert sample.decoding.temperature == 0.1
     assert sample.score("The correct answer is (B)") == 1.0
     assert sample.score("The correct answer is (A)") == 0.0

@@ -1,5 +1,6 @@
 """RULER's thirteen: exact lengths, the same samples again, and readers that solve them by rule."""
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -8,10 +9,13 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nsa_platform.config.tasks import NiahTask, QaTask, TaskConfig, VariableTrackingTask, WordsTask
 from nsa_platform.data.chat import render_prompt
 from nsa_platform.data.tokenizer import Tokenizer
+from nsa_platform.evaluate.tasks.fitting import largest
 from nsa_platform.evaluate.tasks.niah import SHAPES
 from nsa_platform.evaluate.tasks.ruler_scores import any_of, share_of
 from nsa_platform.evaluate.tasks.suite import open_task, run_task
@@ -195,6 +199,13 @@ def test_scores_are_recall_of_strings() -> None:
     assert share_of(("12", "Ab", "x y"))(" ab\x07 12 X\nY") == pytest.approx(2 / 3)
     assert any_of(("one", "two"))("TWO") == 1.0
     assert any_of(("one", "two"))("three") == 0.0
+
+
+@given(steps=st.lists(st.integers(0, 9), min_size=1, max_size=60), room=st.integers(0, 300))
+def test_the_largest_that_fits_is_found(steps: list[int], room: int) -> None:
+    sizes = list(itertools.accumulate(steps, initial=0))
+    expected = max(count for count, size in enumerate(sizes) if size <= room)
+    assert largest(sizes.__getitem__, room, 0, len(steps)) == expected
 
 
 def test_the_harness_generates_greedily_and_scores(corpus) -> None:

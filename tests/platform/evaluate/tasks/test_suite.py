@@ -11,7 +11,7 @@ from nsa_platform.config.runs import EvaluateRun
 from nsa_platform.config.tasks import AimeTask, MqarTask
 from nsa_platform.evaluate.scores import AnswerScore, ModelScorer
 from nsa_platform.evaluate.tasks.aime import boxed_integer
-from nsa_platform.evaluate.tasks.results import Row, bootstrap, score_of, wilson
+from nsa_platform.evaluate.tasks.results import Row, TaskResult, bootstrap, score_of, wilson
 from nsa_platform.evaluate.tasks.suite import open_task, run_task
 from nsa_platform.evaluate.tasks.task import Decoding, ForcedSample
 
@@ -138,6 +138,18 @@ def test_intervals() -> None:
     assert bootstrap([0.5, 0.5]) == (0.5, 0.5)
 
 
+def test_the_mean_is_over_first_cells() -> None:
+    scores = {("a", "x"): [1.0, 1.0, 1.0], ("b", "x"): [0.0]}
+    made = [
+        Row(cells, f"{cells}/{i}", 1, (), "", 1, score)
+        for cells, each in scores.items()
+        for i, score in enumerate(each)
+    ]
+    result = TaskResult("t", made)
+    assert {cell: score.mean for cell, score in result.cells.items()} == {"a": 1, "x": 0.75, "b": 0}
+    assert result.mean == 0.5
+
+
 def test_names_and_keys_of_tasks_are_checked() -> None:
     def parsed(*tasks: dict[str, object]) -> EvaluateRun:
         tree = {"name": "x", "checkpoint": "model", "data": "data", "tasks": list(tasks)}
@@ -149,6 +161,8 @@ def test_names_and_keys_of_tasks_are_checked() -> None:
         parsed({"kind": "vt", "lenghts": [4096]})
     with pytest.raises(ConfigError, match=r"tasks\.1\.file: is required"):
         parsed({"kind": "vt"}, {"kind": "qa_1"})
+    with pytest.raises(ConfigError, match=r"tasks\.0: essays is of no use to niah_multikey_2"):
+        parsed({"kind": "niah_multikey_2", "essays": "essays"})
     with pytest.raises(ConfigError, match="tasks: vt must not stand twice"):
         parsed({"kind": "vt"}, {"kind": "vt", "lengths": [8192]})
     run = parsed({"kind": "vt", "lengths": [128, 256]}, {"kind": "mqar"})
