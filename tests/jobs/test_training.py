@@ -1,5 +1,6 @@
 """Pretraining and fine-tuning on real Ray, with workers and drivers killed on the way."""
 
+import json
 import os
 import re
 import shutil
@@ -25,6 +26,7 @@ from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.model.weights import load_model
 from nsa_platform.tracking.library import MlflowClient
 from nsa_platform.train.adapters import ADAPTER_FILE
+from nsa_platform.train.samples import TABLE
 from nsa_platform.train.snapshots import snapshots
 
 # Ray warns of its own deprecated settings when a trainer is built.
@@ -283,11 +285,15 @@ def test_adapters_are_trained_merged_and_kept_alone(
     place: Place, straight, tiny_chat_shards, capsys
 ) -> None:
     start = place.folder / "runs" / "straight" / "model"
+    samples = {"num_prompts": 2, "max_prompt_tokens": 100, "max_new_tokens": 8}
     config = place.config(
         "adapted",
         checkpoint=str(start),
         data={"path": str(tiny_chat_shards.path), "packing": "whole"},
-        train={"steps": 4, "checkpoint": {"every_steps": 2}, "lora": {"rank": 4}},
+        train={
+            **{"steps": 4, "checkpoint": {"every_steps": 2}, "lora": {"rank": 4}},
+            **{"validate_every_steps": 2, "samples": samples},
+        },
     )
     sft.main(["--config", str(config), "--dry-run"])
     assert re.search(r"trainable +\S+k \(\d+\.\d\d%\): LoRA of rank 4\n", capsys.readouterr().out)
@@ -296,6 +302,11 @@ def test_adapters_are_trained_merged_and_kept_alone(
     sft.main(command)
     assert "goes on from the checkpoint of step 2" in capsys.readouterr().out
     assert [step for step, _ in place.losses("adapted")] == [1, 2, 3, 4]
+    local = place.client().download_artifacts(place.run_id("adapted"), TABLE)
+    table = json.loads(Path(local).read_text())
+    assert table["columns"] == ["step", "prompt", "answer", "reference"]
+    assert [row[0] for row in table["data"]] == [2, 2, 4, 4]
+    assert all(row[3].startswith("It is") for row in table["data"])
     folder = place.folder / "runs" / "adapted"
     base, plain = (load_model(each).state_dict() for each in (start, folder / "model"))
     adapter = load_file(folder / "adapter" / ADAPTER_FILE)

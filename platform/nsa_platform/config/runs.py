@@ -57,6 +57,14 @@ class _TrainingRun(Strict):
             misfits = self.train.mesh.world_problems(count, self.data.context_length)
             if misfits:
                 return [f"train.mesh: {line}" for line in misfits]
+        samples, length = self.train.samples, self.data.context_length
+        longest = samples.max_prompt_tokens + samples.max_new_tokens
+        if samples.num_prompts and longest > length:
+            return [
+                f"train.samples: max_prompt_tokens={samples.max_prompt_tokens} + "
+                f"max_new_tokens={samples.max_new_tokens} = {longest} must not exceed "
+                f"data.context_length={length}"
+            ]
         dealt = self.train.mesh.data_workers(workers)
         unit = self.data.context_length * self.train.sequences_per_microbatch * dealt
         if self.train.tokens_per_step % unit:

@@ -59,6 +59,22 @@ class CheckpointConfig(Strict):
     """Write in the background while training goes on."""
 
 
+class SamplesConfig(Strict):
+    """Held-out prompts that the model answers at each validation, into a table of the MLflow run.
+
+    Answers are the likeliest ones. Each of their tokens takes a pass over all that is answered so
+    far: a look at the model, no benchmark.
+    """
+
+    num_prompts: Annotated[int, Field(ge=0)] = 0
+    """The first of the validation split that fit; 0: none."""
+    max_prompt_tokens: PositiveInt = 128
+    """A text is continued from its beginning, so long at most and no more than half of it. A chat
+    up to the assistant's first turn is a prompt if it is no longer."""
+    max_new_tokens: PositiveInt = 64
+    """Longest answer, and how much of the held-out text stands beside it."""
+
+
 class TrainConfig(Strict):
     """The loop."""
 
@@ -92,6 +108,7 @@ class TrainConfig(Strict):
     validate_every_steps: PositiveInt = 100
     validation_tokens: PositiveInt = 65536
     """Held-out tokens of one validation."""
+    samples: SamplesConfig = SamplesConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
 

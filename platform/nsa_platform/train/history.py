@@ -6,6 +6,11 @@ from typing import Any, Self
 
 # A curve that has grown to this many points keeps every second one.
 MOST_POINTS = 2000
+# And a table of so many validations those of every second one.
+MOST_TABLES = 200
+
+Sample = tuple[str, str, str]
+"""Prompt, answer, reference."""
 
 
 @dataclass
@@ -18,6 +23,14 @@ class History:
     """(tokens seen, loss)."""
     health: list[tuple[int, dict[int, dict[str, float]]]] = field(default_factory=list)
     """(step, layer -> gate means by branch, entropy)."""
+    samples: list[tuple[int, list[Sample]]] = field(default_factory=list)
+    """(step, what was answered)."""
+
+    def add_samples(self, step: int, samples: list[Sample]) -> None:
+        """What was answered at one more validation."""
+        self.samples.append((step, samples))
+        if len(self.samples) > MOST_TABLES:
+            self.samples = self.samples[::2]
 
     def add_train(self, tokens: int, loss: float) -> None:
         """One more point of the training loss."""
@@ -27,7 +40,12 @@ class History:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return {"train": self.train, "valid": self.valid, "health": self.health}
+        return {
+            "train": self.train,
+            "valid": self.valid,
+            "health": self.health,
+            "samples": self.samples,
+        }
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Self:
@@ -38,5 +56,10 @@ class History:
             health=[
                 (step, {int(layer): dict(row) for layer, row in by_layer.items()})
                 for step, by_layer in tree["health"]
+            ],
+            # Checkpoints of older versions know no samples.
+            samples=[
+                (step, [(prompt, answer, reference) for prompt, answer, reference in rows])
+                for step, rows in tree.get("samples", [])
             ],
         )

@@ -31,6 +31,7 @@ from nsa_platform.train.optimizer import set_learning_rate
 from nsa_platform.train.parallel import World, clip_gradients, sum_replica_gradients
 from nsa_platform.train.preemption import Preemption, TrainingPreempted
 from nsa_platform.train.progress import Progress
+from nsa_platform.train.samples import COLUMNS, TABLE
 from nsa_platform.train.schedule import learning_rate
 from nsa_platform.train.validation import Validated, Validation
 
@@ -191,11 +192,13 @@ def validate(
     progress: Progress,
     tracker: Tracker | None,
 ) -> dict[str, float]:
-    """Validate, remember it in the history, draw it; returns its metrics and, with experts, those
-    of each expert in the step before it."""
+    """Validate, have samples answered, remember and draw it; returns its metrics and, with experts,
+    those of each expert in the step before it."""
     validated, history = validation.run(model), progress.history
     history.valid.append((progress.tokens, validated.loss))
     history.health.append((progress.step, health_values(validated.health)))
+    if validation.samples is not None:
+        history.add_samples(progress.step, validation.samples.answers(model))
     if tracker:
         draw(tracker, validated, history=history, model=model)
     metrics = validated.metrics() | health_metrics(validated.health)
@@ -208,7 +211,7 @@ def validate(
 
 
 def draw(tracker: Tracker, validated: Validated, *, history: History, model: Transformer) -> None:
-    """Figures of the run so far and of its newest validation."""
+    """Figures and samples of the run so far, and of its newest validation."""
     attention = model.config.attention
     block_size = (
         attention.selection_block_size if isinstance(attention, NsaAttentionConfig) else None
@@ -220,3 +223,7 @@ def draw(tracker: Tracker, validated: Validated, *, history: History, model: Tra
     )
     for path, figure in drawn.items():
         tracker.log_figure(figure, path)
+    if history.samples:
+        # Whole each time, so that a run that goes over old steps again doubles no row.
+        rows = [(step, *sample) for step, samples in history.samples for sample in samples]
+        tracker.log_table(COLUMNS, rows, TABLE)

@@ -39,6 +39,12 @@ class World:
         """Whether this is the worker that logs and writes what is written once."""
         return self.rank == 0
 
+    def of_first(self, values: Tensor) -> Tensor:
+        """The first worker's values, in place; on every worker the same."""
+        if self.size > 1:
+            dist.broadcast(values, src=0)
+        return values
+
     def sum(self, values: Tensor) -> Tensor:
         """Sum over all workers, in place; on every worker the same."""
         if self.size > 1:

@@ -16,6 +16,7 @@ from nsa_platform.model.transformer import Transformer
 from nsa_platform.train.loss import IGNORED, chunk_tokens, token_losses
 from nsa_platform.train.mesh import Mesh
 from nsa_platform.train.parallel import World, release_gathered
+from nsa_platform.train.samples import Samples
 
 POSITION_PARTS = 8
 
@@ -56,8 +57,13 @@ class Validation:
         world: World,
         mesh: Mesh,
         token_bytes: Tensor | None,
+        samples: Samples | None = None,
     ) -> None:
-        """Read up to `tokens` held-out tokens; `token_bytes` [vocab] gives the bytes of each id."""
+        """Read up to `tokens` held-out tokens; `token_bytes` [vocab] gives the bytes of each id.
+
+        samples: prompts to be answered each time too.
+        """
+        self.samples = samples
         self._shards = shards
         self._config = config
         self._rows_per_microbatch = rows_per_microbatch

@@ -37,6 +37,7 @@ from nsa_platform.train.parallel import World
 from nsa_platform.train.preemption import Preemption
 from nsa_platform.train.profiling import profile_steps
 from nsa_platform.train.progress import Progress
+from nsa_platform.train.samples import Samples
 from nsa_platform.train.snapshots import CheckpointError
 from nsa_platform.train.task import Events, Outcome, Task
 from nsa_platform.train.validation import Validation
@@ -140,9 +141,7 @@ def _train(task: Task, *, world: World, voice: Voice, tracker: Tracker | None) -
                 mesh=mesh,
                 progress=progress,
                 preemption=Preemption(world, _notice),
-                validation=_validation(
-                    task, world=world, mesh=mesh, tokenizer=tokenizer, tracker=tracker
-                ),
+                validation=_validation(task, voice, tokenizer, tracker, world=world, mesh=mesh),
                 checkpoints=checkpoints,
                 identity=task.identity,
                 listeners=Listeners(voice.report, voice.say, tracker),
@@ -240,7 +239,13 @@ def _loader(
 
 
 def _validation(
-    task: Task, *, world: World, mesh: Mesh, tokenizer: Tokenizer, tracker: Tracker | None
+    task: Task,
+    voice: Voice,
+    tokenizer: Tokenizer,
+    tracker: Tracker | None,
+    *,
+    world: World,
+    mesh: Mesh,
 ) -> Validation | None:
     if not task.has_validation:
         return None
@@ -251,6 +256,12 @@ def _validation(
     except TokenizerError:
         # Ids of such a tokenizer have no bytes of their own; there is a loss in nats alone.
         token_bytes = None
+    samples = None
+    if task.train.samples.num_prompts:
+        samples = Samples(shards, tokenizer, task.train.samples, world=world, mesh=mesh)
+        if len(samples) < task.train.samples.num_prompts:
+            longest = task.train.samples.max_prompt_tokens
+            voice.say(f"samples: {len(samples)} held-out prompts of at most {longest} tokens")
     return Validation(
         shards,
         task.data,
@@ -259,6 +270,7 @@ def _validation(
         world=world,
         mesh=mesh,
         token_bytes=token_bytes,
+        samples=samples,
     )
 
 

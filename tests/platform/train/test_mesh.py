@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from nsa_platform.config.data import LoaderConfig
 from nsa_platform.config.model import ModelConfig
 from nsa_platform.config.train import TrainConfig
 from nsa_platform.data.loader import Loader
 from nsa_platform.data.shards import open_split
+from nsa_platform.model.greedy import continue_greedily
 from nsa_platform.train.build import build_mesh, build_model
 from nsa_platform.train.guard import Guard
 from nsa_platform.train.loop import take_step
@@ -103,7 +105,16 @@ def _two_steps(
         "progress": Progress(Guard(config.guard)),
     }
     results = [take_step(model, descent, loader.next_step(4), **parts) for _ in range(2)]
+    answers = continue_greedily(
+        model.eval(),
+        [[5, 6, 7], [9] * 8],
+        max_new_tokens=5,
+        stop_ids=(),
+        partition=mesh.partition,
+        agreed=world.of_first,
+    )
     return {
+        "answers": answers,
         "steps": [
             [torch.tensor(r.loss), r.balance_loss, r.grad_norm, r.expert_load] for r in results
         ],
@@ -131,7 +142,19 @@ def _worker(rank: int, size: int, folder: str, data: LoaderConfig) -> None:
         moved = run(other, data, place, model_config=NSA)
         if rank == 0:
             torch.save(moved.metrics, Path(folder) / "moved.pt")
+        _resume_adapters(Path(folder), data)
     dist.destroy_process_group()
+
+
+def _resume_adapters(folder: Path, data: LoaderConfig) -> None:
+    """The whole of a run with adapters beside shared experts, and its two halves."""
+    config = _settings(MESHES["expert"], lora=LORA, **RATES)
+    for place, steps in (("whole", 6), ("halves", 3), ("halves", 6)):
+        ran = run(
+            config.model_copy(update={"steps": steps}), data, folder / place, model_config=NSA
+        )
+        if dist.get_rank() == 0:
+            torch.save(ran, folder / f"{place}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +174,7 @@ def test_four_workers_compute_what_one_computes(found: Path, model: str, mesh: s
     for step, reference in zip(shared["steps"], alone["steps"], strict=True):
         for value, wanted in zip(step, reference, strict=True):
             torch.testing.assert_close(value, wanted, rtol=ROUNDING, atol=0)
+    assert shared["answers"] == alone["answers"]
     assert shared["weights"].keys() == alone["weights"].keys()
     for name, weight in alone["weights"].items():
         torch.testing.assert_close(
@@ -170,3 +194,16 @@ def test_a_run_goes_on_with_another_mesh(found: Path) -> None:
             assert metrics[name] == pytest.approx(straight[step][name], rel=ROUNDING)
     for name in ("valid/loss", "valid/bits_per_byte", "nsa/gate_mean/slc/1"):
         assert moved[6][name] == pytest.approx(straight[6][name], rel=ROUNDING)
+
+
+def test_sharded_adapters_resume_bit_for_bit(found: Path) -> None:
+    whole, halves = (
+        torch.load(found / f"{name}.pt", weights_only=False) for name in ("whole", "halves")
+    )
+    assert sorted(halves.metrics) == [4, 5, 6]
+    assert halves.losses() == whole.losses()[3:]
+    for name, weight in whole.weights.items():
+        assert weight.equal(halves.weights[name]), name
+    stored = FileSystemReader(found / "halves" / "step-00000006").read_metadata()
+    assert "model.layers.1.ffn.shared.down.lora_A" in stored.state_dict_metadata
+    assert not [name for name in stored.state_dict_metadata if ".experts." in name]
