@@ -5,8 +5,9 @@
 Prompts are windows of real text (this Python's standard library unless --dataset-path names other
 files), as token ids of exactly --input-len; answers have exactly --output-len tokens (ignore_eos).
 With --dataset-name prefix_repetition several prompts share each of a few beginnings, as turns of a
-conversation do. Flags, and names in the file of --result-filename, are those of `vllm bench serve`,
-which works against these servers too.
+conversation do. With --tracking-uri the load becomes an MLflow run. Flags of the load, and names in
+the file of --result-filename, are those of `vllm bench serve`, which works against these servers
+too.
 
 Exit status: 0 all requests were answered; 1 some were not; 2 the server or a flag is wrong.
 """
@@ -25,6 +26,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from jobs.cli import EXIT_BAD_CONFIG, fail, interruptible
+from jobs.load_record import record_load
 from jobs.serving_load import (
     LoadError,
     Sample,
@@ -35,6 +37,9 @@ from jobs.serving_load import (
     summary,
     tokens_of,
 )
+from nsa_platform.config.base import ConfigError
+from nsa_platform.config.locations import resolve_locations
+from nsa_platform.config.train import TrackingConfig
 
 # Without a terminal, a line at most this often.
 LINE_EVERY_S = 5.0
@@ -56,6 +61,7 @@ LINES = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Send the load, print and record what it took."""
     options = _parser().parse_args(argv)
+    tracking = _tracking(options)
     console = Console(highlight=False, soft_wrap=True)
     with interruptible("interrupted; nothing was recorded"):
         try:
@@ -74,7 +80,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         except OSError as error:
             fail(f"--result-filename: {error}")
         console.print(f"{options.result_filename}", markup=False)
+    if tracking is not None:
+        run_id = record_load(
+            tracking,
+            base_url=options.base_url,
+            settings={key: str(value) for key, value in vars(options).items()},
+            result=result,
+            samples=samples,
+        )
+        where = f"run {run_id}" if run_id else "a run that waits to be delivered"
+        console.print(f"MLflow {where} in {tracking.uri}", markup=False)
     return 1 if result["failed"] else 0
+
+
+def _tracking(options: argparse.Namespace) -> TrackingConfig | None:
+    """Where the load is recorded; a wrong flag ends the process."""
+    if options.tracking_uri is None:
+        return None
+    tree = {
+        "uri": options.tracking_uri,
+        "experiment": options.experiment,
+        "parent": options.parent,
+    }
+    try:
+        tracking = TrackingConfig.parse(tree, source="--tracking-uri, --experiment, --parent")
+    except ConfigError as error:
+        fail(str(error), status=EXIT_BAD_CONFIG)
+    return resolve_locations(tracking, Path.cwd())
 
 
 def _check_place(path: Path | None) -> None:
@@ -246,6 +278,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-warmups", type=_natural, default=1, help="requests before the clock (%(default)s)")
     add("--seed", type=int, default=0, help="of the windows and the arrivals (%(default)s)")
     add("--metadata", type=_pair, action="append", default=[], metavar="K=V", help="for the record")
+    add("--tracking-uri", metavar="URI", help="record it in this MLflow store (nowhere)")
+    add("--experiment", default="nsa", help="of that store (%(default)s)")
+    add("--parent", metavar="NAME", help="the run below which it stands there (none)")
     add("--result-filename", type=Path, metavar="X.json", help="write the record there")
     return parser
 

@@ -1,5 +1,6 @@
 """What jobs.evaluate does: open model, data and run, measure, record."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jobs.cluster import connect
 from jobs.evaluation_inputs import counted, filler_of, num_trials, open_loader, score_text
+from jobs.model_tags import model_tags
 from jobs.policies import measure_policies
+from jobs.run_report import REPORT, evaluation_report
 from jobs.training_inputs import private_folder
 from nsa_platform import storage
 from nsa_platform.config.evaluate import BitsPerByteConfig, NeedleConfig
+from nsa_platform.config.model import ModelConfig
 from nsa_platform.config.runs import EvaluateRun
 from nsa_platform.data.shards import ShardSet
 from nsa_platform.data.tokenizer import Tokenizer
@@ -41,6 +45,7 @@ from nsa_platform.tracking import (
     open_run,
     source_run,
 )
+from nsa_platform.train.metrics import device_name
 
 ANSWER_ROOM = 16
 """Tokens beyond a prompt for each number that is asked for."""
@@ -58,35 +63,40 @@ def evaluate(run: EvaluateRun, *, run_id: str | None = None, step: int = 0) -> d
         OSError: a checkpoint, shard or model version cannot be reached.
     """
     folder = _checkpoint(run)
-    _look(run, folder)
+    model = _look(run, folder)
     if not run.use_gpu:
-        return _recorded(run, folder, run_id, step, measure)
+        return _recorded(run, folder, model, run_id, step, measure)
     with connect():
         if not ray.cluster_resources().get("GPU"):
             raise ValueError("use_gpu=true, but the Ray cluster has no GPU")
         remote = ray.remote(num_cpus=1, num_gpus=1)(measure)
         return _recorded(
-            run, folder, run_id, step, lambda *arguments: ray.get(remote.remote(*arguments))
+            run, folder, model, run_id, step, lambda *arguments: ray.get(remote.remote(*arguments))
         )
 
 
 def _recorded(
     run: EvaluateRun,
     folder: str,
+    model: ModelConfig,
     run_id: str | None,
     step: int,
     work: Callable[[EvaluateRun, str, RunHandle, int], dict[str, Any]],
 ) -> dict[str, Any]:
     """Do the work between the begin and the end of an MLflow run."""
-    handle = _open(run, run_id)
-    own = run_id is None
+    handle = _open(run, run_id, model)
+    own, began = run_id is None, time.monotonic()
     try:
         results = work(run, folder, handle, step)
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
         Tracker(handle).finish(status if own else None)
         raise
-    Tracker(handle).finish("FINISHED" if own else None)
+    report = evaluation_report(run, results, seconds=time.monotonic() - began)
+    (private_folder(run) / REPORT).write_text(report, encoding="utf-8")
+    tracker = Tracker(handle)
+    tracker.log_text(report, REPORT if own else f"evaluation/{REPORT}")
+    tracker.finish("FINISHED" if own else None)
     return results
 
 
@@ -119,7 +129,8 @@ def measure(run: EvaluateRun, folder: str, handle: RunHandle, step: int) -> dict
         tracker.log_dict(results, "evaluation/results.json")
     finally:
         tracker.finish(None, report=False)
-    return {**results, "run_id": tracker.run_id, "tracking_uri": handle.uri}
+    found = {"run_id": tracker.run_id, "tracking_uri": handle.uri}
+    return {**results, **found, "device": device_name(model.embedding.weight.device)}
 
 
 def _checkpoint(run: EvaluateRun) -> str:
@@ -129,7 +140,7 @@ def _checkpoint(run: EvaluateRun) -> str:
     return run.checkpoint
 
 
-def _look(run: EvaluateRun, folder: str) -> None:
+def _look(run: EvaluateRun, folder: str) -> ModelConfig:
     """Find what does not fit before a run is opened: model, tokenizer, data, lengths."""
     place = storage.fetch(folder, storage.default_cache("files"))
     config, tokenizer = load_config(place), Tokenizer(place)
@@ -143,16 +154,20 @@ def _look(run: EvaluateRun, folder: str) -> None:
         ShardSet(storage.join(run.data, split), tokenizer_fingerprint=tokenizer.fingerprint)
     for task in run.tasks:
         open_task(task, tokenizer)
+    return config
 
 
-def _open(run: EvaluateRun, run_id: str | None) -> RunHandle:
+def _open(run: EvaluateRun, run_id: str | None, model: ModelConfig) -> RunHandle:
     queue_dir = private_folder(run) / "tracking-queue"
     if run_id is not None:
         return attach_run(run.tracking, name=run.name, run_id=run_id, queue_dir=queue_dir)
-    tags = {"nsa.checkpoint": run.checkpoint}
+    context = run.bits_per_byte.context_length if run.bits_per_byte else model.max_context
+    tags = {"nsa.checkpoint": run.checkpoint, **model_tags(model, context)}
     if is_model_reference(run.checkpoint):
-        parent = source_run(run.checkpoint, run.tracking.uri)
-        tags |= {"mlflow.parentRunId": parent} if parent else {}
+        source = source_run(run.checkpoint, run.tracking.uri)
+        tags |= {"nsa.source_run": source} if source else {}
+        if source and run.tracking.parent is None:
+            tags["mlflow.parentRunId"] = source
     return open_run(
         run.tracking,
         job="evaluate",

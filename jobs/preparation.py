@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 
 from jobs.cluster import connect
+from jobs.preparation_record import record_preparation
 from nsa_platform.config.runs import PrepareDataRun
 from nsa_platform.data.plan import Plan, Prepared, Progress
 from nsa_platform.data.preparation import default_cache_dir, prepare
@@ -36,13 +37,18 @@ def run_preparation(run: PrepareDataRun) -> Prepared:
 
 
 def run_plan(plan: Plan) -> Prepared:
-    """Do what a plan says on Ray; the cluster is left alone if nothing is to be done."""
+    """Do what a plan says on Ray and record it; nothing happens if nothing is to be done."""
     done = plan.finished()
     if done is not None:
         return done
+    began = time.monotonic()
     with connect(), ProgressDisplay() as display:
         tasks = plan.run.num_tasks or max(int(ray.cluster_resources().get("CPU", 1)), 1)
-        return prepare(plan, each=TaskPool(tasks), report=display.show)
+        made = prepare(plan, each=TaskPool(tasks), report=display.show)
+    if plan.run.tracking is not None:
+        seconds = time.monotonic() - began
+        record_preparation(plan.run, plan.run.tracking, made, seconds=seconds)
+    return made
 
 
 class TaskPool:

@@ -29,12 +29,13 @@ from jobs.docstring_chats import write_chats
 from jobs.evaluate import print_results
 from jobs.evaluation import evaluate
 from jobs.preparation import print_report, run_preparation
+from jobs.run_report import REPORT
 from jobs.training import run_training
-from jobs.training_inputs import find_origin
+from jobs.training_inputs import find_origin, private_folder
 from nsa_platform.config.base import Strict
 from nsa_platform.config.locations import resolve_locations
 from nsa_platform.config.runs import EvaluateRun, PrepareDataRun, PretrainRun, SftRun
-from nsa_platform.tracking import fetch_model
+from nsa_platform.tracking import Tracker, fetch_model, open_parent
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 QUESTION = "What does textwrap.dedent do?"
@@ -90,8 +91,21 @@ def travel(folder: Path, console: Console) -> None:
         run_training("sft", sft, find_origin(sft))
     _stage(console, 5, "Evaluate", "held-out bits per byte, needle in a haystack")
     print_results(_evaluate_once(measured, folder / "runs" / "quickstart"))
+    _report(folder, [pretrain.name, sft.name], measured)
     _stage(console, 6, "Serve", f"{measured.checkpoint} on Ray Serve, asked by the openai client")
     _serve_and_ask(measured, console)
+
+
+def _report(folder: Path, trained: Sequence[str], measured: EvaluateRun) -> None:
+    """One report of all stages, in their folder and at the run below which they stand."""
+    road = folder / "runs" / "quickstart"
+    stages = [*(road / name for name in trained), private_folder(measured)]
+    reports = [stage / REPORT for stage in stages if (stage / REPORT).exists()]
+    text = "\n".join(report.read_text(encoding="utf-8") for report in reports)
+    (road / REPORT).write_text(text, encoding="utf-8")
+    tracker = Tracker(open_parent(measured.tracking, queue_dir=road / "tracking-queue"))
+    tracker.log_text(text, REPORT)
+    tracker.finish("FINISHED")
 
 
 def _serve_and_ask(measured: EvaluateRun, console: Console) -> None:

@@ -16,7 +16,9 @@ from jobs.cluster import connect
 from jobs.failures import ControllerTeller, FailureTeller
 from jobs.fitting import Fitting, HopelessRun
 from jobs.lock import alone
+from jobs.model_tags import model_tags
 from jobs.progress import TrainingProgress
+from jobs.run_report import REPORT, training_report
 from jobs.termination import ResizeSaver, TerminationHeeder
 from jobs.training_inputs import (
     Inputs,
@@ -75,10 +77,12 @@ def _train_and_record(
     for line in inputs.changes:
         console.print(f"changed since the checkpoint: {line}", markup=False)
     handle = _open_tracking(job, run, origin, inputs)
-    status = "FAILED"
+    status, report, began = "FAILED", "", time.monotonic()
     try:
         outcome = _train(run, origin, inputs, handle)
+        seconds = time.monotonic() - began
         result = _conclude(run, outcome, handle)
+        report = training_report(run, origin, inputs, result, seconds=seconds)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -90,9 +94,11 @@ def _train_and_record(
         fail(f"{run.name} failed, the same command goes on from the newest checkpoint: {error}")
     finally:
         tracker = Tracker(handle)
+        if report:
+            tracker.log_text(report, REPORT)
         tracker.finish(status)
     result["run_id"] = tracker.run_id
-    _close_folder(run, result)
+    _close_folder(run, result, report)
     show_result(result, console)
 
 
@@ -156,7 +162,7 @@ def _open_tracking(
         job=job,
         name=run.name,
         params=params,
-        tags={"nsa.model": origin.model.name, "nsa.attention": origin.model.attention.kind},
+        tags=model_tags(origin.model, run.data.context_length),
         yaml_text=run.to_yaml(),
         queue_dir=queue_dir,
         run_id=known.get("run_id") if same_store else None,
@@ -259,9 +265,11 @@ def _conclude(run: PretrainRun | SftRun, outcome: Outcome, handle: RunHandle) ->
     }
 
 
-def _close_folder(run: PretrainRun | SftRun, result: dict[str, Any]) -> None:
-    """Leave the result for whoever starts the run again, and tidy up."""
+def _close_folder(run: PretrainRun | SftRun, result: dict[str, Any], report: str = "") -> None:
+    """Leave the result for whoever starts the run again and the report for people, and tidy up."""
     try:
+        if report:
+            storage.write_text(storage.join(run_folder(run), REPORT), report)
         write_finished(run, result)
         # Ray's own notes of the attempts; nothing reads them again.
         storage.delete_tree(storage.join(run_folder(run), "ray"))

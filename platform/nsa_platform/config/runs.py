@@ -30,6 +30,8 @@ class PrepareDataRun(Strict):
     """Share of documents held out, chosen by a hash of their content."""
     num_tasks: PositiveInt | None = None
     """Ray tasks that tokenise at once; default: one for each CPU of the cluster."""
+    tracking: TrackingConfig | None = None
+    """Where the preparation is recorded; null: nowhere."""
 
 
 class _TrainingRun(Strict):

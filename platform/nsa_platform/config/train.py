@@ -153,6 +153,8 @@ class ClusterConfig(Strict):
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Worker failures that are survived before the run fails; -1: any number. Nodes that are
     taken away with a notice do not count."""
+    price_per_worker_hour: PositiveFloat | None = None
+    """What a worker costs in an hour, in any currency; only for the run's report."""
 
     @model_validator(mode="after")
     def _elastic_range(self) -> Self:
@@ -169,6 +171,9 @@ class TrackingConfig(Strict):
     uri: ServiceLocation = "sqlite:///runs/mlflow.db"
     """MLflow tracking store: sqlite:///file, or http(s):// of a server."""
     experiment: str = "nsa"
+    parent: Annotated[str, Field(min_length=1, max_length=250)] | None = None
+    """Runs that give the same name stand together below a run of that name, which the first of
+    them makes: the stages of one road, from data to a served model. null: a run for itself."""
     artifacts: ServiceLocation | None = None
     """Root of artifacts for a new experiment in a SQLite store; default: beside the database."""
     registered_model: str | None = None

@@ -1,7 +1,7 @@
 """The only door to MLflow: runs that survive a dead server, datasets, figures, models."""
 
 from nsa_platform.tracking.handle import RunHandle, flatten
-from nsa_platform.tracking.opening import attach_run, open_run
+from nsa_platform.tracking.opening import attach_run, open_parent, open_run
 from nsa_platform.tracking.reading import RunRecord, read_run
 from nsa_platform.tracking.registry import (
     fetch_model,
@@ -24,6 +24,7 @@ __all__ = [
     "fetch_model",
     "flatten",
     "is_model_reference",
+    "open_parent",
     "open_run",
     "read_run",
     "register_model",

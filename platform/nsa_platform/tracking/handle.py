@@ -34,6 +34,8 @@ class RunHandle:
     """Local folder for what has not been delivered yet."""
     run_id: str | None = None
     """The store's id; None while the store could not be reached."""
+    parent: str | None = None
+    """Name of the run of the same experiment below which this one stands; None: of none."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -64,7 +66,13 @@ def artifact_root(uri: str, artifacts: str | None) -> str | None:
 
 
 def new_handle(
-    uri: str, experiment: str, *, artifacts: str | None, name: str, queue_dir: Path
+    uri: str,
+    experiment: str,
+    *,
+    artifacts: str | None,
+    name: str,
+    queue_dir: Path,
+    parent: str | None = None,
 ) -> RunHandle:
     """A handle for a run that no store knows yet."""
     return RunHandle(
@@ -75,7 +83,16 @@ def new_handle(
         key=uuid.uuid4().hex,
         started_s=time.time(),
         queue_dir=str(queue_dir.expanduser().resolve()),
+        parent=parent,
     )
+
+
+def parent_handle(handle: RunHandle) -> RunHandle | None:
+    """The run below which a run stands: one for each name in an experiment, whoever asks first."""
+    if handle.parent is None:
+        return None
+    key = text_digest(f"parent {handle.parent}")
+    return dataclasses.replace(handle, name=handle.parent, key=key, run_id=None, parent=None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from nsa_platform.tracking.handle import (
     artifact_root,
     new_handle,
     origin_tags,
+    parent_handle,
     recall,
     text_digest,
 )
@@ -74,6 +75,27 @@ def attach_run(config: TrackingConfig, *, name: str, run_id: str, queue_dir: Pat
     return dataclasses.replace(handle, run_id=run_id)
 
 
+def open_parent(config: TrackingConfig, *, queue_dir: Path) -> RunHandle:
+    """A handle to record into the run below which runs of this configuration stand.
+
+    Raises:
+        ValueError: config.parent is not given.
+    """
+    uri = absolute_uri(config.uri)
+    child = new_handle(
+        uri,
+        config.experiment,
+        artifacts=artifact_root(uri, config.artifacts),
+        name="",
+        queue_dir=queue_dir,
+        parent=config.parent,
+    )
+    parent = parent_handle(child)
+    if parent is None:
+        raise ValueError("tracking.parent names no run")
+    return parent
+
+
 def _choose(
     config: TrackingConfig,
     name: str,
@@ -100,6 +122,7 @@ def _choose(
         artifacts=artifact_root(uri, config.artifacts),
         name=name,
         queue_dir=queue_dir,
+        parent=config.parent,
     )
     attempts = 1 if run_id is None else 2
     handle = dataclasses.replace(handle, run_id=run_id)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from nsa_platform.tracking.handle import SQLITE, RunHandle
+from nsa_platform.tracking.handle import SQLITE, RunHandle, parent_handle
 from nsa_platform.tracking.journal import Entry
 from nsa_platform.tracking.library import (
     Dataset,
@@ -25,6 +25,7 @@ from nsa_platform.tracking.library import (
 )
 
 KEY_TAG = "nsa.run_key"
+PARENT_TAG = "mlflow.parentRunId"
 TABLES_TAG = "mlflow.loggedArtifacts"
 RACE_SETTLES_S = 0.5
 METRICS_PER_CALL = 1000
@@ -89,7 +90,7 @@ def find_run(client: MlflowClient, handle: RunHandle) -> Run | None:
 
 
 def create_run(client: MlflowClient, handle: RunHandle) -> Run:
-    """Create the handle's run and, before it, its experiment.
+    """Create the handle's run and, before it, its experiment and the run below which it stands.
 
     Several processes may do this at once when a store comes back. In a SQLite file they take turns.
     At a server, which may serve many machines, the oldest run with the key wins and the others take
@@ -97,10 +98,15 @@ def create_run(client: MlflowClient, handle: RunHandle) -> Run:
     """
     if handle.run_id is not None:
         log.warning("%s does not know run %s; it goes on as a new run", handle.uri, handle.run_id)
+    parent = parent_handle(handle)
+    tags = {KEY_TAG: handle.key}
+    if parent is not None:
+        above = find_run(client, parent) or create_run(client, parent)
+        tags[PARENT_TAG] = above.info.run_id
     if handle.uri.startswith(SQLITE):
         with _turn_in(Path(handle.uri.removeprefix(SQLITE)).parent):
-            return find_run(client, handle) or _new_run(client, handle)
-    run = _new_run(client, handle)
+            return find_run(client, handle) or _new_run(client, handle, tags)
+    run = _new_run(client, handle, tags)
     # Whoever asked for the time before this process may still be writing its run.
     time.sleep(RACE_SETTLES_S)
     winner = find_run(client, handle)
@@ -110,11 +116,11 @@ def create_run(client: MlflowClient, handle: RunHandle) -> Run:
     return winner
 
 
-def _new_run(client: MlflowClient, handle: RunHandle) -> Run:
+def _new_run(client: MlflowClient, handle: RunHandle, tags: dict[str, str]) -> Run:
     return client.create_run(
         _experiment_id(client, handle),
         start_time=int(time.time() * 1000),
-        tags={KEY_TAG: handle.key},
+        tags=tags,
         run_name=handle.name,
     )
 
@@ -166,6 +172,7 @@ class RunLink:
         self._last_steps: dict[str, int] = {}
         self._params: dict[str, str] = {}
         self._ended_ms: int | None = None
+        self._parent_id: str | None = None
 
     def attach(self) -> str:
         """Return the run's id, found or created. Raises what MLflow raises out of reach."""
@@ -180,6 +187,8 @@ class RunLink:
         self._last_steps = {metric.key: metric.step for metric in run.data.to_proto().metrics}
         self._params = dict(run.data.params)
         self._ended_ms = run.info.end_time
+        if self.handle.parent is not None:
+            self._parent_id = run.data.tags.get(PARENT_TAG)
         self._client, self.run_id = client, run.info.run_id
         return run.info.run_id
 
@@ -265,11 +274,15 @@ class RunLink:
         client.log_inputs(run_id, datasets=[DatasetInput(dataset, tags=[tag])])
 
     def _status(self, client: MlflowClient, run_id: str, entries: Sequence[Entry]) -> None:
+        """The run above has no life of its own: it stands as the run below it that moved last."""
         status, time_ms = entries[0]["status"], entries[0]["time_ms"]
-        if status != "RUNNING":
-            client.set_terminated(run_id, status=status, end_time=time_ms)
-        elif self._ended_ms is None or self._ended_ms < time_ms:
-            client.update_run(run_id, status="RUNNING")
+        for moved in (run_id, self._parent_id):
+            if moved is None:
+                continue
+            if status != "RUNNING":
+                client.set_terminated(moved, status=status, end_time=time_ms)
+            elif self._ended_ms is None or self._ended_ms < time_ms:
+                client.update_run(moved, status="RUNNING")
 
 
 _DELIVERIES = {

@@ -26,6 +26,11 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS if part in name), None)
 
 
+def device_name(device: torch.device) -> str:
+    """What people call the device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
 class StepClock:
     """Mean seconds of a step since the last reading; what is done in a pause does not count."""
 

@@ -46,6 +46,8 @@ class Outcome:
     """How it went, from the first worker."""
 
     step: int
+    device: str
+    """What a worker computed on."""
     first_loss: float | None
     last_loss: float | None
     metrics: dict[str, float]

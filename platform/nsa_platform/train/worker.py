@@ -30,7 +30,7 @@ from nsa_platform.train.guard import TrainingDiverged
 from nsa_platform.train.listeners import Listeners, Metrics
 from nsa_platform.train.loop import train
 from nsa_platform.train.mesh import Mesh
-from nsa_platform.train.metrics import Throughput, peak_flops
+from nsa_platform.train.metrics import Throughput, device_name, peak_flops
 from nsa_platform.train.notice import TERMINATION
 from nsa_platform.train.optimizer import build_optimizer
 from nsa_platform.train.parallel import World
@@ -160,6 +160,7 @@ def _train(task: Task, *, world: World, voice: Voice, tracker: Tracker | None) -
     losses = progress.history.train
     return Outcome(
         step=progress.step,
+        device=device_name(world.device),
         first_loss=losses[0][1] if losses else None,
         last_loss=losses[-1][1] if losses else None,
         metrics=voice.metrics,

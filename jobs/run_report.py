@@ -1,0 +1,129 @@
+"""report.md of a run: what, where, how long, what it cost, and what came out of it."""
+
+import platform
+import socket
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from jobs.training_inputs import Inputs, Origin
+from nsa_platform.config.runs import EvaluateRun, PretrainRun, SftRun
+from nsa_platform.model.cost import count_parameters
+
+REPORT = "report.md"
+LIBRARIES = ("torch", "ray", "mlflow")
+
+
+def training_report(
+    run: PretrainRun | SftRun,
+    origin: Origin,
+    inputs: Inputs,
+    result: Mapping[str, Any],
+    *,
+    seconds: float,
+) -> str:
+    """Markdown for people.
+
+    Args:
+        result: what the run has come to, as it is kept in finished.json.
+        seconds: that the workers had, from asking for them to their end, in this attempt.
+    """
+    parameters, workers = count_parameters(origin.model), run.cluster.num_workers
+    data, step = inputs.train, result["step"]
+    active = "" if parameters.active == parameters.total else f", {parameters.active:,} active"
+    attempt = ""
+    if inputs.facts is not None:
+        attempt = f", since step {inputs.facts['step']}, where this attempt began"
+    what = {
+        "model": f"{origin.model.name}, {origin.model.attention.kind} attention",
+        "parameters": f"{parameters.total:,}{active}",
+        "began as": origin.start_from or "random weights",
+        "data": f"{run.data.path}, {data.tokens:,} tokens, digest {data.digest[:12]}",
+        "trained on": f"{step * run.train.tokens_per_step:,} tokens in {step:,} steps, "
+        f"rows of {run.data.context_length:,}",
+        "where": f"{workers} x {result['device']}, driven from {socket.gethostname()}",
+        "with": _versions(),
+        "time": f"{_duration(seconds)}{attempt}",
+        "cost": _cost(seconds * workers / 3600, run.cluster.price_per_worker_hour),
+        "left": result["model"] + (f", {result['registered']}" if result["registered"] else ""),
+    }
+    metrics = result["metrics"]
+    outcome = [
+        ("training loss, nats per token", result["first_loss"], result["last_loss"]),
+        ("held-out loss, nats per token", None, metrics.get("valid/loss")),
+        ("held-out bits per byte", None, metrics.get("valid/bits_per_byte")),
+        ("tokens per second", None, metrics.get("train/tokens_per_s")),
+        ("model FLOPs utilization", None, metrics.get("train/mfu")),
+    ]
+    rows = [
+        (name, _number(first), _number(last)) for name, first, last in outcome if last is not None
+    ]
+    return "\n".join(
+        [
+            f"# {run.name}\n",
+            *_table(("", ""), list(what.items())),
+            "",
+            *_table(("", "first step", "end"), rows),
+            "\nCurves and pictures: `figures/`. Configuration: `config.yaml`.\n",
+        ]
+    )
+
+
+def evaluation_report(run: EvaluateRun, results: Mapping[str, Any], *, seconds: float) -> str:
+    """Markdown for people; `results` as jobs.evaluation.evaluate returns them."""
+    what = {
+        "model": run.checkpoint,
+        "held-out text": run.data,
+        "where": f"{results['device']}, driven from {socket.gethostname()}",
+        "with": _versions(),
+        "time": _duration(seconds),
+    }
+    lines = [f"# {run.name}\n", *_table(("", ""), list(what.items()))]
+    if "bits_per_byte" in results:
+        rows = [
+            (name, _number(each["bits_per_byte"]), _number(each["nats_per_token"]))
+            for name, each in results["bits_per_byte"].items()
+        ]
+        lines += ["", *_table(("held-out text", "bits per byte", "nats per token"), rows)]
+    if "needle" in results:
+        needle = results["needle"]
+        rows = [
+            ("number written exactly", f"{needle['exact']:.0%}"),
+            ("tokens of the number, earlier ones given", f"{needle['tokens']:.0%}"),
+            ("worth of the needle for log p(number)", f"{needle['lift']:+.2f} nats"),
+        ]
+        lines += ["", *_table(("needle in a haystack", f"{len(needle['trials'])} needles"), rows)]
+    if "tasks" in results:
+        rows = [
+            (name, cell, f"{score['samples']}", f"{score['mean']:.3f}",
+             f"{score['low']:.3f} to {score['high']:.3f}")
+            for name, task in results["tasks"].items()
+            for cell, score in task["cells"].items()
+        ]  # fmt: skip
+        lines += ["", *_table(("task", "cell", "samples", "score", "95 % interval"), rows)]
+    return "\n".join([*lines, "\nTables and pictures: `evaluation/`.\n"])
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def _versions() -> str:
+    libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    return f"Python {platform.python_version()}, {libraries}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min {rest} s" if hours else f"{minutes} min {rest} s"
+
+
+def _cost(worker_hours: float, price: float | None) -> str:
+    if price is None:
+        return f"{worker_hours:.3f} worker hours"
+    return f"{worker_hours:.3f} worker hours, {worker_hours * price:.2f} at {price:g} each"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.3f}"

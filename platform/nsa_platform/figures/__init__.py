@@ -1,0 +1,33 @@
+"""Figures, drawn without a display: of training runs, evaluations and servers.
+
+Every function takes plain numbers and returns a matplotlib Figure; nothing here keeps state.
+"""
+
+from nsa_platform.figures.evaluation import bars, needle_map, scores
+from nsa_platform.figures.serving import latencies, scaling
+from nsa_platform.figures.training import (
+    Health,
+    Points,
+    expert_load,
+    gate_means,
+    loss_by_position,
+    loss_curve,
+    selected_distance,
+    selection_entropy,
+)
+
+__all__ = [
+    "Health",
+    "Points",
+    "bars",
+    "expert_load",
+    "gate_means",
+    "latencies",
+    "loss_by_position",
+    "loss_curve",
+    "needle_map",
+    "scaling",
+    "scores",
+    "selected_distance",
+    "selection_entropy",
+]

@@ -1,0 +1,214 @@
+"""What jobs leave in MLflow for people: runs below one run, reports, loads, preparations."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jobs.load_record import record_load
+from jobs.model_tags import model_tags
+from jobs.preparation_record import record_preparation
+from jobs.run_report import evaluation_report, training_report
+from jobs.serving_load import Sample, summary
+from jobs.training_inputs import Inputs, Origin
+from nsa_platform.config.runs import EvaluateRun, PrepareDataRun, PretrainRun
+from nsa_platform.config.train import TrackingConfig
+from nsa_platform.data.manifest import SourceRecord, TokenizerRecord
+from nsa_platform.data.plan import Prepared
+from nsa_platform.data.shards import ShardWriter
+from nsa_platform.tracking import Tracker, open_parent, open_run
+from nsa_platform.tracking.library import MlflowClient, Run
+from nsa_platform.tracking.store import connect
+
+ROOT = Path(__file__).resolve().parents[2]
+FACTS = {
+    "step": 160,
+    "first_loss": 7.06,
+    "last_loss": 4.5,
+    "metrics": {"valid/loss": 4.6, "valid/bits_per_byte": 2.16, "train/tokens_per_s": 1234.5},
+    "device": "NVIDIA H100",
+    "model": "/runs/model",
+    "registered": "models:/nsa@champion (version 3)",
+}
+
+
+@pytest.fixture(scope="module")
+def tracking(tmp_path_factory: pytest.TempPathFactory) -> TrackingConfig:
+    """A store of its own; runs stand below `road`."""
+    place = tmp_path_factory.mktemp("store")
+    return TrackingConfig(uri=f"sqlite:///{place}/mlflow.db", experiment="e", parent="road")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+def runs_of(tracking: TrackingConfig, name: str) -> tuple[MlflowClient, list[Run]]:
+    client = connect(tracking.uri)
+    experiment = client.get_experiment_by_name("e")
+    assert experiment is not None
+    found = client.search_runs([experiment.experiment_id], f"run_name = '{name}'")
+    return client, list(found)
+
+
+def pretrain_run() -> PretrainRun:
+    return PretrainRun.load(ROOT / "jobs/configs/pretrain/quickstart.yaml")
+
+
+def test_runs_of_one_road_stand_below_one_run(tracking: TrackingConfig, tmp_path: Path) -> None:
+    model = pretrain_run().model
+    assert model is not None
+    for name in ("data", "train"):
+        handle = open_run(
+            tracking,
+            job=name,
+            name=name,
+            params={},
+            tags=model_tags(model, 512) if name == "train" else {},
+            yaml_text="a: 1\n",
+            queue_dir=tmp_path / name,
+        )
+        _, (above,) = runs_of(tracking, "road")
+        assert above.info.status == "RUNNING", "as the run below it that moved last"
+        Tracker(handle).finish("FINISHED")
+    client, (above,) = runs_of(tracking, "road")
+    for name in ("data", "train"):
+        (run,) = runs_of(tracking, name)[1]
+        assert run.data.tags["mlflow.parentRunId"] == above.info.run_id
+        assert run.info.status == "FINISHED"
+    assert above.info.status == "FINISHED"
+    assert "mlflow.parentRunId" not in above.data.tags
+    tags = runs_of(tracking, "train")[1][0].data.tags
+    assert tags["nsa.attention"] == "nsa" and tags["nsa.context"] == "512"
+    assert int(tags["nsa.parameters"]) > 1_000_000
+
+    tracker = Tracker(open_parent(tracking, queue_dir=tmp_path / "above"))
+    tracker.log_text("# all of it\n", "report.md")
+    assert tracker.finish("FINISHED") == 0
+    assert [file.path for file in client.list_artifacts(above.info.run_id)] == ["report.md"]
+
+
+def test_a_parent_must_be_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"tracking\.parent names no run"):
+        open_parent(TrackingConfig(), queue_dir=tmp_path)
+
+
+def test_a_load_is_a_run_with_its_pictures(tracking: TrackingConfig) -> None:
+    samples = [Sample(100, 3, ttft_s=0.5, itl_s=(0.1, 0.3), e2el_s=0.9), Sample(9, error="no")]
+    result = {"model_id": "tiny", "input_len": 100, "output_len": 3, **summary(samples, 2.0)}
+    run_id = record_load(
+        tracking,
+        base_url="http://127.0.0.1:1",
+        settings={"num_prompts": "2"},
+        result=result,
+        samples=samples,
+    )
+    client, (run,) = runs_of(tracking, "benchmark-tiny-100-3")
+    assert run.info.run_id == run_id and run.info.status == "FINISHED"
+    assert run.data.metrics["serve/mean_ttft_ms"] == 500
+    assert run.data.metrics["serve/output_throughput"] == 1.5
+    assert run.data.metrics["serve/failed"] == 1
+    assert run.data.params == {"num_prompts": "2"}
+    figures = [file.path for file in client.list_artifacts(run.info.run_id, "figures")]
+    assert figures == ["figures/latencies.png"]
+    kept = Path(client.download_artifacts(run.info.run_id, "benchmark.json"))
+    assert json.loads(kept.read_text()) == result
+
+
+def test_a_preparation_is_a_run_with_its_data(tracking: TrackingConfig, tmp_path: Path) -> None:
+    run = PrepareDataRun.parse(
+        {
+            "name": "text",
+            "corpus": {"inputs": [str(tmp_path)]},
+            "tokenizer": {"train_vocab_size": 300},
+            "output": str(tmp_path / "out"),
+        }
+    )
+    record = TokenizerRecord(fingerprint="0" * 64, vocab_size=300, eos_id=0, pad_id=1)
+    for split, rows in (("train", 2), ("validation", 0)):
+        writer = ShardWriter(
+            f"{run.output}/{split}", kind="text", split=split, tokenizer=record, shard_tokens=100
+        )
+        for _ in range(rows):
+            writer.add([2, 3, 0], text_bytes=5)
+        writer.finish(SourceRecord(files=1, bytes=10, documents=rows))
+    done = Prepared(
+        fingerprint="f",
+        files=1,
+        source_bytes=10,
+        documents={"train": 2, "validation": 0},
+        tokens={"train": 6, "validation": 0},
+        text_bytes={"train": 10, "validation": 0},
+        shards={"train": 1, "validation": 0},
+        digests={},
+        skipped={"empty": 3},
+        replaced_utf8=0,
+        vocab_size=300,
+        parts=1,
+        reused_parts=0,
+    )
+    record_preparation(run, tracking, done, seconds=2.5)
+    _, (found,) = runs_of(tracking, "text")
+    assert found.data.metrics["data/train_tokens"] == 6
+    assert found.data.metrics["data/skipped_documents"] == 3
+    assert found.data.metrics["data/seconds"] == 2.5
+    assert found.inputs is not None
+    (dataset,) = found.inputs.dataset_inputs
+    assert dataset.tags[0].value == "training", "an empty split is no input"
+
+
+def test_a_training_report_says_what_where_and_what_it_cost(tmp_path: Path) -> None:
+    run = pretrain_run()
+    assert run.model is not None
+    priced = run.model_copy(
+        update={"cluster": run.cluster.model_copy(update={"price_per_worker_hour": 2.5})}
+    )
+    writer = ShardWriter(
+        str(tmp_path),
+        kind="text",
+        split="train",
+        tokenizer=TokenizerRecord(fingerprint="0" * 64, vocab_size=300, eos_id=0, pad_id=1),
+        shard_tokens=100,
+    )
+    writer.add([2, 3, 0], text_bytes=5)
+    manifest = writer.finish(SourceRecord(files=1, bytes=5, documents=1))
+    inputs = Inputs(manifest, manifest, {}, None, [])
+    origin = Origin(model=run.model, start_from=None, local=None)
+    report = training_report(priced, origin, inputs, FACTS, seconds=3 * 3600)
+    for words in (
+        "# pretrain",
+        "nsa-quickstart, nsa attention",
+        "random weights",
+        "327,680 tokens in 160 steps",
+        "2 x NVIDIA H100",
+        "3 h 0 min 0 s",
+        "6.000 worker hours, 15.00 at 2.5 each",
+        "| training loss, nats per token | 7.060 | 4.500 |",
+        "| held-out bits per byte |  | 2.160 |",
+        "models:/nsa@champion (version 3)",
+    ):
+        assert words in report
+    assert "utilization" not in report, "what was not measured is not shown"
+    resumed = Inputs(manifest, manifest, {}, {"step": 80}, [])
+    report = training_report(run, origin, resumed, FACTS, seconds=61)
+    assert "1 min 1 s, since step 80, where this attempt began" in report
+    assert "0.034 worker hours |" in report
+
+
+def test_an_evaluation_report_shows_what_was_measured() -> None:
+    run = EvaluateRun.load(ROOT / "jobs/configs/evaluate/quickstart.yaml")
+    results = {
+        "device": "CPU",
+        "bits_per_byte": {"model": {"bits_per_byte": 2.16, "nats_per_token": 4.6}},
+        "needle": {"exact": 0.5, "tokens": 0.75, "lift": 1.25, "trials": [{}] * 30},
+        "tasks": {"mqar": {"cells": {"512": {"samples": 8, "mean": 0.5, "low": 0.2, "high": 0.8}}}},
+    }
+    report = evaluation_report(run, results, seconds=5)
+    for words in (
+        "models:/nsa-quickstart@champion",
+        "| model | 2.160 | 4.600 |",
+        "| number written exactly | 50% |",
+        "| mqar | 512 | 8 | 0.500 | 0.200 to 0.800 |",
+    ):
+        assert words in report
