@@ -93,6 +93,12 @@ def evaluation_report(run: EvaluateRun, results: Mapping[str, Any], *, seconds: 
             ("worth of the needle for log p(number)", f"{needle['lift']:+.2f} nats"),
         ]
         lines += ["", *_table(("needle in a haystack", f"{len(needle['trials'])} needles"), rows)]
+    if "baselines" in results:
+        rows = [
+            (name, _number(each.get("bits_per_byte")), _number(each.get("needle_tokens")))
+            for name, each in results["baselines"].items()
+        ]
+        lines += ["", *_table(("policy", "bits per byte", "needle's tokens"), rows)]
     if "tasks" in results:
         rows = [
             (name, cell, f"{score['samples']}", f"{score['mean']:.3f}",

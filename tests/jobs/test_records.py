@@ -202,6 +202,7 @@ def test_an_evaluation_report_shows_what_was_measured() -> None:
         "device": "CPU",
         "bits_per_byte": {"model": {"bits_per_byte": 2.16, "nats_per_token": 4.6}},
         "needle": {"exact": 0.5, "tokens": 0.75, "lift": 1.25, "trials": [{}] * 30},
+        "baselines": {"quest": {"bits_per_byte": 2.5, "needle_tokens": 0.25}},
         "tasks": {"mqar": {"cells": {"512": {"samples": 8, "mean": 0.5, "low": 0.2, "high": 0.8}}}},
     }
     report = evaluation_report(run, results, seconds=5)
@@ -209,6 +210,7 @@ def test_an_evaluation_report_shows_what_was_measured() -> None:
         "models:/nsa-quickstart@champion",
         "| model | 2.160 | 4.600 |",
         "| number written exactly | 50% |",
+        "| quest | 2.500 | 0.250 |",
         "| mqar | 512 | 8 | 0.500 | 0.200 to 0.800 |",
     ):
         assert words in report
