@@ -11,8 +11,9 @@ Exit status: 0 trained; 2 the config is wrong (nothing was started); 130 stopped
 from collections.abc import Sequence
 
 from jobs.cli import fail, interruptible, read_run
-from jobs.training import run_training, show_plan
+from jobs.training import run_training
 from jobs.training_inputs import find_origin
+from jobs.training_plan import show_plan
 from nsa_platform.config.runs import SftRun
 
 

@@ -34,7 +34,6 @@ from jobs.training_inputs import (
 from nsa_platform import storage
 from nsa_platform.config.runs import PretrainRun, SftRun
 from nsa_platform.tracking import RunHandle, Tracker, TrackingError, open_run, register_model
-from nsa_platform.train.estimate import estimate
 from nsa_platform.train.task import Outcome, Task
 from nsa_platform.train.worker import train_worker
 
@@ -102,36 +101,6 @@ def _train_and_record(
     show_result(result, console)
 
 
-def show_plan(run: PretrainRun | SftRun, origin: Origin) -> None:
-    """Print what the run will take; nothing is started."""
-    plan = estimate(origin.model, run.data, run.train, run.cluster)
-    workers = run.cluster.num_workers
-    device = "GPU" if run.cluster.use_gpu else f"{run.cluster.cpus_per_worker} CPU"
-    sparse, dense = plan.flops_per_step, plan.dense_flops_per_step
-    parameters = _si(plan.parameters.total)
-    if plan.parameters.active != plan.parameters.total:
-        parameters += f", {_si(plan.parameters.active)} active"
-    lora = run.train.lora
-    share = plan.trainable / plan.parameters.total
-    rows = {
-        "parameters": f"{parameters}, {_si(plan.parameters.embedding)} of them embeddings",
-        "trainable": "all of them"
-        if lora is None
-        else f"{_si(plan.trainable)} ({share:.2%}): LoRA of rank {lora.rank}",
-        "steps": f"{plan.steps:,} of {_si(run.train.tokens_per_step)} tokens",
-        "tokens": f"{_si(plan.tokens)} in rows of {run.data.context_length:,}",
-        "FLOPs per step": f"{_si(sparse)} as executed, {_si(dense)} with full attention",
-        "workers": f"{workers} x {device}, {plan.parallel}, each {plan.microbatches} microbatches "
-        f"of {run.train.sequences_per_microbatch} rows in a step",
-        "memory per worker": f"{_si(plan.state_bytes)}B weights, gradients and optimizer (alone "
-        f"{_si(plan.optimizer_bytes)}B), about {_si(plan.activation_bytes)}B activations",
-    }
-    for name, value in rows.items():
-        print(f"{name:<18} {value}")
-    if plan.mesh:
-        print(f"{'mesh':<18} {plan.mesh}")
-
-
 def show_result(result: dict[str, Any], console: Console) -> None:
     """The numbers and places that a person wants at the end."""
     if result["first_loss"] is not None:
@@ -174,7 +143,7 @@ def _train(run: PretrainRun | SftRun, origin: Origin, inputs: Inputs, handle: Ru
     cluster = run.cluster
     with (
         connect(num_cpus=cluster.num_workers * cluster.cpus_per_worker),
-        TrainingProgress(run.train.steps) as progress,
+        TrainingProgress(run.in_stages()[-1].last_step) as progress,
     ):
         _say_if_too_small(run, progress)
         events = Queue(actor_options={"num_cpus": 0})
@@ -212,15 +181,15 @@ def _task(
     tracking = {"uri": run.tracking.uri, "run_id": handle.run_id}
     return Task(
         model=origin.model,
-        data=run.data,
-        train=run.train,
+        stages=run.in_stages(),
         cpus=run.cluster.cpus_per_worker,
         folder=run_folder(run),
         start_from=origin.start_from,
         cache_dir=str(cache_folder(run)),
-        has_validation=inputs.validation.tokens > 0,
+        has_validation=inputs.has_validation,
+        described=inputs.described,
         handle=handle.to_dict(),
-        identity={"name": run.name, "described": inputs.described, "tracking": tracking},
+        identity={"name": run.name, "tracking": tracking},
         events=events,
     )
 
@@ -284,11 +253,3 @@ def _deliver_left(run: PretrainRun | SftRun, finished: dict[str, Any]) -> None:
         tracker.finish("FINISHED")
         finished["run_id"] = tracker.run_id
         _close_folder(run, finished)
-
-
-def _si(number: float) -> str:
-    """Three digits and a unit."""
-    for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= limit:
-            return f"{number / limit:.3g}{unit}"
-    return f"{number:.3g}"

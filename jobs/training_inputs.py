@@ -41,10 +41,10 @@ class Origin:
 class Inputs:
     """What was found."""
 
-    train: Manifest
-    validation: Manifest
-    described: dict[str, Any]
-    """The configuration as checkpoints remember it."""
+    has_validation: tuple[bool, ...]
+    """Whether there are held-out rows, of each stage."""
+    described: tuple[dict[str, Any], ...]
+    """The configuration as checkpoints of each stage remember it."""
     facts: dict[str, Any] | None
     """Facts of the newest whole checkpoint."""
     changes: list[str]
@@ -93,7 +93,7 @@ def find_origin(run: PretrainRun | SftRun) -> Origin:
             f"data.context_length={run.data.context_length} must not exceed {model.max_context}, "
             f"the max_context of {run.checkpoint}"
         )
-    misfits = [f"train.mesh: {line}" for line in run.train.mesh.model_problems(model)]
+    misfits = run.model_problems(model)
     if run.train.lora is not None:
         misfits += [f"train.lora.{line}" for line in run.train.lora.model_problems(model)]
     if misfits:
@@ -125,55 +125,90 @@ def inspect(run: PretrainRun | SftRun, origin: Origin) -> Inputs:
         ResumeError: the folder holds checkpoints of another run.
         OSError: storage cannot be reached.
     """
-    tokenizer = Tokenizer(
-        storage.fetch(storage.join(run.data.path, "tokenizer"), cache_folder(run))
-    )
+    stages = run.in_stages()
+    tokenizers = [_tokenizer(stage.data.path, run) for stage in stages]
+    for stage, tokenizer in zip(stages, tokenizers, strict=True):
+        if tokenizer.fingerprint != tokenizers[0].fingerprint:
+            raise TokenizerMismatch(
+                f"{stage.data.path}: was made with tokenizer {tokenizer.fingerprint[:12]}, "
+                f"{run.data.path} with {tokenizers[0].fingerprint[:12]}"
+            )
+    start = None if origin.local is None else weights_digest(origin.local)
+    has_validation: list[bool] = []
+    described: list[dict[str, Any]] = []
+    for stage, tokenizer in zip(stages, tokenizers, strict=True):
+        has_rows, digest = _look(run, stage.data, tokenizer)
+        has_validation.append(has_rows)
+        sections = {"data": stage.data, "train": stage.train, "cluster": run.cluster}
+        sections["model"] = stage.model_of(origin.model)
+        tree = {name: section.model_dump(mode="json") for name, section in sections.items()}
+        described.append(describe_run(tree, data_digest=digest, start=start, earlier=described))
+    _check_tokenizer(run, origin, tokenizers[0])
+    facts = newest_facts(storage.join(run_folder(run), "checkpoints"))
+    changes = [] if facts is None else _changes(run, facts, described)
+    return Inputs(tuple(has_validation), tuple(described), facts, changes)
+
+
+def _tokenizer(path: str, run: PretrainRun | SftRun) -> Tokenizer:
+    return Tokenizer(storage.fetch(storage.join(path, "tokenizer"), cache_folder(run)))
+
+
+def _look(run: PretrainRun | SftRun, data: LoaderConfig, tokenizer: Tokenizer) -> tuple[bool, str]:
+    """Whether there are held-out rows, and the digest of all shards that are trained on."""
+    fingerprint = tokenizer.fingerprint
     train, validation = (
-        open_split(run.data, split, tokenizer_fingerprint=tokenizer.fingerprint).manifest
+        open_split(data, split, tokenizer_fingerprint=fingerprint).manifest
         for split in ("train", "validation")
     )
-    _check_tokenizer(run, origin, tokenizer)
-    mixture = [
-        shards.manifest
-        for shards in open_mixture(run.data, tokenizer_fingerprint=tokenizer.fingerprint)
-    ]
-    for path, manifest in zip(_paths(run), [train, *mixture], strict=True):
+    mixture = [shards.manifest for shards in open_mixture(data, tokenizer_fingerprint=fingerprint)]
+    for path, manifest in zip(_paths(data), [train, *mixture], strict=True):
         if isinstance(run, PretrainRun) and manifest.kind == "chat":
             raise ShardError(f"{path}: holds chats, for jobs.sft; pretraining wants text")
         if manifest.kind != train.kind:
-            raise ShardError(f"{path}: holds {manifest.kind}s, {run.data.path} {train.kind}s")
+            raise ShardError(f"{path}: holds {manifest.kind}s, {data.path} {train.kind}s")
         if not manifest.tokens:
             raise ShardError(f"{path}/train: holds no tokens; there is nothing to train on")
-    described = describe_run(
-        run.model_dump(mode="json") | _model(origin),
-        data_digest=_digest([train, *mixture]),
-        start=None if origin.local is None else weights_digest(origin.local),
-    )
-    facts = newest_facts(storage.join(run_folder(run), "checkpoints"))
-    changes: list[str] = []
-    if facts is not None:
-        try:
-            changes = check_resumable(_written_now(facts["described"]), described)
-        except ResumeError as error:
-            raise ResumeError(f"{run_folder(run)}: {error}") from None
-        if facts["step"] > run.train.steps:
-            raise ResumeError(
-                f"{run_folder(run)}: {facts['step']} steps are done, train.steps={run.train.steps} "
-                "is less; choose another name for another run"
-            )
-    return Inputs(train, validation, described, facts, changes)
+    return validation.tokens > 0, _digest([train, *mixture])
+
+
+def _changes(
+    run: PretrainRun | SftRun, facts: dict[str, Any], described: list[dict[str, Any]]
+) -> list[str]:
+    """What differs from the configuration of the newest checkpoint's stage, and may."""
+    folder, number, stages = run_folder(run), facts.get("stage", 0), run.in_stages()
+    if number >= len(stages):
+        raise ResumeError(
+            f"{folder}: stage {number + 1} has begun, the configuration has {len(stages)}; choose "
+            "another name for another run"
+        )
+    try:
+        changes = check_resumable(_written_now(facts["described"]), described[number])
+    except ResumeError as error:
+        raise ResumeError(f"{folder}: {error}") from None
+    stage = stages[number]
+    if facts["step"] > stage.last_step:
+        after = f" after {stage.first_step}" if stage.first_step else ""
+        raise ResumeError(
+            f"{folder}: {facts['step']} steps are done, "
+            f"{stage.key}={stage.last_step - stage.first_step}{after} is less; choose another name "
+            "for another run"
+        )
+    return changes
 
 
 def _written_now(described: dict[str, Any]) -> dict[str, Any]:
     """What an older version has described, with the defaults of keys that it did not have yet."""
     sections = {"model": ModelConfig, "data": LoaderConfig, "train": TrainConfig}
-    return described | {
+    now = described | {
         name: root.parse(described[name]).model_dump(mode="json") for name, root in sections.items()
     }
+    if "earlier" in described:
+        now["earlier"] = [_written_now(each) for each in described["earlier"]]
+    return now
 
 
-def _paths(run: PretrainRun | SftRun) -> list[str]:
-    return [run.data.path, *(source.path for source in run.data.mixture)]
+def _paths(data: LoaderConfig) -> list[str]:
+    return [data.path, *(source.path for source in data.mixture)]
 
 
 def _digest(manifests: list[Manifest]) -> str:
@@ -195,7 +230,7 @@ def read_finished(run: PretrainRun | SftRun, inputs: Inputs) -> dict[str, Any] |
     wanted = run.tracking.registered_model
     is_registered = wanted is None or f"models:/{wanted}@" in (finished.get("registered") or "")
     is_there = storage.exists(storage.join(run_folder(run), "model", "config.json"))
-    same = finished.get("step") == run.train.steps
+    same = finished.get("step") == run.in_stages()[-1].last_step
     return finished if same and is_registered and is_there else None
 
 
@@ -203,10 +238,6 @@ def write_finished(run: PretrainRun | SftRun, result: dict[str, Any]) -> None:
     """Say that the run is finished."""
     text = json.dumps(result, indent=1, sort_keys=True)
     storage.write_text(storage.join(run_folder(run), FINISHED), text)
-
-
-def _model(origin: Origin) -> dict[str, Any]:
-    return {"model": origin.model.model_dump(mode="json")}
 
 
 def _check_tokenizer(run: PretrainRun | SftRun, origin: Origin, tokenizer: Tokenizer) -> None:

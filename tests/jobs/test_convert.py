@@ -80,7 +80,7 @@ def test_a_converted_model_is_pretrained_further(
     parsed = PretrainRun.load(path)
     origin = find_origin(parsed)
     assert origin.start_from == str(tmp_path / "model") and origin.model == model
-    assert inspect(parsed, origin).described["start"] is not None
+    assert inspect(parsed, origin).described[0]["start"] is not None
 
 
 @pytest.mark.cluster

@@ -34,6 +34,14 @@ pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore::Deprecati
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24
+STAGES = [
+    {
+        "steps": STEPS // 2,
+        "context_length": 256,
+        "yarn": {"factor": 2, "original_context": 128},
+        "mesh": {"context_parallel_degree": 2},
+    }
+]
 PATIENCE_S = 240
 
 MODEL = {
@@ -131,15 +139,16 @@ def cluster(s3_server) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def straight(place: Place, cluster: None, tiny_shards) -> list[tuple[int, float]]:
-    """Losses of an uninterrupted run, registered as tiny@champion."""
-    config = place.config(
-        "straight",
-        model=MODEL,
-        data={"path": str(tiny_shards.path)},
-        tracking={"registered_model": "tiny"},
-    )
+    """Losses of an uninterrupted run in two stages, registered as tiny@champion."""
+    config = _staged(place, "straight", tiny_shards.path, registered_model="tiny")
     pretrain.main(["--config", str(config)])
     return place.losses("straight")
+
+
+def _staged(place: Place, name: str, data: Path, **tracking: Any) -> Path:
+    """A run of STEPS steps: the second half has longer rows, which the workers share."""
+    changes = {"train": {"steps": STEPS // 2}, "stages": STAGES, "tracking": tracking}
+    return place.config(name, model=MODEL, data={"path": str(data)}, **changes)
 
 
 def _wait_for(condition: Callable[[], Any], what: str) -> Any:
@@ -168,7 +177,9 @@ def test_a_run_learns_and_leaves_what_it_should(place: Place, straight, capsys) 
     assert straight[-1][1] < straight[0][1] - 0.5
     folder = place.folder / "runs" / "straight"
     assert [each.step for each in snapshots(str(folder / "checkpoints"))] == [24, 20]
-    assert load_model(folder / "model").config.name == "tiny"
+    config = load_model(folder / "model").config
+    assert (config.name, config.max_context) == ("tiny", 256)
+    assert config.yarn is not None and config.yarn.factor == 2
     client, run_id = place.client(), place.run_id("straight")
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
@@ -198,7 +209,7 @@ def test_a_killed_worker_on_object_storage(
     place: Place, straight, tiny_shards, s3_server, capsys
 ) -> None:
     bucket = s3_server.bucket("runs")
-    config = place.config("killed", model=MODEL, data={"path": str(tiny_shards.path)})
+    config = _staged(place, "killed", tiny_shards.path)
     ended: list[int] = []
 
     def newest() -> int:
@@ -232,7 +243,7 @@ def test_a_killed_worker_on_object_storage(
 
 
 def test_a_killed_driver(place: Place, straight, tiny_shards, capsys) -> None:
-    config = place.config("orphan", model=MODEL, data={"path": str(tiny_shards.path)})
+    config = _staged(place, "orphan", tiny_shards.path)
     command = [sys.executable, "-m", "jobs.pretrain", "--config", str(config)]
     log = place.folder / "orphan.log"
     with log.open("wb") as output:

@@ -71,6 +71,47 @@ def test_a_dry_run_needs_no_data(tmp_path: Path, capsys) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.yaml"]
 
 
+def test_a_dry_run_has_a_row_for_each_stage(tmp_path: Path, capsys) -> None:
+    stages = [
+        {"steps": 3, "context_length": 64, "yarn": {"factor": 2, "original_context": 32}},
+        {"steps": 2, "context_length": 64, "learning_rate": 2e-5},
+    ]
+    pretrain.main(["--config", config(tmp_path, tmp_path / "no", stages=stages), "--dry-run"])
+    *_, header, first, second, third = capsys.readouterr().out.splitlines()
+    assert header.split()[:2] == ["stage", "to"]
+    assert first.split()[:5] == ["1", "4", "32", "256", "0.0003"]
+    assert second.split()[:7] == ["2", "7", "64", "yarn", "2x", "192", "0.0003"]
+    assert third.split()[:7] == ["3", "9", "64", "yarn", "2x", "128", "2e-05"]
+
+
+def test_checkpoints_of_stages(tmp_path: Path, tiny_shards, capsys) -> None:
+    def path(first: int, *stages: int) -> str:
+        later = [{"steps": steps, "context_length": 64} for steps in stages]
+        train = {"steps": first, "tokens_per_step": 64}
+        return config(tmp_path, tiny_shards.path, train=train, stages=later)
+
+    run = PretrainRun.load(path(4, 3))
+    origin = find_origin(run)
+    _checkpoint(tmp_path, inspect(run, origin).described[1], step=6, stage=1)
+    for wrong, said in (
+        ((4,), "stage 2 has begun, the configuration has 1"),
+        ((5, 3), "earlier.0.train.steps was 4, is 5"),
+        ((4, 1), "6 steps are done, stages.0.steps=1 after 4 is less"),
+    ):
+        assert said in refusal(capsys, pretrain, path(*wrong))
+    longer = PretrainRun.load(path(4, 5, 2))
+    assert inspect(longer, origin).changes == ["train.steps was 7, is 9"]
+
+
+def test_stages_with_data_of_another_tokenizer(tmp_path: Path, tiny_shards, capsys) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_shards.path / "tokenizer", other / "tokenizer")
+    (other / "tokenizer" / "chat_template.jinja").write_text("another")
+    stage = {"steps": 1, "context_length": 32, "data": {"path": str(other)}}
+    error = refusal(capsys, pretrain, config(tmp_path, tiny_shards.path, stages=[stage]))
+    assert f"{other}: was made with tokenizer" in error
+
+
 def test_a_run_that_is_being_trained(tmp_path: Path, tiny_shards, capsys) -> None:
     lock = tmp_path / "runs" / "run" / "driver.lock"
     with alone(lock, what="anything"):
@@ -127,10 +168,10 @@ def test_storage_that_is_away(tmp_path: Path, tiny_shards, capsys, monkeypatch) 
     assert "does not answer" in error
 
 
-def _checkpoint(folder: Path, described: dict[str, Any], step: int = 2) -> None:
+def _checkpoint(folder: Path, described: dict[str, Any], step: int = 2, stage: int = 0) -> None:
     """A snapshot by its facts alone: all that the driver looks at."""
     place = folder / "runs" / "run" / "checkpoints" / f"step-{step:08d}"
-    facts = {"step": step, "described": described, "tracking": {}}
+    facts = {"step": step, "stage": stage, "described": described, "tracking": {}}
     content = json.dumps(facts).encode()
     storage.write_bytes(str(place / FACTS), content)
     storage.write_bytes(str(place / MARKER), marker_text(step, {FACTS: len(content)}, {}))
@@ -164,7 +205,7 @@ def test_checkpoints_of_another_run(
 def test_checkpoints_of_a_version_with_fewer_keys(tmp_path: Path, tiny_shards) -> None:
     run = PretrainRun.load(config(tmp_path, tiny_shards.path))
     origin = find_origin(run)
-    described = inspect(run, origin).described
+    (described,) = inspect(run, origin).described
     described["model"]["attention"].pop("qk_norm")
     described["train"].pop("compile")
     _checkpoint(tmp_path, described)

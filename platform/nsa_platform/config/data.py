@@ -64,8 +64,8 @@ class MixtureSource(Strict):
     """Share of the rows, relative to the other weights."""
 
 
-class LoaderConfig(Strict):
-    """How shards become batches."""
+class Sources(Strict):
+    """Folders that rows are drawn from."""
 
     path: Location
     """Folder made by prepare_data (tokenizer/, train/, validation/), local or s3://. Held-out rows
@@ -75,6 +75,11 @@ class LoaderConfig(Strict):
     mixture: tuple[MixtureSource, ...] = ()
     """More folders to train on. Each gives its share to within one row at any point; a small one
     begins its next epoch while a large one is still in its first."""
+
+
+class LoaderConfig(Sources):
+    """How shards become batches."""
+
     context_length: PositiveInt
     """Tokens of one packed row. Documents that are longer are continued in the next row."""
     packing: Literal["split", "whole"] = "split"

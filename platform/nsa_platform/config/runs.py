@@ -9,6 +9,7 @@ from nsa_platform.config.data import CorpusConfig, LoaderConfig, TokenizerConfig
 from nsa_platform.config.evaluate import BaselinesConfig, BitsPerByteConfig, NeedleConfig
 from nsa_platform.config.locations import Location, ModelLocation
 from nsa_platform.config.model import ModelConfig
+from nsa_platform.config.stages import Stage, StageConfig, resolve_stages
 from nsa_platform.config.tasks import TaskConfig
 from nsa_platform.config.train import ClusterConfig, TrackingConfig, TrainConfig
 
@@ -44,6 +45,18 @@ class _TrainingRun(Strict):
     storage: Location = "runs"
     """Folder of checkpoints and the final model, local or s3://; the run's own is storage/name."""
 
+    def in_stages(self) -> tuple[Stage, ...]:
+        """The run's stages with all that holds in each; one if the configuration lists none."""
+        return resolve_stages(self.data, self.train, ())
+
+    def model_problems(self, model: ModelConfig) -> list[str]:
+        """Why the mesh of some stage cannot share the model."""
+        return [
+            f"{'train' if not stage.number else f'stages.{stage.number - 1}'}.mesh: {line}"
+            for stage in self.in_stages()
+            for line in stage.train.mesh.model_problems(stage.model_of(model))
+        ]
+
     @model_validator(mode="after")
     def _sections_fit(self) -> Self:
         problems = self._problems()
@@ -53,31 +66,53 @@ class _TrainingRun(Strict):
 
     def _problems(self) -> list[str]:
         """What is wrong between the sections."""
-        workers = self.cluster.num_workers
-        # An elastic run may be given any number of workers in its range.
-        for count in range(self.cluster.min_workers or workers, workers + 1):
-            misfits = self.train.mesh.world_problems(count, self.data.context_length)
-            if misfits:
-                return [f"train.mesh: {line}" for line in misfits]
-        samples, length = self.train.samples, self.data.context_length
-        longest = samples.max_prompt_tokens + samples.max_new_tokens
-        if samples.num_prompts and longest > length:
-            return [
-                f"train.samples: max_prompt_tokens={samples.max_prompt_tokens} + "
-                f"max_new_tokens={samples.max_new_tokens} = {longest} must not exceed "
-                f"data.context_length={length}"
-            ]
-        dealt = self.train.mesh.data_workers(workers)
-        unit = self.data.context_length * self.train.sequences_per_microbatch * dealt
-        if self.train.tokens_per_step % unit:
-            shared = "" if dealt == workers else f" / {workers // dealt} workers that share rows"
-            return [
-                f"train.tokens_per_step={self.train.tokens_per_step} must be a multiple of "
-                f"data.context_length={self.data.context_length} x "
-                f"train.sequences_per_microbatch={self.train.sequences_per_microbatch} x "
-                f"cluster.num_workers={workers}{shared} = {unit}"
-            ]
+        first, *later = self.in_stages()
+        problems = _rows_problems(first, self.cluster)
+        for stage in later:
+            found = _rows_problems(stage, self.cluster)
+            problems += [f"stages.{stage.number - 1}: {line}" for line in found]
+        return problems
+
+
+def _rows_problems(stage: Stage, cluster: ClusterConfig) -> list[str]:
+    """Why the workers cannot be dealt the rows of a step."""
+    data, train, workers = stage.data, stage.train, cluster.num_workers
+    # An elastic run may be given any number of workers in its range.
+    for count in range(cluster.min_workers or workers, workers + 1):
+        misfits = train.mesh.world_problems(count, data.context_length)
+        if misfits:
+            return [f"train.mesh: {line}" for line in misfits]
+    samples, length = train.samples, data.context_length
+    longest = samples.max_prompt_tokens + samples.max_new_tokens
+    if samples.num_prompts and longest > length:
+        return [
+            f"train.samples: max_prompt_tokens={samples.max_prompt_tokens} + "
+            f"max_new_tokens={samples.max_new_tokens} = {longest} must not exceed "
+            f"data.context_length={length}"
+        ]
+    dealt = train.mesh.data_workers(workers)
+    unit = data.context_length * train.sequences_per_microbatch * dealt
+    if train.tokens_per_step % unit:
+        shared = "" if dealt == workers else f" / {workers // dealt} workers that share rows"
+        return [
+            f"train.tokens_per_step={train.tokens_per_step} must be a multiple of "
+            f"data.context_length={data.context_length} x "
+            f"train.sequences_per_microbatch={train.sequences_per_microbatch} x "
+            f"cluster.num_workers={workers}{shared} = {unit}"
+        ]
+    return []
+
+
+def _stretch_problems(stage: Stage, model: ModelConfig | None) -> list[str]:
+    """Why positions do not reach as far as the rows of a later stage."""
+    yarn = stage.yarn or (model.yarn if model else None)
+    length = stage.data.context_length
+    if yarn is None or yarn.factor * yarn.original_context >= length:
         return []
+    return [
+        f"stages.{stage.number - 1}: context_length={length} must not exceed yarn.factor="
+        f"{yarn.factor:g} x yarn.original_context={yarn.original_context}"
+    ]
 
 
 class PretrainRun(_TrainingRun):
@@ -88,6 +123,11 @@ class PretrainRun(_TrainingRun):
     """A new model."""
     checkpoint: ModelLocation | None = None
     """Exported model folder to train further, local or s3://, or models:/name@alias."""
+    stages: tuple[StageConfig, ...] = ()
+    """Stages that follow the one that data and train describe, as of a growing context."""
+
+    def in_stages(self) -> tuple[Stage, ...]:
+        return resolve_stages(self.data, self.train, self.stages)
 
     def _problems(self) -> list[str]:
         problems = super()._problems()
@@ -100,9 +140,10 @@ class PretrainRun(_TrainingRun):
             )
         if self.model is not None and self.train.lora is not None:
             problems.append("train.lora adapts a model that exists: give checkpoint, not model")
+        for stage in self.in_stages()[1:]:
+            problems += _stretch_problems(stage, self.model)
         if self.model is not None:
-            misfits = self.train.mesh.model_problems(self.model)
-            problems += [f"train.mesh: {line}" for line in misfits]
+            problems += self.model_problems(self.model)
         return problems
 
 

@@ -9,6 +9,8 @@ from nsa_platform.config.locations import ServiceLocation
 from nsa_platform.config.lora import LoraConfig
 from nsa_platform.config.mesh import MeshConfig
 
+Recompute = Literal["none", "selective", "branches", "full"]
+
 
 class OptimizerConfig(Strict):
     """AdamW with a warm-up and a decay."""
@@ -93,7 +95,7 @@ class TrainConfig(Strict):
     """Compute type. Weights, optimizer state and gradient reduction stay float32."""
     compile: bool = False
     """torch.compile for each layer."""
-    activation_checkpointing: Literal["none", "selective", "branches", "full"] = "none"
+    activation_checkpointing: Recompute = "none"
     """What the backward pass computes again. full: all but the layers' inputs. selective: all but
     those and what attention returns, its dearest part. branches: selective, and of the attention
     the sliding branch, whose cost does not grow with the context."""

@@ -43,6 +43,7 @@ from nsa_platform.train.snapshots import (
     best,
     damage,
     marker_text,
+    newest_facts,
     prune,
     read_facts,
     snapshot_name,
@@ -74,6 +75,8 @@ class CheckpointStore:
         retry_delays_s: Sequence[float] = DELAYS_S,
     ) -> None:
         self.folder = folder
+        self.begun = 0
+        """Snapshots up to this step are never among the best: they belong to an earlier stage."""
         self.failed_steps: list[int] = []
         self._config = config
         self._world = world
@@ -155,8 +158,7 @@ class CheckpointStore:
         Raises:
             StorageError: the storage cannot be reached.
         """
-        metric, mode = self._config.best_metric, self._config.best_mode
-        found = self._from_first(lambda: best(self._whole_snapshots(), metric, mode))
+        found = self._from_first(lambda: best(self._whole_snapshots(), self._config, self.begun))
         return self._load_first(found, model=model, optimizer=optimizer)
 
     def _load_first(
@@ -174,6 +176,11 @@ class CheckpointStore:
     def has_any(self) -> bool:
         """Whether the run has a snapshot, be it whole or damaged. Every worker calls it."""
         return self._from_first(lambda: bool(snapshots(self.folder)))
+
+    def newest_step(self) -> int:
+        """Step of the newest snapshot whose files are all there, or 0. Every worker calls it."""
+        facts = self._from_first(lambda: newest_facts(self.folder))
+        return 0 if facts is None else facts["step"]
 
     def _whole_snapshots(self) -> list[Snapshot]:
         whole = []
@@ -283,7 +290,7 @@ class CheckpointStore:
     def _prune(self, step: int) -> None:
         """Old snapshots that cannot be deleted now are deleted after the next one."""
         try:
-            prune(self.folder, newest=step, config=self._config)
+            prune(self.folder, newest=step, since=self.begun, config=self._config)
         except OSError as error:
             self._say(f"old checkpoints were not deleted: {_reason(error)}")
 

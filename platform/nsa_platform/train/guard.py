@@ -60,6 +60,10 @@ class Guard:
             )
         return problem
 
+    def forget(self) -> None:
+        """Compare with nothing that was seen so far: what comes is of another kind."""
+        self.losses, self.norms, self.in_a_row = [], [], 0
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
         return {

@@ -32,7 +32,7 @@ from nsa_platform.train.parallel import World, clip_gradients, sum_replica_gradi
 from nsa_platform.train.preemption import Preemption, TrainingPreempted
 from nsa_platform.train.progress import Progress
 from nsa_platform.train.samples import COLUMNS, TABLE
-from nsa_platform.train.schedule import learning_rate
+from nsa_platform.train.schedule import Schedule
 from nsa_platform.train.validation import Validated, Validation
 
 
@@ -56,6 +56,7 @@ def train(
     *,
     loader: Steps,
     config: TrainConfig,
+    schedule: Schedule,
     world: World,
     mesh: Mesh,
     progress: Progress,
@@ -76,13 +77,11 @@ def train(
         TrainingDiverged: the guard has given up; on all workers at the same step.
         TrainingPreempted: a worker must leave and the state is saved; on all workers.
     """
-    rows_per_step = config.tokens_per_step // loader.config.context_length
     clock, save_is_due = StepClock(), False
     while progress.step < config.steps:
-        rate = learning_rate(progress.step, config=config.optimizer, steps=config.steps)
-        set_learning_rate(optimizer, rate)
+        set_learning_rate(optimizer, rate := schedule.rate(progress.step))
         with clock.data():
-            batches = loader.next_step(rows_per_step)
+            batches = loader.next_step(config.tokens_per_step // loader.config.context_length)
         result = take_step(
             model, optimizer, batches, config=config, world=world, mesh=mesh, progress=progress
         )
@@ -97,6 +96,7 @@ def train(
         metrics: dict[str, float] = {}
         if is_saved or result.skipped or progress.step % config.log_every_steps == 0:
             metrics |= read_step(result, progress=progress, model=model) | {"train/lr": rate}
+            metrics["train/context_length"] = loader.config.context_length
             metrics |= throughput.metrics(clock) | memory_metrics(world.device)
         with clock.pause():
             if validation and (is_last or progress.step % config.validate_every_steps == 0):

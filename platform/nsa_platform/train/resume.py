@@ -1,6 +1,7 @@
 """May this run go on from that checkpoint: what must be the same, what may change and is said."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
@@ -17,19 +18,32 @@ SILENT = (
     *("data.cache_dir", "data.cache_gib"),
 )
 
+# Of the stages before, what they computed and where they ended.
+_EARLIER = re.compile(r"^earlier\.\d+\.")
+FIXED_EARLIER = (*FIXED, "train.steps")
+
 
 class ResumeError(ValueError):
     """The checkpoints belong to another run; the message names the differences."""
 
 
 def describe_run(
-    run: Mapping[str, Any], *, data_digest: str, start: str | None = None
+    run: Mapping[str, Any],
+    *,
+    data_digest: str,
+    start: str | None = None,
+    earlier: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """What a checkpoint keeps of a run's configuration, to be compared when it is resumed.
 
-    start: digest of the weights that a new run begins with; None: from scratch.
+    Args:
+        start: digest of the weights that a new run begins with; None: from scratch.
+        earlier: what was described of the stages before this one.
     """
-    return {**{name: run[name] for name in SECTIONS}, "data_digest": data_digest, "start": start}
+    described = {name: run[name] for name in SECTIONS}
+    described |= {"data_digest": data_digest, "start": start}
+    alone = [{k: v for k, v in each.items() if k != "earlier"} for each in earlier]
+    return described | ({"earlier": alone} if alone else {})
 
 
 def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
@@ -42,7 +56,7 @@ def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any]) -> lis
     changes = {
         key: f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not any(fnmatch(key, pattern) for pattern in SILENT)
+        if old.get(key) != new.get(key) and not _is_silent(key)
     }
     broken = [line for key, line in changes.items() if _is_fixed(key)]
     if broken:
@@ -53,8 +67,18 @@ def check_resumable(saved: Mapping[str, Any], current: Mapping[str, Any]) -> lis
     return list(changes.values())
 
 
+def _is_silent(key: str) -> bool:
+    name = _EARLIER.sub("", key)
+    if any(fnmatch(name, pattern) for pattern in SILENT):
+        return True
+    # How a stage went that is over; the present one says the same of what still holds.
+    return name != key and not _is_fixed(key)
+
+
 def _is_fixed(key: str) -> bool:
-    return any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED)
+    name = _EARLIER.sub("", key)
+    names = FIXED if name == key else FIXED_EARLIER
+    return any(name == fixed or name.startswith(f"{fixed}.") for fixed in names)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,8 +1,24 @@
 """Learning rate of each step: warm-up, then half a cosine, or stable with a linear end (WSD)."""
 
 import math
+from dataclasses import dataclass
 
 from nsa_platform.config.train import OptimizerConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A schedule that reaches over some steps of a run."""
+
+    config: OptimizerConfig
+    start: int
+    """Steps of the run that are done when it begins."""
+    end: int
+    """The same when it ends."""
+
+    def rate(self, step: int) -> float:
+        """Learning rate of the run's optimizer step `step`, counted from 0."""
+        return learning_rate(step - self.start, config=self.config, steps=self.end - self.start)
 
 
 def learning_rate(step: int, *, config: OptimizerConfig, steps: int) -> float:

@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from nsa_platform import storage
 from nsa_platform.config.train import CheckpointConfig
@@ -84,12 +84,14 @@ def marker_text(step: int, files: Mapping[str, int], metrics: Mapping[str, float
     return json.dumps(tree, indent=1, sort_keys=True).encode()
 
 
-def best(found: Sequence[Snapshot], metric: str, mode: Literal["min", "max"]) -> list[Snapshot]:
-    """Those of the snapshots that know the metric, the best first, of equals the newest."""
-    scored = [(_metric(snapshot, metric), snapshot) for snapshot in found]
+def best(found: Sequence[Snapshot], config: CheckpointConfig, since: int) -> list[Snapshot]:
+    """Those of the snapshots after step `since` that know best_metric, the best first, of equals
+    the newest."""
+    metric, later = config.best_metric, [each for each in found if each.step > since]
+    scored = [(_metric(snapshot, metric), snapshot) for snapshot in later]
     known = [(score, each) for score, each in scored if score is not None]
     known.sort(key=lambda pair: pair[1].step, reverse=True)
-    known.sort(key=lambda pair: pair[0], reverse=mode == "max")
+    known.sort(key=lambda pair: pair[0], reverse=config.best_mode == "max")
     return [each for _, each in known]
 
 
@@ -124,8 +126,9 @@ def newest_facts(folder: str) -> dict[str, Any] | None:
     return None
 
 
-def prune(folder: str, *, newest: int, config: CheckpointConfig) -> None:
-    """Delete what is neither among the newest snapshots up to step `newest` nor among the best.
+def prune(folder: str, *, newest: int, config: CheckpointConfig, since: int = 0) -> None:
+    """Delete what is neither among the newest snapshots up to step `newest` nor among the best
+    after step `since`.
 
     Folders that a crash has left without a marker go too. Whatever lies beyond step `newest` is
     left alone.
@@ -133,7 +136,7 @@ def prune(folder: str, *, newest: int, config: CheckpointConfig) -> None:
     found = [snapshot for snapshot in snapshots(folder) if snapshot.step <= newest]
     kept = [snapshot.name for snapshot in found[: config.keep_latest]]
     if config.keep_best:
-        ranked = best(found, config.best_metric, config.best_mode)
+        ranked = best(found, config, since)
         kept += [snapshot.name for snapshot in ranked[: config.keep_best]]
     for name in storage.list_names(folder):
         match = _ANY_NAME.match(name)

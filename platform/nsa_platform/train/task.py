@@ -6,9 +6,8 @@ Ray Train's controller unpickles both, so this file must stay light to import.
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from nsa_platform.config.data import LoaderConfig
 from nsa_platform.config.model import ModelConfig
-from nsa_platform.config.train import TrainConfig
+from nsa_platform.config.stages import Stage
 
 
 class Events(Protocol):
@@ -23,8 +22,8 @@ class Task:
     """Everything a worker needs to know. All places in it are absolute."""
 
     model: ModelConfig
-    data: LoaderConfig
-    train: TrainConfig
+    """As the run begins with it."""
+    stages: tuple[Stage, ...]
     cpus: int
     folder: str
     """The run's own, local or s3://."""
@@ -32,13 +31,25 @@ class Task:
     """Exported model whose weights a new run begins with, local or s3://; None: from scratch."""
     cache_dir: str
     """Local folder for copies of remote files."""
-    has_validation: bool
+    has_validation: tuple[bool, ...]
+    """Whether there are held-out rows, of each stage."""
+    described: tuple[dict[str, Any], ...]
+    """What a checkpoint of each stage keeps of the configuration."""
     handle: dict[str, Any]
     """Of the MLflow run, as RunHandle.to_dict gives it."""
     identity: dict[str, Any]
     """What every checkpoint says about its run."""
     events: Events | None
     """Where the first worker tells the driver how it goes; None: nowhere."""
+
+    @property
+    def steps(self) -> int:
+        """Of all stages."""
+        return self.stages[-1].last_step
+
+    def stage_at(self, step: int) -> Stage:
+        """The stage of the next step when `step` are done; the last one when all are."""
+        return next((each for each in self.stages if step < each.last_step), self.stages[-1])
 
 
 @dataclass(frozen=True, slots=True)

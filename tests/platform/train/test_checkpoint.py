@@ -139,11 +139,14 @@ def test_pruning_leaves_what_lies_beyond(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "kept"), [("min", [6, 5, 2]), ("max", [6, 5, 4])], ids=["lowest", "highest"]
+    ("mode", "begun", "kept"),
+    [("min", 0, [6, 5, 2]), ("max", 0, [6, 5, 4]), ("min", 2, [6, 5, 3])],
+    ids=["lowest", "highest", "of a later stage"],
 )
-def test_the_best_by_a_metric_stays_beside_the_newest(tmp_path: Path, mode, kept) -> None:
+def test_the_best_by_a_metric_stays_beside_the_newest(tmp_path: Path, mode, begun, kept) -> None:
     pair, lines = Pair(seed=1), []
     checkpoints = store(tmp_path, lines, keep_latest=2, best_metric="score", best_mode=mode)
+    checkpoints.begun = begun
     states = {}
     for step, score in enumerate([3.0, 1.0, 2.0, 5.0, None, math.nan], start=1):
         pair.step()

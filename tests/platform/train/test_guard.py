@@ -74,3 +74,12 @@ def test_a_resumed_guard_judges_alike() -> None:
     for each in (guard, again):
         assert each.judge(52, loss=2.5, grad_norm=1.0)
     assert again == guard
+
+
+def test_what_is_forgotten_is_no_measure_of_what_comes() -> None:
+    guard = Guard(GuardConfig(spike_sigmas=6.0))
+    steady(guard, WINDOW)
+    assert guard.judge(1, loss=9.0, grad_norm=1.0) is not None
+    guard.forget()
+    assert guard.judge(2, loss=9.0, grad_norm=9.0) is None
+    assert guard.skipped == 1

@@ -72,3 +72,18 @@ def test_sources_of_a_mixture_may_move_but_not_change() -> None:
 def test_other_data_is_an_error() -> None:
     with pytest.raises(ResumeError, match="data_digest was 'd', is 'e'"):
         check_resumable(described(), described(digest="e"))
+
+
+def test_of_earlier_stages_it_counts_what_they_computed_and_where_they_ended() -> None:
+    def second(changes: dict[str, object], first: dict[str, object]) -> dict:
+        earlier = [described(first)]
+        return describe_run(described(changes), data_digest="d", earlier=earlier)
+
+    saved = json.loads(json.dumps(second({}, {})))
+    quiet = {"data.path": "/moved", "train.optimizer.learning_rate": 1.0}
+    assert check_resumable(saved, second({"train.steps": 20}, quiet)) == [
+        "train.steps was 10, is 20"
+    ]
+    for key, value in (("data.context_length", 64), ("train.steps", 9), ("model.layers", 2)):
+        with pytest.raises(ResumeError, match=rf"earlier\.0\.{key} was \d+, is {value}"):
+            check_resumable(saved, second({}, {key: value}))

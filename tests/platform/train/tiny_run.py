@@ -24,6 +24,7 @@ from nsa_platform.train.optimizer import build_optimizer
 from nsa_platform.train.parallel import World
 from nsa_platform.train.preemption import Notice, Preemption
 from nsa_platform.train.progress import Progress
+from nsa_platform.train.schedule import Schedule
 from nsa_platform.train.validation import Validation
 
 CONTEXT = 48
@@ -159,6 +160,7 @@ def run(
         optimizer,
         loader=loader,
         config=config,
+        schedule=Schedule(config.optimizer, start=0, end=config.steps),
         world=world,
         mesh=mesh,
         progress=progress,
