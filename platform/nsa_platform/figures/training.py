@@ -147,7 +147,7 @@ def loss_by_position(
     baselines: Mapping[str, float] | None = None,
     title: str = "Loss by position in the context",
 ) -> Figure:
-    """A step for each part of the context; a falling stair means that context is used.
+    """An equal step for each part of the context; a falling stair means that context is used.
 
     Args:
         edges: positions where the parts begin, and the end of the last; one more than `values`.
@@ -156,12 +156,12 @@ def loss_by_position(
     """
     figure, axes = canvas(title, x="position in the context (tokens)", y=f"loss ({unit})")
     heights = [float("nan") if value is None else value for value in values]
-    axes.stairs(heights, edges, baseline=None, color=VALID, linewidth=2.2)
-    for left, right, height in zip(edges[:-1], edges[1:], heights, strict=True):
+    axes.stairs(heights, range(len(edges)), baseline=None, color=VALID, linewidth=2.2)
+    for left, height in enumerate(heights):
         if height == height:
-            note(axes, (left + right) / 2, height, f"{height:.2f}", above=True)
+            note(axes, left + 0.5, height, f"{height:.2f}", above=True)
     draw_baselines(axes, baselines or {})
-    axes.set_xticks(list(edges), [f"{edge:,}" for edge in edges], rotation=30, ha="right")
+    axes.set_xticks(range(len(edges)), [f"{edge:,}" for edge in edges], rotation=30, ha="right")
     axes.margins(y=0.15)
     return figure
 

@@ -18,7 +18,8 @@ from nsa_platform.train.mesh import Mesh
 from nsa_platform.train.parallel import World, release_gathered
 from nsa_platform.train.samples import Samples
 
-POSITION_PARTS = 8
+FIRST_PART = 16
+"""Positions of the first part of the context; each further part reaches twice as far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +31,20 @@ class Validated:
     bits_per_byte: float | None
     """None if the tokenizer's ids have no fixed bytes."""
     position_edges: list[int]
-    """Positions where the parts of the context begin, and the end of the last."""
+    """Positions where the parts of the context begin, and the end of the last: powers of two, the
+    same whatever the context, but for the end."""
     position_losses: list[float | None]
     """Nats per target in each part; None where there is no target."""
     health: dict[int, LayerHealth]
     """Of each layer, over the first microbatch of every worker."""
 
     def metrics(self) -> dict[str, float]:
-        """valid/loss and valid/bits_per_byte."""
+        """valid/loss, valid/bits_per_byte, and valid/loss_at/<end> of each part of the context, by
+        the position where it ends."""
         metrics = {"valid/loss": self.loss}
+        for end, loss in zip(self.position_edges[1:], self.position_losses, strict=True):
+            if loss is not None:
+                metrics[f"valid/loss_at/{end}"] = loss
         if self.bits_per_byte is not None:
             metrics["valid/bits_per_byte"] = self.bits_per_byte
         return metrics
@@ -70,6 +76,8 @@ class Validation:
         self._world = world
         self._mesh = mesh
         self._token_bytes = None if token_bytes is None else token_bytes.to(world.device).double()
+        self._edges = position_edges(config.context_length)
+        self._inner_edges = torch.tensor(self._edges[1:-1], device=world.device)
         available = self._loader().rows_per_epoch
         self.rows = min(max(1, tokens // config.context_length), available)
 
@@ -78,7 +86,7 @@ class Validation:
         model.eval()
         # Nats, targets and bytes; then nats and targets of each part of the context. Workers with
         # the same tokens add the same to all of them, and only quotients count.
-        sums = torch.zeros(3 + 2 * POSITION_PARTS, dtype=torch.float64, device=self._world.device)
+        sums = torch.zeros(3 + 2 * self._num_parts, dtype=torch.float64, device=self._world.device)
         probe = Probe()
         with torch.no_grad():
             for index, batch in enumerate(self._batches()):
@@ -89,6 +97,10 @@ class Validation:
         for tensor in probe.tensors():
             self._world.sum(tensor)
         return self._read(sums, probe)
+
+    @property
+    def _num_parts(self) -> int:
+        return len(self._edges) - 1
 
     def _loader(self) -> Loader:
         return Loader(
@@ -127,20 +139,26 @@ class Validation:
         sums[1] += counts.sum()
         if self._token_bytes is not None:
             sums[2] += (self._token_bytes[targets.clamp(min=0)] * counts).sum()
-        part = (inputs.positions.long() * POSITION_PARTS) // self._config.context_length
-        sums[3 : 3 + POSITION_PARTS].index_add_(0, part, losses)
-        sums[3 + POSITION_PARTS :].index_add_(0, part, counts)
+        part = torch.bucketize(inputs.positions.long(), self._inner_edges, right=True)
+        sums[3 : 3 + self._num_parts].index_add_(0, part, losses)
+        sums[3 + self._num_parts :].index_add_(0, part, counts)
 
     def _read(self, sums: Tensor, probe: Probe) -> Validated:
         nats, targets, num_bytes, *parts = sums.tolist()
-        by_position = zip(parts[:POSITION_PARTS], parts[POSITION_PARTS:], strict=True)
-        length = self._config.context_length
+        by_position = zip(parts[: self._num_parts], parts[self._num_parts :], strict=True)
         return Validated(
             loss=nats / max(targets, 1.0),
             bits_per_byte=nats / math.log(2) / num_bytes if num_bytes else None,
-            position_edges=[
-                math.ceil(i * length / POSITION_PARTS) for i in range(POSITION_PARTS + 1)
-            ],
+            position_edges=self._edges,
             position_losses=[total / count if count else None for total, count in by_position],
             health=probe.summary(),
         )
+
+
+def position_edges(context_length: int) -> list[int]:
+    """Where the parts of a context begin, and its end: 0, 16, 32, 64, ..."""
+    edges, edge = [0], FIRST_PART
+    while edge < context_length:
+        edges.append(edge)
+        edge *= 2
+    return [*edges, context_length]
