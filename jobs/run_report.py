@@ -29,7 +29,13 @@ def training_report(
         seconds: that the workers had, from asking for them to their end, in this attempt.
     """
     parameters, workers = count_parameters(origin.model), run.cluster.num_workers
-    data, step = inputs.train, result["step"]
+    step, stages = result["step"], run.in_stages()
+    rows_of = [f"{stage.data.context_length:,}" for stage in stages]
+    digests = [described["data_digest"][:12] for described in inputs.described]
+    shards = {
+        f"{stage.data.path}, digest {digest}": None
+        for stage, digest in zip(stages, digests, strict=True)
+    }
     active = "" if parameters.active == parameters.total else f", {parameters.active:,} active"
     attempt = ""
     if inputs.facts is not None:
@@ -38,9 +44,9 @@ def training_report(
         "model": f"{origin.model.name}, {origin.model.attention.kind} attention",
         "parameters": f"{parameters.total:,}{active}",
         "began as": origin.start_from or "random weights",
-        "data": f"{run.data.path}, {data.tokens:,} tokens, digest {data.digest[:12]}",
+        "data": "; ".join(shards),
         "trained on": f"{step * run.train.tokens_per_step:,} tokens in {step:,} steps, "
-        f"rows of {run.data.context_length:,}",
+        f"rows of {', then '.join(rows_of)}",
         "where": f"{workers} x {result['device']}, driven from {socket.gethostname()}",
         "with": _versions(),
         "time": f"{_duration(seconds)}{attempt}",

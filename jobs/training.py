@@ -131,7 +131,7 @@ def _open_tracking(
         job=job,
         name=run.name,
         params=params,
-        tags=model_tags(origin.model, run.data.context_length),
+        tags=model_tags(origin.model, run.in_stages()[-1].data.context_length),
         yaml_text=run.to_yaml(),
         queue_dir=queue_dir,
         run_id=known.get("run_id") if same_store else None,

@@ -158,29 +158,22 @@ def test_a_preparation_is_a_run_with_its_data(tracking: TrackingConfig, tmp_path
     assert dataset.tags[0].value == "training", "an empty split is no input"
 
 
-def test_a_training_report_says_what_where_and_what_it_cost(tmp_path: Path) -> None:
+def test_a_training_report_says_what_where_and_what_it_cost() -> None:
     run = pretrain_run()
     assert run.model is not None
     priced = run.model_copy(
         update={"cluster": run.cluster.model_copy(update={"price_per_worker_hour": 2.5})}
     )
-    writer = ShardWriter(
-        str(tmp_path),
-        kind="text",
-        split="train",
-        tokenizer=TokenizerRecord(fingerprint="0" * 64, vocab_size=300, eos_id=0, pad_id=1),
-        shard_tokens=100,
-    )
-    writer.add([2, 3, 0], text_bytes=5)
-    manifest = writer.finish(SourceRecord(files=1, bytes=5, documents=1))
-    inputs = Inputs(manifest, manifest, {}, None, [])
+    described = ({"data_digest": "d" * 64},)
+    inputs = Inputs((True,), described, None, [])
     origin = Origin(model=run.model, start_from=None, local=None)
     report = training_report(priced, origin, inputs, FACTS, seconds=3 * 3600)
     for words in (
         "# pretrain",
         "nsa-quickstart, nsa attention",
         "random weights",
-        "327,680 tokens in 160 steps",
+        "runs/quickstart/text, digest dddddddddddd |",
+        "327,680 tokens in 160 steps, rows of 512 |",
         "2 x NVIDIA H100",
         "3 h 0 min 0 s",
         "6.000 worker hours, 15.00 at 2.5 each",
@@ -190,7 +183,7 @@ def test_a_training_report_says_what_where_and_what_it_cost(tmp_path: Path) -> N
     ):
         assert words in report
     assert "utilization" not in report, "what was not measured is not shown"
-    resumed = Inputs(manifest, manifest, {}, {"step": 80}, [])
+    resumed = Inputs((True,), described, {"step": 80}, [])
     report = training_report(run, origin, resumed, FACTS, seconds=61)
     assert "1 min 1 s, since step 80, where this attempt began" in report
     assert "0.034 worker hours |" in report
