@@ -76,7 +76,7 @@ def config_of(kind: str, **settings: object):
     return model.parse({"kind": kind, "lengths": LENGTHS, "samples": 2, **settings})
 
 
-@pytest.mark.parametrize(("kind", "reader"), GENERATED, ids=lambda value: str(value))
+@pytest.mark.parametrize(("kind", "reader"), GENERATED, ids=[kind for kind, _ in GENERATED])
 def test_samples_have_their_length_and_can_be_solved(corpus, kind: str, reader) -> None:
     tokenizer = corpus.tokenizer
     task = open_task(config_of(kind), tokenizer)
