@@ -3,15 +3,16 @@
 import platform
 import socket
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from typing import Any
+
+import ray
+import torch
 
 from jobs.training_inputs import Inputs, Origin
 from nsa_platform.config.runs import EvaluateRun, PretrainRun, SftRun
 from nsa_platform.model.cost import count_parameters
 
 REPORT = "report.md"
-LIBRARIES = ("torch", "ray", "mlflow")
 
 
 def training_report(
@@ -121,8 +122,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _versions() -> str:
-    libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
-    return f"Python {platform.python_version()}, {libraries}"
+    return f"Python {platform.python_version()}, torch {torch.__version__}, ray {ray.__version__}"
 
 
 def _duration(seconds: float) -> str:

@@ -196,8 +196,7 @@ def test_the_harness_runs_tasks_by_the_name_of_the_model(
     assert results["results"]["tiny_choice"]["acc,none"] == accuracy
 
 
-def test_a_gpu_that_is_not_there_is_named() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
+def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device='cuda:0', but torch sees no GPU here"):
         job.NsaModel("nowhere", device="cuda:0")
