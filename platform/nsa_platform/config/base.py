@@ -55,7 +55,7 @@ class Strict(BaseModel):
             ConfigError: the file is missing or not YAML, an override is malformed, or the result
                 does not validate. Nothing has been started when it is raised.
         """
-        return cls.parse(_patch(read_yaml(path), overrides), source=str(path))
+        return cls.parse(patch(read_yaml(path), overrides), source=str(path))
 
     def to_yaml(self) -> str:
         """The resolved configuration, as a YAML text that loads back to an equal object."""
@@ -95,21 +95,28 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return tree
 
 
-def _patch(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def patch(tree: dict[str, Any], overrides: Sequence[str], *, flag: str = "--set") -> dict[str, Any]:
+    """A plain tree with `a.b=value` overrides, which came by a flag of this name.
+
+    Raises:
+        ConfigError: an override is malformed.
+    """
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
-            raise ConfigError(f"--set {override}: must look like a.b=value")
+            raise ConfigError(f"{flag} {override}: must look like a.b=value")
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ConfigError(f"--set {override}: the value is not YAML: {error}") from None
+            raise ConfigError(f"{flag} {override}: the value is not YAML: {error}") from None
         node = tree
         *parents, last = key.split(".")
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
-                raise ConfigError(f"--set {override}: {parent} is a value and has no keys below it")
+                raise ConfigError(
+                    f"{flag} {override}: {parent} is a value and has no keys below it"
+                )
         node[last] = value
     return tree
 

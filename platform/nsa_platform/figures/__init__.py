@@ -4,7 +4,7 @@ Every function takes plain numbers and returns a matplotlib Figure; nothing here
 """
 
 from nsa_platform.figures.evaluation import bars, needle_map, scores
-from nsa_platform.figures.serving import latencies, scaling
+from nsa_platform.figures.serving import decode_speeds, latencies, scaling
 from nsa_platform.figures.training import (
     Health,
     Points,
@@ -20,6 +20,7 @@ __all__ = [
     "Health",
     "Points",
     "bars",
+    "decode_speeds",
     "expert_load",
     "gate_means",
     "latencies",

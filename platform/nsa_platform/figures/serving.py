@@ -3,9 +3,12 @@
 from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from nsa_platform.figures.canvas import FAINT, INK, VALID, canvas, dress
+from nsa_platform.figures.canvas import FAINT, INK, VALID, canvas, dress, note
+
+DASHES = ("--", "-", "-.", ":")
+"""Of lines that differ in the number of sequences alone, the fewest first."""
 
 
 def latencies(times_ms: Mapping[str, Sequence[float]], *, title: str) -> Figure:
@@ -21,6 +24,50 @@ def latencies(times_ms: Mapping[str, Sequence[float]], *, title: str) -> Figure:
     if times_ms:
         axes.legend(frameon=False)
     return figure
+
+
+def decode_speeds(speeds: Mapping[tuple[str, int], Mapping[int, float]], *, title: str) -> Figure:
+    """Tokens a second against the context, and how many times faster the first kind is.
+
+    Args:
+        speeds: tokens a second by context, for each kind of attention and number of sequences at
+            most.
+    """
+    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+    figure.suptitle(title, color=INK)
+    left, right = figure.subplots(1, 2)
+    kinds = list(dict.fromkeys(kind for kind, _ in speeds))
+    batches = sorted({size for _, size in speeds})
+    dress(left, "Tokens per second", x="tokens of context", y="")
+    for kind, size in speeds:
+        line = sorted(speeds[kind, size].items())
+        color = FAINT if kinds.index(kind) else VALID
+        style = DASHES[batches.index(size) % len(DASHES)]
+        label = f"{kind}, up to {size} at once" if size > 1 else f"{kind}, one alone"
+        left.plot(*zip(*line, strict=True), style, color=color, label=label, marker=".")
+    left.set_yscale("log")
+    left.legend(frameon=False)
+    first = kinds[0]
+    dress(right, f"{first} against {' and '.join(kinds[1:])}", x="tokens of context", y="times")
+    for kind, size in speeds:
+        base = speeds.get((first, size), {})
+        ratios = [(c, base[c] / v) for c, v in sorted(speeds[kind, size].items()) if c in base]
+        if kind == first or not ratios:
+            continue
+        style = DASHES[batches.index(size) % len(DASHES)]
+        right.plot(*zip(*ratios, strict=True), style, color=VALID, marker=".")
+        note(right, *ratios[-1], f"{ratios[-1][1]:.1f}", above=True)
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: _short(tokens)))
+        axes.margins(x=0.08, y=0.1)
+    right.set_ylim(bottom=0)
+    return figure
+
+
+def _short(tokens: float) -> str:
+    """131072 as 128k."""
+    return f"{tokens / 1024:g}k" if tokens < 2**20 else f"{tokens / 2**20:g}M"
 
 
 def scaling(

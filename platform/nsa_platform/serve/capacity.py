@@ -67,7 +67,7 @@ def make_cache(
     num_tokens = config.num_kv_tokens
     if num_tokens is None:
         most = config.max_num_seqs * model_len_of(model, config)
-        budget = _memory_budget(config, device)
+        budget = memory_budget(config, device)
         num_tokens = min(most, _tokens_in(budget, model, config, dtype=dtype))
         if num_tokens < 1:
             raise ValueError(
@@ -77,7 +77,7 @@ def make_cache(
     return _cache(model, config, num_tokens, device=device, dtype=dtype)
 
 
-def _memory_budget(config: EngineConfig, device: torch.device) -> float:
+def memory_budget(config: EngineConfig, device: torch.device) -> float:
     """Bytes that the cache may take."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] * config.gpu_memory_utilization

@@ -226,15 +226,22 @@ class Engine:
         self.cost.fit()
         self._is_measuring = True
 
-    def capture(self) -> None:
-        """Make ready the fixed shapes in which steps of decodes run: CUDA graphs on a GPU."""
+    def capture(self, *, context_lens: Sequence[int] | None = None) -> None:
+        """Make ready the fixed shapes in which steps of decodes run: CUDA graphs on a GPU.
+
+        context_lens: tokens of the longest context of each shape; None: from short ones up to
+        max_model_len.
+        """
         book = self.cache.book
         max_pages = min(book.num_pages, -(-self.max_model_len // book.page_size))
+        lengths = capture_lengths(max_pages)
+        if context_lens is not None:
+            lengths = [min(max_pages, -(-length // book.page_size)) for length in context_lens]
         self.runner.graphs = DecodeGraphs(
             self.runner.model,
             self.cache,
             sizes=self.config.cudagraph_capture_sizes or capture_sizes(self.config.max_num_seqs),
-            lengths=capture_lengths(max_pages),
+            lengths=lengths,
         )
 
     def reset_prefix_cache(self) -> None:
