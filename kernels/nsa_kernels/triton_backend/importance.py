@@ -13,20 +13,27 @@ from nsa_kernels.triton_backend.paged_parts import load_split, score_split
 from nsa_kernels.triton_backend.tiles import (
     LOG2_E,
     Tiles,
+    descriptors,
     find_tile,
     key_widths,
     log2_sum,
+    register_limit,
     visible_high,
 )
 from nsa_kernels.triton_backend.topn import top_blocks
 
 # Bytes of importances alive at once: queries go through in runs of whole tiles.
 _BUFFER_BYTES = 256 * 2**20
+# Registers of a thread, with which three programs of 16 bits share a multiprocessor.
+_COPIED_REGISTERS = 168
 
 
 @triton.jit
 def sum_over_heads(
     q,
+    q_descriptor,
+    first_row,
+    first_head,
     lse,
     o_head,
     m_row,
@@ -45,12 +52,18 @@ def sum_over_heads(
     """Attention probabilities [TILE_Q, TILE_C] of a tile of compressed keys, summed over R heads.
 
     Head by head in registers: any group size fits without padding, and no thread waits for
-    another. The next head's lse is asked for while this head's scores are made.
+    another. The next head's lse is asked for while this head's scores are made. The descriptor is
+    None or used where not MASKED.
     """
+    HAS_DESCRIPTOR: tl.constexpr = not MASKED and q_descriptor is not None
     b_sum = tl.zeros([TILE_Q, TILE_C], tl.float32)
     b_lse = log2_sum(lse, o_head, m_row)
     for i_head in range(R):
-        b_q, b_q_tail = load_split(q, (o_head + i_head) * K, m_row, K, K_MAIN, K_TAIL)
+        if HAS_DESCRIPTOR:
+            b_q = q_descriptor.load([first_row, (first_head + i_head) * K])
+            b_q_tail = b_q
+        else:
+            b_q, b_q_tail = load_split(q, (o_head + i_head) * K, m_row, K, K_MAIN, K_TAIL)
         score = score_split(b_q, b_q_tail, b_k, b_k_tail, K_TAIL)
         b_next = log2_sum(lse, o_head + tl.minimum(i_head + 1, R - 1), m_row)
         b_p = tl.exp2(score * scale_log2 - b_lse[:, None])
@@ -64,6 +77,7 @@ def sum_over_heads(
 @triton.jit
 def span_importance_kernel(
     q,
+    q_descriptor,
     k_cmp,
     lse,
     cu_seqlens,
@@ -129,18 +143,19 @@ def span_importance_kernel(
     o_head = (begin.to(tl.int64) + o_position) * (G * R) + i_group * R
     num_visible = visible_high(o_position, COMPRESSION_BLOCK, STRIDE)
     visible = m_column[None, :] & (o_cmp[None, :] < num_visible[:, None])
+    is_full = start + TILE_Q <= length
     all_visible = (first_block + TILE_S) * SELECTION_STRIDES <= visible_high(
         start, COMPRESSION_BLOCK, STRIDE
     )
-    if all_visible & (STRIDES_PADDED == SELECTION_STRIDES):
+    if is_full & all_visible & (STRIDES_PADDED == SELECTION_STRIDES):
         b_sum = sum_over_heads(
-            q, lse, o_head, m_row, b_k, b_k_tail, visible, scale_log2,
-            R, K, K_MAIN, K_TAIL, TILE_Q, TILE_C, False,
+            q, q_descriptor, begin + start, i_group * R, lse, o_head, m_row, b_k, b_k_tail,
+            visible, scale_log2, R, K, K_MAIN, K_TAIL, TILE_Q, TILE_C, False,
         )  # fmt: skip
     else:
         b_sum = sum_over_heads(
-            q, lse, o_head, m_row, b_k, b_k_tail, visible, scale_log2,
-            R, K, K_MAIN, K_TAIL, TILE_Q, TILE_C, True,
+            q, q_descriptor, begin + start, i_group * R, lse, o_head, m_row, b_k, b_k_tail,
+            visible, scale_log2, R, K, K_MAIN, K_TAIL, TILE_Q, TILE_C, True,
         )  # fmt: skip
     b_sum = tl.reshape(b_sum, [TILE_Q, TILE_S, STRIDES_PADDED])
     o_first = tl.arange(0, STRIDES_PADDED)
@@ -261,8 +276,11 @@ def _score(
     _, num_groups, num_blocks = scores.importance.shape
     strides = triton.next_power_of_2(config.selection_block_size // config.compression_stride)
     tile_blocks = max(1, tiles.keys // strides)
+    (q_descriptor,) = descriptors(tiles.rows, q)
+    options = {} if q_descriptor is None else register_limit(q.device, _COPIED_REGISTERS)
     span_importance_kernel[(triton.cdiv(num_blocks, tile_blocks), count, num_groups)](
         q,
+        q_descriptor,
         k_cmp,
         lse,
         *offsets,
@@ -286,4 +304,5 @@ def _score(
         STRIDES_PADDED=strides,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
+        **options,
     )

@@ -12,7 +12,12 @@ import triton.language as tl
 from nsa_kernels.triton_backend.paged_choice import choose_blocks
 from nsa_kernels.triton_backend.paged_parts import attend_keys, load_split, store_partial
 from nsa_kernels.triton_backend.paged_rows import find_new_tokens
-from nsa_kernels.triton_backend.tiles import visible_high, visible_low
+from nsa_kernels.triton_backend.tiles import (
+    await_launch,
+    let_next_start,
+    visible_high,
+    visible_low,
+)
 
 
 @triton.jit
@@ -154,12 +159,14 @@ def paged_chosen_kernel(
     TILE_S: tl.constexpr,
     TILE_K: tl.constexpr,
     TILE_B: tl.constexpr,
+    STARTS_EARLY: tl.constexpr,
 ):
     """Write the parts of partial_out [T, H, ALL_SPLITS, V] and partial_lse after the compressed.
 
     shares, rests, maxima: as paged_compressed_kernel leaves them; importance [T, G, SPLITS_SLC, N,
     TILE_S] and chosen_blocks [T, G, SPLITS_SLC, CHOSEN] are room for the choice.
     """
+    let_next_start(STARTS_EARLY)
     ALL_SPLITS: tl.constexpr = SPLITS_CMP + SPLITS_SLC + SPLITS_WIN
     i_group = tl.program_id(0) % G
     i_split = tl.program_id(1)
@@ -195,6 +202,7 @@ def paged_chosen_kernel(
         first_block = low
         num_listed = tl.minimum(last_block + 1, CHOSEN)
         first_tile, last_tile = cut_tiles(num_listed, i_split, SPLITS_SLC, SELECTION_BLOCK, TILE_K)
+        await_launch(STARTS_EARLY)
         if last_block >= CHOSEN:
             choose_blocks(
                 shares, rests, maxima, partial_lse, importance + i_choice * N * TILE_S, p_chosen,

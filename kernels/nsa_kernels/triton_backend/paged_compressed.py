@@ -11,7 +11,7 @@ import triton.language as tl
 
 from nsa_kernels.triton_backend.paged_parts import attend_keys, load_split, store_partial
 from nsa_kernels.triton_backend.paged_rows import find_new_tokens
-from nsa_kernels.triton_backend.tiles import visible_high
+from nsa_kernels.triton_backend.tiles import let_next_start, visible_high
 
 
 @triton.jit
@@ -76,12 +76,14 @@ def paged_compressed_kernel(
     TILE_S: tl.constexpr,
     STRIDES_PADDED: tl.constexpr,
     TILE_B: tl.constexpr,
+    STARTS_EARLY: tl.constexpr,
 ):
     """Write the first parts of partial_out [T, H, ALL_SPLITS, V] and partial_lse.
 
     Key tiles hold TILE_S selection blocks; shares [T, H, N, TILE_S], rests and maxima [T, H, N]
     are written for those tiles that have a key, where queries choose at all.
     """
+    let_next_start(STARTS_EARLY)
     TOKENS: tl.constexpr = TILE_ROWS // R_PADDED
     SELECTION_STRIDES: tl.constexpr = SELECTION_BLOCK // STRIDE
     TILE_STRIDES: tl.constexpr = TILE_S * SELECTION_STRIDES

@@ -16,7 +16,13 @@ from nsa_kernels.shapes import NsaConfig
 from nsa_kernels.triton_backend.paged_chosen import paged_chosen_kernel
 from nsa_kernels.triton_backend.paged_compressed import paged_compressed_kernel
 from nsa_kernels.triton_backend.paged_merge import merge_parts
-from nsa_kernels.triton_backend.tiles import LOG2_E, key_widths, register_limit, value_widths
+from nsa_kernels.triton_backend.tiles import (
+    LOG2_E,
+    early_start,
+    key_widths,
+    register_limit,
+    value_widths,
+)
 
 # Two programs for each processor of a large GPU.
 _WANTED_PROGRAMS = 264
@@ -191,6 +197,7 @@ def _constants(
         "PAGE_ROWS": v.shape[1],
         "TILE_S": plan.tile_blocks,
         "TILE_B": min(_TILE_B, triton.next_power_of_2(places.context_lens.shape[0])),
+        "STARTS_EARLY": bool(early_start(q.device)),
     }
 
 
@@ -268,6 +275,7 @@ def _chosen_parts(
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
         **register_limit(q.device, _CHOICE_REGISTERS),
+        **early_start(q.device),
     )  # fmt: skip
 
 
@@ -295,6 +303,7 @@ def decode_attention(
     _compressed_parts(q, k_cmp, v_cmp, places, scratch, plan, config, scale)
     _chosen_parts(q, caches[2:], places, scratch, plan, config, scale)
     merge_parts(
-        scratch.partial_out, scratch.partial_lse, plan.splits, gates, out, cu_seqlens=cu_seqlens
-    )
+        scratch.partial_out, scratch.partial_lse, plan.splits, gates, out,
+        cu_seqlens=cu_seqlens, early=early_start(q.device),
+    )  # fmt: skip
     return out

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.triton_backend.tiles import await_launch
+
 # Few rows are cut into columns, so that they still fill the GPU.
 _FEW_PROGRAMS = 264
 _FEW_COLUMNS = 32
@@ -21,6 +23,7 @@ def merge_parts(
     *,
     cu_seqlens: Tensor | None = None,
     rows: tuple[Tensor, Tensor] | None = None,
+    early: dict[str, bool] | None = None,
 ) -> None:
     """Join partial_out [rows, H, parts, V] by partial_lse [rows, H, parts] into out [T, H, V].
 
@@ -28,6 +31,7 @@ def merge_parts(
         splits: parts of the compressed, the selected and the sliding branch, in this order.
         gates: [T, H, 3]; None if all parts are of one branch.
         cu_seqlens: int32 [B + 1]; rows are then the packed tokens, and those past its end get 0.
+        early: tiles.early_start, if the launch before lets this one start.
         rows: position (-1 for none) and packed token of each row, where rows are not the tokens.
     """
     num_rows, num_heads, num_parts, value_width = partial_out.shape
@@ -44,7 +48,9 @@ def merge_parts(
         SPLITS_SLC=splits[1],
         SPLITS_WIN=splits[2],
         SPLITS_PADDED=triton.next_power_of_2(num_parts),
+        STARTS_EARLY=bool(early),
         num_warps=1 if num_parts * columns <= 1024 else 4,
+        **(early or {}),
     )  # fmt: skip
 
 
@@ -81,12 +87,14 @@ def paged_merge_kernel(
     SPLITS_SLC: tl.constexpr,
     SPLITS_WIN: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
+    STARTS_EARLY: tl.constexpr,
 ):
     """Write TILE_V columns of a row and head of out [T, H, V].
 
     Without gates all parts are of one branch. row_positions and row_tokens say where a row belongs;
     without them rows are the packed tokens, of which those past the last sequence get 0.
     """
+    await_launch(STARTS_EARLY)
     i_row = tl.program_id(0).to(tl.int64)
     i_head = tl.program_id(1)
     ALL_SPLITS: tl.constexpr = SPLITS_CMP + SPLITS_SLC + SPLITS_WIN

@@ -204,7 +204,11 @@ def _walk_tokens(
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Add the tokens [first, end) of a chunk to dk / scale and dv; write their parts of dq."""
+    """Add the tokens [first, end) of a chunk to dk / scale and dv; write their parts of dq.
+
+    Tiles are transposed, [keys, rows], so that p and ds feed dv and dk as left operands. In another
+    order of the products ptxas waits for each step of each by itself.
+    """
     TOKENS: tl.constexpr = TILE_ROWS // R
     o_row = tl.arange(0, TILE_ROWS)
     o_part = o_row // R * (TILES * R) + o_row % R
@@ -217,29 +221,28 @@ def _walk_tokens(
             p_tokens, i_entry + TOKENS, count, G, R, IS_LONG, TILE_ROWS
         )
         b_q = load_rows(p_q, o_head * K, m_row, 0, K_MAIN, K, True)
-        b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_logits = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
         b_q_tail = b_q
         if K_TAIL > 0:
             b_q_tail = load_rows(p_q, o_head * K, m_row, K_MAIN, K_TAIL, K, True)
-            b_logits = tl.dot(b_q_tail, tl.trans(b_k_tail), b_logits, input_precision=PRECISION)
+            b_logits = tl.dot(b_k_tail, tl.trans(b_q_tail), b_logits, input_precision=PRECISION)
         if MASKED:
-            b_logits = tl.where(b_token[:, None] >= o_key[None, :], b_logits, float("-inf"))
+            b_logits = tl.where(b_token[None, :] >= o_key[:, None], b_logits, float("-inf"))
         b_lse = log2_sum(p_lse, o_head, m_row)
         b_delta = tl.load(p_delta + o_head, mask=m_row, other=0.0)
-        b_p = tl.exp2(b_logits * scale_log2 - b_lse[:, None])
+        b_p = tl.exp2(b_logits * scale_log2 - b_lse[None, :])
         b_dout = load_rows(p_dout, o_head * V, m_row, 0, V_PADDED, V, True)
-        b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
-        b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_q.dtype)
-        b_p = b_p.to(b_dout.dtype)
-        b_dv = tl.dot(tl.trans(b_p), b_dout, b_dv, input_precision=PRECISION)
-        b_dk = tl.dot(tl.trans(b_ds), b_q, b_dk, input_precision=PRECISION)
-        b_dq = tl.dot(b_ds, b_k, input_precision=PRECISION)
+        b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
+        b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION)
+        b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
+        b_dk = tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION)
+        b_dq = tl.dot(tl.trans(b_ds), b_k, input_precision=PRECISION)
         first_part = i_entry * stride
         if p_peaks is not None:
             b_peak = tl.max(tl.abs(b_dq), 1)
         if K_TAIL > 0:
-            b_dk_tail = tl.dot(tl.trans(b_ds), b_q_tail, b_dk_tail, input_precision=PRECISION)
-            b_dq_tail = tl.dot(b_ds, b_k_tail, input_precision=PRECISION)
+            b_dk_tail = tl.dot(b_ds, b_q_tail, b_dk_tail, input_precision=PRECISION)
+            b_dq_tail = tl.dot(tl.trans(b_ds), b_k_tail, input_precision=PRECISION)
             if p_peaks is not None:
                 b_peak = tl.maximum(b_peak, tl.max(tl.abs(b_dq_tail), 1))
         if p_peaks is not None:

@@ -74,7 +74,7 @@ def forward_by_tile(
     out = q.new_empty(num_tokens, num_heads, value_width)
     lse = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=q.device)
     selected_forward_kernel[union.counts.shape[:2]](
-        q, k, v, *descriptors(k, v, tiles), union.entries, union.counts, out, lse,
+        q, k, v, *descriptors(tiles.keys, k, v), union.entries, union.counts, out, lse,
         cu_seqlens, cu_seqlens.numel() - 1, log2_scale(scale),
         G=num_groups,
         R=heads_per_group,

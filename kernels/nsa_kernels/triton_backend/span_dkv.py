@@ -20,6 +20,7 @@ from nsa_kernels.triton_backend.tiles import (
     Tiles,
     find_tile,
     fp32_tiles,
+    group_descriptors,
     key_widths,
     load_rows,
     log2_scale,
@@ -61,9 +62,12 @@ def span_dkv(
     dtype, shape = (q.dtype, ()) if parts == 1 else (torch.float32, (parts,))
     dk = make(*shape, *k.shape, dtype=dtype, device=k.device)
     dv = make(*shape, *v.shape, dtype=dtype, device=v.device)
+    q_descriptor, dout_descriptor = group_descriptors(
+        tiles.rows // heads_per_group, heads_per_group, q, dout
+    )
     span_backward_dkv_kernel[(num_key_tiles, parts, num_groups)](
-        q, k, v, dout, lse, delta, dk, dv, cu_seqlens, span.cu_keys, num_sequences,
-        num_keys, log2_scale(scale), scale,
+        q, k, v, dout, q_descriptor, dout_descriptor, lse, delta, dk, dv, cu_seqlens,
+        span.cu_keys, num_sequences, num_keys, log2_scale(scale), scale,
         G=num_groups,
         R=heads_per_group,
         PARTS=parts,
@@ -108,6 +112,10 @@ def _walk_queries(
     p_dout,
     p_lse,
     p_delta,
+    q_descriptor,
+    dout_descriptor,
+    start,
+    i_group,
     first,
     end,
     gap,
@@ -132,9 +140,11 @@ def _walk_queries(
 ):
     """Add the query tiles of [first, end) dealt to i_part, last first, to dk / scale and dv.
 
-    Tiles from gap on are gap_size further on: what lies between is left out.
+    If MASKED, tiles from gap on are gap_size further on: what lies between is left out.
     All tiles are transposed, [keys, rows], so that p and ds feed their dots as left operands.
+    Descriptors are None or used where not MASKED.
     """
+    HAS_DESCRIPTORS: tl.constexpr = not MASKED and q_descriptor is not None
     TOKENS: tl.constexpr = TILE_ROWS // R
     IS_RAGGED: tl.constexpr = MASKED or TILE_ROWS % R != 0
     H: tl.constexpr = G * R
@@ -145,11 +155,16 @@ def _walk_queries(
     count = tl.maximum(last - first + PARTS, 0) // PARTS
     for i_step in range(0, count):
         i_tile = last - i_step * PARTS
-        i_tile += tl.where(i_tile >= gap, gap_size, 0)
+        if MASKED:
+            i_tile += tl.where(i_tile >= gap, gap_size, 0)
         o_token = i_tile * TOKENS + o_row // R
         m_row = (o_token < length) & (o_row < TOKENS * R)
         row = i_tile * q_stride
-        b_q = load_rows(p_q + row * K, o_head * K, m_row, 0, K_MAIN, K, IS_RAGGED)
+        if HAS_DESCRIPTORS:
+            b_q = q_descriptor.load([start + i_tile * TOKENS, i_group * R, 0])
+            b_q = tl.reshape(b_q, [TILE_ROWS, K])
+        else:
+            b_q = load_rows(p_q + row * K, o_head * K, m_row, 0, K_MAIN, K, IS_RAGGED)
         b_logits = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
         if K_TAIL > 0:
             b_q_tail = load_rows(p_q + row * K, o_head * K, m_row, K_MAIN, K_TAIL, K, IS_RAGGED)
@@ -162,7 +177,11 @@ def _walk_queries(
         b_lse = log2_sum(p_lse + row, o_head, m_row)
         b_delta = tl.load(p_delta + row + o_head, mask=m_row, other=0.0)
         b_p = tl.exp2(b_logits * scale_log2 - b_lse[None, :])
-        b_dout = load_rows(p_dout + row * V, o_head * V, m_row, 0, V_PADDED, V, IS_RAGGED)
+        if HAS_DESCRIPTORS:
+            b_dout = dout_descriptor.load([start + i_tile * TOKENS, i_group * R, 0])
+            b_dout = tl.reshape(b_dout, [TILE_ROWS, V])
+        else:
+            b_dout = load_rows(p_dout + row * V, o_head * V, m_row, 0, V_PADDED, V, IS_RAGGED)
         b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION)
         b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
         b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
@@ -178,6 +197,8 @@ def span_backward_dkv_kernel(
     k,
     v,
     dout,
+    q_descriptor,
+    dout_descriptor,
     lse,
     delta,
     dk,
@@ -245,16 +266,18 @@ def span_backward_dkv_kernel(
     open_low = tl.minimum((open_begin + TOKENS - 1) // TOKENS, high)
     open_high = tl.maximum(open_end // TOKENS, open_low)
     open_tiles = open_high - open_low
+    # The open tiles first: the other way round ptxas waits for each of their products by itself.
     b_dk, b_dk_tail, b_dv = _walk_queries(
         b_dk, b_dk_tail, b_dv, b_k, b_k_tail, b_v, q + row * K, dout + row * V, lse + row,
-        delta + row, low, high - open_tiles, open_low, open_tiles, i_part, length, o_begin, o_key,
-        scale_log2,
-        G, R, PARTS, K, K_MAIN, K_TAIL, V, V_PADDED, WINDOW, TILE_ROWS, PRECISION, True,
+        delta + row, q_descriptor, dout_descriptor, start, i_group, open_low, open_high, 0, 0,
+        i_part, length, o_begin, o_key, scale_log2,
+        G, R, PARTS, K, K_MAIN, K_TAIL, V, V_PADDED, WINDOW, TILE_ROWS, PRECISION, False,
     )  # fmt: skip
     b_dk, b_dk_tail, b_dv = _walk_queries(
         b_dk, b_dk_tail, b_dv, b_k, b_k_tail, b_v, q + row * K, dout + row * V, lse + row,
-        delta + row, open_low, open_high, open_high, 0, i_part, length, o_begin, o_key, scale_log2,
-        G, R, PARTS, K, K_MAIN, K_TAIL, V, V_PADDED, WINDOW, TILE_ROWS, PRECISION, False,
+        delta + row, q_descriptor, dout_descriptor, start, i_group, low, high - open_tiles,
+        open_low, open_tiles, i_part, length, o_begin, o_key, scale_log2,
+        G, R, PARTS, K, K_MAIN, K_TAIL, V, V_PADDED, WINDOW, TILE_ROWS, PRECISION, True,
     )  # fmt: skip
 
     part_row = (i_part.to(tl.int64) * num_keys) * G + key_row

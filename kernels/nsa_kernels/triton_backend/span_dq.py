@@ -12,6 +12,7 @@ from nsa_kernels.packing import num_tiles
 from nsa_kernels.triton_backend.span_forward import Span
 from nsa_kernels.triton_backend.tiles import (
     Tiles,
+    descriptors,
     find_tile,
     fp32_tiles,
     key_widths,
@@ -43,10 +44,14 @@ def span_dq(
     tiles = dq_tiles(q.dtype, key_width, value_width, heads_per_group)
     num_sequences = cu_seqlens.numel() - 1
     dq = torch.empty_like(q)
+    # Windows are too short to gain by copies.
+    k_descriptor, v_descriptor = None, None
+    if not span.window:
+        k_descriptor, v_descriptor = descriptors(tiles.keys, k, v)
     grid = (num_tiles(num_tokens, num_sequences, tiles.rows // heads_per_group), num_groups)
     span_backward_dq_kernel[grid](
-        q, k, v, dout, lse, delta, dq, cu_seqlens, span.cu_keys, num_sequences,
-        log2_scale(scale), scale,
+        q, k, v, k_descriptor, v_descriptor, dout, lse, delta, dq, cu_seqlens, span.cu_keys,
+        num_sequences, log2_scale(scale), scale,
         G=num_groups,
         R=heads_per_group,
         **key_widths(key_width),
@@ -62,12 +67,18 @@ def span_dq(
 
 
 def dq_tiles(dtype: torch.dtype, key_width: int, value_width: int, heads_per_group: int) -> Tiles:
-    """Tile sizes of the dq pass: q, dout and dq stay, keys and values stream."""
+    """Tile sizes of the dq pass: q, dout and dq stay, keys and values stream.
+
+    Up to width 128 two programs of four warps fit a multiprocessor: products of one run beside
+    exponentials of the other.
+    """
     width = max(key_width, value_width)
     if dtype == torch.float32:
         return fp32_tiles(key_width, value_width, max(32, heads_per_group))
     if width <= 64:
         return Tiles(128, 64, 8, 3)
+    if width <= 128:
+        return Tiles(64, 64, 4, 2)
     if width <= 192:
         return Tiles(128, 64, 8, 2)
     return Tiles(64, 64, 8, 2)
@@ -84,6 +95,10 @@ def _walk_keys(
     b_delta,
     p_k,
     p_v,
+    k_descriptor,
+    v_descriptor,
+    key_start,
+    i_group,
     first,
     end,
     key_end,
@@ -100,26 +115,37 @@ def _walk_keys(
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Add the key tiles of [first, end) to dq / scale."""
+    """Add the key tiles of [first, end) to dq / scale.
+
+    Descriptors are None or used where not MASKED.
+    """
+    HAS_DESCRIPTORS: tl.constexpr = not MASKED and k_descriptor is not None
     o_tile = tl.arange(0, TILE_KEYS)
     k_stride = tl.full([], G * K, tl.int64)
     v_stride = tl.full([], G * V, tl.int64)
     for i_key in range(first, end, TILE_KEYS):
         o_key = i_key + o_tile
         m_key = o_key < key_end
-        b_k = load_rows(p_k + i_key * k_stride, o_tile * (G * K), m_key, 0, K_MAIN, K, MASKED)
+        if HAS_DESCRIPTORS:
+            b_k = k_descriptor.load([key_start + i_key, i_group * K])
+        else:
+            b_k = load_rows(p_k + i_key * k_stride, o_tile * (G * K), m_key, 0, K_MAIN, K, MASKED)
         b_logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         if K_TAIL > 0:
             b_k_tail = load_rows(
                 p_k + i_key * k_stride, o_tile * (G * K), m_key, K_MAIN, K_TAIL, K, MASKED
             )
             b_logits = tl.dot(b_q_tail, tl.trans(b_k_tail), b_logits, input_precision=PRECISION)
+        # Asked for before the exponentials, so that the products run beside them.
+        if HAS_DESCRIPTORS:
+            b_v = v_descriptor.load([key_start + i_key, i_group * V])
+        else:
+            b_v = load_rows(p_v + i_key * v_stride, o_tile * (G * V), m_key, 0, V_PADDED, V, MASKED)
+        b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
         if MASKED:
             m_seen = (o_key[None, :] >= o_low[:, None]) & (o_key[None, :] < o_high[:, None])
             b_logits = tl.where(m_seen, b_logits, float("-inf"))
         b_p = tl.exp2(b_logits * scale_log2 - b_lse[:, None])
-        b_v = load_rows(p_v + i_key * v_stride, o_tile * (G * V), m_key, 0, V_PADDED, V, MASKED)
-        b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
         b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k.dtype)
         b_dq = tl.dot(b_ds, b_k, b_dq, input_precision=PRECISION)
         if K_TAIL > 0:
@@ -132,6 +158,8 @@ def span_backward_dq_kernel(
     q,
     k,
     v,
+    k_descriptor,
+    v_descriptor,
     dout,
     lse,
     delta,
@@ -181,7 +209,8 @@ def span_backward_dq_kernel(
         b_q_tail = load_rows(q + row * K, o_head * K, m_row, K_MAIN, K_TAIL, K, True)
         b_dq_tail = tl.zeros([TILE_ROWS, K_TAIL], tl.float32)
 
-    key_row = tl.load(cu_keys + i_sequence).to(tl.int64) * G + i_group
+    key_start = tl.load(cu_keys + i_sequence)
+    key_row = key_start.to(tl.int64) * G + i_group
     p_k = k + key_row * K
     p_v = v + key_row * V
     o_low = visible_low(o_token, WINDOW)
@@ -193,20 +222,21 @@ def span_backward_dq_kernel(
         edge = visible_low(t_last, WINDOW) - low
         open_low = low + (edge + TILE_KEYS - 1) // TILE_KEYS * TILE_KEYS
         b_dq, b_dq_tail = _walk_keys(
-            b_dq, b_dq_tail, b_q, b_q_tail, b_dout, b_lse, b_delta, p_k, p_v,
-            low, tl.minimum(open_low, high), high, o_low, o_high, scale_log2,
+            b_dq, b_dq_tail, b_q, b_q_tail, b_dout, b_lse, b_delta, p_k, p_v, k_descriptor,
+            v_descriptor, key_start, i_group, low, tl.minimum(open_low, high), high, o_low, o_high,
+            scale_log2,
             G, K, K_MAIN, K_TAIL, V, V_PADDED, TILE_KEYS, PRECISION, True,
         )  # fmt: skip
     open_keys = tl.maximum(visible_high(t_first, BLOCK, STRIDE) - open_low, 0)
     open_high = open_low + open_keys // TILE_KEYS * TILE_KEYS
     b_dq, b_dq_tail = _walk_keys(
-        b_dq, b_dq_tail, b_q, b_q_tail, b_dout, b_lse, b_delta, p_k, p_v,
-        open_low, open_high, high, o_low, o_high, scale_log2,
+        b_dq, b_dq_tail, b_q, b_q_tail, b_dout, b_lse, b_delta, p_k, p_v, k_descriptor,
+        v_descriptor, key_start, i_group, open_low, open_high, high, o_low, o_high, scale_log2,
         G, K, K_MAIN, K_TAIL, V, V_PADDED, TILE_KEYS, PRECISION, False,
     )  # fmt: skip
     b_dq, b_dq_tail = _walk_keys(
-        b_dq, b_dq_tail, b_q, b_q_tail, b_dout, b_lse, b_delta, p_k, p_v,
-        open_high, high, high, o_low, o_high, scale_log2,
+        b_dq, b_dq_tail, b_q, b_q_tail, b_dout, b_lse, b_delta, p_k, p_v, k_descriptor,
+        v_descriptor, key_start, i_group, open_high, high, high, o_low, o_high, scale_log2,
         G, K, K_MAIN, K_TAIL, V, V_PADDED, TILE_KEYS, PRECISION, True,
     )  # fmt: skip
     store_rows(dq + row * K, b_dq * scale, o_head * K, m_row, 0, K_MAIN, K)

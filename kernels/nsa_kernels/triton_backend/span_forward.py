@@ -118,7 +118,7 @@ def span_forward(
     tiles = span_forward_tiles(q.dtype, key_width, value_width, heads_per_group, span)
     k_descriptor, v_descriptor, options = None, None, {}
     if _gains_by_copies(tiles, q, k, v):
-        k_descriptor, v_descriptor = descriptors(k, v, tiles)
+        k_descriptor, v_descriptor = descriptors(tiles.keys, k, v)
     if k_descriptor is not None:
         tiles = replace(tiles, num_stages=_COPIED_STAGES)
         options = {"maxnreg": _COPIED_REGISTERS}
@@ -165,7 +165,7 @@ def span_forward_tiles(
 def _gains_by_copies(tiles: Tiles, q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether this is the kind of launch that was measured to be faster with descriptors."""
     is_measured = (tiles.rows, tiles.keys, tiles.num_warps) == (128, 64, 8)
-    return is_measured and q.itemsize == 2 and max(k.shape[2], v.shape[2]) == 128 and len(k) > 0
+    return is_measured and q.itemsize == 2 and max(k.shape[2], v.shape[2]) == 128
 
 
 @triton.jit

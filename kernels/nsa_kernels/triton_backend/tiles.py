@@ -99,22 +99,64 @@ def register_limit(device: torch.device, registers: int) -> dict[str, int]:
     return {"maxnreg": registers} if has_copy_engine(device) else {}
 
 
-def descriptors(
-    k: Tensor, v: Tensor, tiles: Tiles
-) -> tuple[TensorDescriptor, TensorDescriptor] | tuple[None, None]:
-    """Key tiles of k and v as Hopper's copy engine reads them; none where there is none.
+def early_start(device: torch.device) -> dict[str, bool]:
+    """Options of a launch whose programs may start while the launch before it still runs.
 
-    It takes widths that are powers of two, from addresses that are multiples of 16.
+    Its kernel must call await_launch before it reads what that launch writes, and in at least one
+    program whatever it reads: the launch after it counts on both to have ended.
     """
-    if not has_copy_engine(k.device):
-        return None, None
-    if any(t.shape[2] & (t.shape[2] - 1) or t.data_ptr() % 16 for t in (k, v)):
-        return None, None
-    k_rows, v_rows = (
-        TensorDescriptor.from_tensor(t.view(t.shape[0], -1), [tiles.keys, t.shape[2]])
-        for t in (k, v)
+    return {"launch_pdl": True} if has_copy_engine(device) else {}
+
+
+@triton.jit
+def await_launch(STARTS_EARLY: tl.constexpr):
+    """Wait for the end of the launch before, where this one was started early."""
+    if STARTS_EARLY:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def let_next_start(STARTS_EARLY: tl.constexpr):
+    """Let the next launch start once all programs of this one have come here."""
+    if STARTS_EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+def descriptors(rows: int, *tensors: Tensor) -> tuple[TensorDescriptor | None, ...]:
+    """Tiles of `rows` rows of one head of each [N, heads, width], for Hopper's copy engine.
+
+    To be loaded at [row, head * width]. None for all where _are_copied says no.
+    """
+    if not _are_copied(tensors):
+        return (None,) * len(tensors)
+    return tuple(
+        TensorDescriptor.from_tensor(t.view(t.shape[0], -1), [rows, t.shape[2]]) for t in tensors
     )
-    return k_rows, v_rows
+
+
+def group_descriptors(
+    tokens: int, heads: int, *tensors: Tensor
+) -> tuple[TensorDescriptor | None, ...]:
+    """Tiles of all heads of a group of each [T, H, width], for the copy engine.
+
+    To be loaded at [token, first head, 0]. None for all where _are_copied says no, or where
+    `tokens` tokens of `heads` heads are no power of two.
+    """
+    if (tokens * heads) & (tokens * heads - 1) or not _are_copied(tensors):
+        return (None,) * len(tensors)
+    return tuple(TensorDescriptor.from_tensor(t, [tokens, heads, t.shape[2]]) for t in tensors)
+
+
+def _are_copied(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether the copy engine is there and takes these: 16-bit rows of powers of two, not none,
+    from addresses that are multiples of 16."""
+    return has_copy_engine(tensors[0].device) and all(
+        len(t) > 0
+        and t.itemsize == 2
+        and t.shape[2] & (t.shape[2] - 1) == 0
+        and t.data_ptr() % 16 == 0
+        for t in tensors
+    )
 
 
 def row_delta(out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor) -> Tensor:

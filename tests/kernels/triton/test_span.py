@@ -33,6 +33,7 @@ from tests.kernels.cases import (
     offsets,
 )
 from tests.kernels.judge import call, judge, op_inputs
+from tests.kernels.triton.precision import assert_precise_dq, relative_error
 
 SPANS = ("compressed", "sliding", "full")
 INTERPRETER = Target(backend="triton", device="cpu")
@@ -219,38 +220,10 @@ def test_backward_repeats_bit_by_bit(op: str, device: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
 
 
-def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """L2 norm of the difference over that of the exact value."""
-    return float((actual.double() - exact).norm() / exact.norm())
-
-
-# Public kernels that scale in fp32 after the dot reach 0.5 to 0.7 % in bf16; one that scales q in
-# bf16 before it reaches 6.2 % at a deviation of 60.
-MAX_DQ_ERROR = 0.007
-
-
-def dq_of(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, visible: Tensor, *, bf16: bool) -> Tensor:
-    """Gradient of q [T, R, K] of one group, written out; `bf16` rounds where a tensor core or the
-    stored output does: probabilities, output, gradient of the scores."""
-
-    def rounded(x: Tensor) -> Tensor:
-        return x.bfloat16().to(x.dtype) if bf16 else x
-
-    scale = q.shape[-1] ** -0.5
-    logits = torch.einsum("thk,sk->ths", q, k) * scale
-    weights = logits.masked_fill(~visible[:, None], -1e30).softmax(-1)
-    weights = weights * visible.any(-1)[:, None, None]
-    out = rounded(torch.einsum("ths,sv->thv", rounded(weights), v))
-    dweights = torch.einsum("thv,sv->ths", dout, v)
-    delta = (dout * out).sum(-1, keepdim=True)
-    return torch.einsum("ths,sk->thk", rounded(weights * (dweights - delta)), k) * scale
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("deviation", [8.0, 24.0, 60.0])
 @pytest.mark.parametrize("op", SPANS)
 def test_dq_is_precise_at_large_logits(op: str, deviation: float, device: str) -> None:
-    """At 60 the rounding of probabilities and output alone may cost more than MAX_DQ_ERROR."""
     inputs = make_inputs(
         [2000], config=PAPER, groups=1, heads_per_group=4, key_width=128, value_width=128,
         dtype=torch.bfloat16, device=device,
@@ -268,11 +241,7 @@ def test_dq_is_precise_at_large_logits(op: str, deviation: float, device: str) -
         "sliding": (s <= t) & (s > t - 512),
         "full": s <= t,
     }[op]
-    given = (q, k[:, 0], v[:, 0], dout)
-    exact = dq_of(*(x.double() for x in given), visible=visible, bf16=False)
-    attainable = dq_of(*(x.float() for x in given), visible=visible, bf16=True).bfloat16()
-    bound = relative_error(attainable, exact) if deviation == 60.0 else MAX_DQ_ERROR
-    assert relative_error(dq, exact) <= bound
+    assert_precise_dq(dq, (q, k[:, 0], v[:, 0], dout), visible, deviation)
 
 
 LONG = 270_336

@@ -49,8 +49,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The descriptors that were asked for."""
     made = []
 
-    def recorded(k: Tensor, v: Tensor, sizes: tiles.Tiles) -> Any:
-        made.append(tiles.descriptors(k, v, sizes))
+    def recorded(rows: int, *tensors: Tensor) -> Any:
+        made.append(tiles.descriptors(rows, *tensors))
         return made[-1]
 
     monkeypatch.setattr("nsa_kernels.triton_backend.span_forward.descriptors", recorded)
