@@ -30,8 +30,8 @@ from nsa_platform.serve.request import SamplingParams
 WARM_STEPS = 4
 """Steps of decoding before those that are measured."""
 PROFILED_STEPS = 8
-OTHER_STEPS = WARM_STEPS + PROFILED_STEPS + 4
-"""Steps beside the measured ones: the last four while not all prompts are through."""
+OTHER_STEPS = WARM_STEPS + PROFILED_STEPS + 6
+"""Steps beside the measured ones: the last six until all prompts are through, and to spare."""
 CHARACTERS_PER_ID = 200
 """Text that a tokenizer is trained on."""
 WARM_PROMPT = 4096
@@ -282,6 +282,7 @@ def _device_seconds(engine: Engine) -> float | None:
         for _ in range(PROFILED_STEPS):
             engine.step()
         return None
+    torch.cuda.synchronize()  # what is under way already is not counted
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         for _ in range(PROFILED_STEPS):
             engine.step()

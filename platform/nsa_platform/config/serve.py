@@ -60,6 +60,9 @@ class EngineConfig(Strict):
     cudagraph_capture_sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
     """Numbers of sequences that graphs are captured for; a step takes the next larger one. null: 1,
     2, 4, 8, multiples of 16, max_num_seqs."""
+    async_scheduling: bool | None = None
+    """Give the device the next step of decodes before the tokens of the last one are known to the
+    host: it never waits for Python. Answers are the same. null: on a GPU."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Share of the free GPU memory that the cache may take when num_kv_tokens is null."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -11,7 +11,7 @@ from nsa_platform.serve.grammar import Grammars
 from nsa_platform.serve.prompt_scores import token_logprobs
 from nsa_platform.serve.request import Request, SamplingParams, TokenLogprob
 from nsa_platform.serve.sampler import choose_tokens, uniform
-from nsa_platform.serve.transfer import on_device
+from nsa_platform.serve.transfer import Incoming, on_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,9 @@ class Choices:
     """Tokens that the device is choosing."""
 
     ids: Tensor
+    """int64 [B]"""
+    incoming: Incoming
+    """The same, on their way."""
     logits: Tensor
     stuck: frozenset[int]
     """Rows where no token may follow."""
@@ -36,7 +39,7 @@ class Choices:
 
     def collect(self) -> list[Sampled]:
         """The tokens, in the order of the requests. Waits for the device."""
-        tokens = self.ids.tolist()
+        tokens = self.incoming.tolist()
         logprobs = _logprobs(self.logits, self.ids, self.requests)
         return [
             Sampled(None, None) if row in self.stuck else Sampled(token, logprobs.get(row))
@@ -72,17 +75,24 @@ class BatchSampler:
         """The next token of each request for scores [B, vocab]. Waits for the device."""
         return self.choose(logits, requests).collect()
 
-    def choose(self, logits: Tensor, requests: Sequence[Request]) -> Choices:
+    def choose(
+        self, logits: Tensor, requests: Sequence[Request], *, num_unknown: int = 0
+    ) -> Choices:
         """Let the device choose the next token of each request for scores [B, vocab]. Waits for it
-        only where a grammar or a list of tokens bars some."""
+        only where a grammar or a list of tokens bars some.
+
+        num_unknown: tokens of each output that the device has chosen and the host does not know
+        yet; above 0 for requests alone of which needs_output says no.
+        """
         logits = logits.float()
-        scores, stuck = self._constrained(self._edited(logits, requests), requests)
+        edited = self._edited(logits, requests, num_unknown)
+        scores, stuck = self._constrained(edited, requests)
         ids = choose_tokens(
             scores,
             [request.params for request in requests],
-            [uniform(request.seed, len(request.output_ids)) for request in requests],
+            [uniform(r.seed, len(r.output_ids) + num_unknown) for r in requests],
         )
-        return Choices(ids, logits, stuck, tuple(requests))
+        return Choices(ids, Incoming(ids), logits, stuck, tuple(requests))
 
     def forget(self, request: Request) -> None:
         """Drop what is kept for a request that has ended."""
@@ -104,13 +114,13 @@ class BatchSampler:
         scores[left] = barred[torch.tensor(is_open, device=scores.device)]
         return scores, frozenset(rows) - frozenset(left)
 
-    def _edited(self, logits: Tensor, requests: Sequence[Request]) -> Tensor:
+    def _edited(self, logits: Tensor, requests: Sequence[Request], num_unknown: int) -> Tensor:
         """Scores after penalties, bias and the ban on stopping early; the input stays as it is."""
         penalised = [row for row, request in enumerate(requests) if _has_penalty(request.params)]
         changes: list[tuple[int, int, float]] = []
         for row, request in enumerate(requests):
             changes += [(row, token, bias) for token, bias in request.params.logit_bias.items()]
-            if len(request.output_ids) < request.params.min_tokens:
+            if len(request.output_ids) + num_unknown < request.params.min_tokens:
                 changes += [(row, token, -torch.inf) for token in request.stop_ids]
         if not penalised and not changes:
             return logits
@@ -155,6 +165,12 @@ class BatchSampler:
             seen.counts.index_add_(0, ids, torch.ones(len(new), device=device))
             seen.num_counted += len(new)
         return seen
+
+
+def needs_output(params: SamplingParams) -> bool:
+    """Whether the choice of a token, or what is told of it, waits for the tokens before it to be
+    known to the host."""
+    return _has_penalty(params) or is_constrained(params) or params.logprobs is not None
 
 
 def _has_penalty(params: SamplingParams) -> bool:

@@ -4,10 +4,13 @@ contexts."""
 import time
 from collections.abc import Iterator, Sequence
 
+import torch
+
 from nsa_platform.serve.pages import SequencePages
 from nsa_platform.serve.runner import ModelRunner
 from nsa_platform.serve.scheduler import Limits
 from nsa_platform.serve.step_cost import StepWork
+from nsa_platform.serve.transfer import on_device
 
 CHUNKS = (16, 128, 512, 2048)
 """Tokens of a chunk of a prompt."""
@@ -51,7 +54,7 @@ def _measured(
         last_rows = [sum(counts[: index + 1]) - 1 for index in range(len(counts))]
         for repeat in range(REPEATS + 1):
             started = time.perf_counter()
-            ids = [0] * sum(counts)
+            ids = on_device([0] * sum(counts), torch.int64, cache.device)
             if max(counts) == 1:
                 scores = runner.decode(ids, inputs)
             else:

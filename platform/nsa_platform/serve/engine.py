@@ -2,8 +2,9 @@
 
     add(request) ... while has_work: step()
 
-A step schedules, runs the model once, samples, and turns tokens into outputs. An engine belongs to
-one thread.
+A step schedules, runs the model once, samples, and turns tokens into outputs. While requests only
+decode, the device has the next step before the tokens of the last one are taken: it does not wait
+for Python. An engine belongs to one thread.
 """
 
 import hashlib
@@ -13,11 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from torch import Tensor
+
 from nsa_platform.config.serve import EngineConfig
 from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.model.transformer import Transformer
 from nsa_platform.serve.admission import Admission, next_end_s, queued_tokens
-from nsa_platform.serve.batch_sampler import BatchSampler, Sampled
+from nsa_platform.serve.batch_sampler import BatchSampler, Choices, Sampled, needs_output
 from nsa_platform.serve.calibration import measured_steps
 from nsa_platform.serve.capacity import limits_of, make_cache, model_len_of
 from nsa_platform.serve.decode_graphs import DecodeGraphs, capture_lengths, capture_sizes
@@ -28,12 +31,11 @@ from nsa_platform.serve.request import (
     Output,
     Request,
     SamplingParams,
-    TokenLogprob,
 )
 from nsa_platform.serve.runner import ModelRunner
 from nsa_platform.serve.scheduler import Scheduler, Step
 from nsa_platform.serve.stats import EngineStats
-from nsa_platform.serve.step_cost import CostModel
+from nsa_platform.serve.step_cost import CostModel, StepWork
 
 
 @dataclass(slots=True)
@@ -43,6 +45,18 @@ class _Live:
     request: Request
     characters: Detokenizer
     stops: StopStrings
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step that the device has, and whose answer has not been taken."""
+
+    step: Step
+    work: StepWork
+    requests: list[Request]
+    """Those that get a token."""
+    choices: Choices | None
+    launched_s: float
 
 
 class Engine:
@@ -77,6 +91,10 @@ class Engine:
         self._live: dict[str, _Live] = {}
         self._num_added = 0
         self._is_measuring = False
+        is_async = config.async_scheduling
+        self._runs_ahead = weight.is_cuda if is_async is None else is_async
+        self._flight: _Flight | None = None
+        self._landed_s = 0.0
         self._prompt_tokens = self._generation_tokens = self._computed_tokens = 0
         self._prefix_queries = self._prefix_hits = 0
         self._preemptions = self._steps = 0
@@ -183,7 +201,7 @@ class Engine:
         if live is None:
             return None
         self._finish(live.request, "abort", None)
-        return _output(live.request, None, text="")
+        return live.request.output()
 
     def step(self) -> list[Output]:
         """Compute one step: at most one token for each running request.
@@ -192,26 +210,16 @@ class Engine:
             RuntimeError: there is work, and nothing of it can go on: a bug.
         """
         expired = [self._expire(request) for request in self._overdue()]
-        step = self.scheduler.schedule()
-        if not step.chunks:
-            if self.has_work:
-                raise RuntimeError(f"no request can go on: {self.stats()}")
-            return expired
-        started = time.perf_counter()
-        logits = self.runner.run(step)
-        requests = [chunk.request for chunk in step.chunks if chunk.is_last]
-        choices = None if logits is None else self.sampler.choose(logits, requests)
-        # Nothing has waited for the device yet; what is known without its answer is done meanwhile.
-        self._count(step, requests)
-        self.scheduler.settle(step)
-        sampled = [] if choices is None else choices.collect()
-        if self._is_measuring and sampled:  # else the device may still be at work
-            self.cost.observe(step.work, time.perf_counter() - started)
-        advanced = [
-            self._advance(self._live[request.request_id], token)
-            for request, token in zip(requests, sampled, strict=True)
-        ]
-        return expired + advanced
+        flight, self._flight = self._flight, None
+        if flight is None or not any(self._is_live(request) for request in flight.requests):
+            step = self.scheduler.schedule()
+            if not step.chunks:
+                if self.has_work:
+                    raise RuntimeError(f"no request can go on: {self.stats()}")
+                return expired
+            flight = self._launch(step)
+        self._flight = self._launch_ahead(flight)
+        return expired + self._land(flight)
 
     def calibrate(self) -> None:
         """Measure some steps, so that later ones can be predicted; from now on each step is learnt
@@ -281,6 +289,52 @@ class Engine:
             steps_total=self._steps,
         )
 
+    def _launch(self, step: Step, unknown_ids: Tensor | None = None) -> _Flight:
+        """Give a step to the device. Nothing waits for it; what is known without its answer is done
+        meanwhile.
+
+        unknown_ids: the step's tokens where they are known to the device alone.
+        """
+        launched_s = time.perf_counter()
+        logits = self.runner.run(step, unknown_ids)
+        requests = [chunk.request for chunk in step.chunks if chunk.is_last]
+        num_unknown = int(unknown_ids is not None)
+        choices = None
+        if logits is not None:
+            choices = self.sampler.choose(logits, requests, num_unknown=num_unknown)
+        self._count(step)
+        self.scheduler.settle(step)
+        return _Flight(step, step.work, requests, choices, launched_s)
+
+    def _launch_ahead(self, flight: _Flight) -> _Flight | None:
+        """The step after one under way, if all of its requests will take part in it for all that
+        is known: of one that ends all the same the token is dropped."""
+        if not self._runs_ahead or flight.choices is None:
+            return None
+        for request in flight.requests:
+            is_last = len(request.output_ids) + 1 >= request.params.max_tokens
+            if is_last or needs_output(request.params):
+                return None
+        step = self.scheduler.ahead(flight.step)
+        return None if step is None else self._launch(step, flight.choices.ids)
+
+    def _land(self, flight: _Flight) -> list[Output]:
+        """Take a step's answer: at most one token for each of its requests that still live."""
+        sampled = [] if flight.choices is None else flight.choices.collect()
+        now_s = time.perf_counter()
+        if self._is_measuring and sampled:  # else the device may still be at work
+            self.cost.observe(flight.work, now_s - max(flight.launched_s, self._landed_s))
+        self._landed_s = now_s
+        pairs = zip(flight.requests, sampled, strict=True) if sampled else ()
+        living = [(request, token) for request, token in pairs if self._is_live(request)]
+        self._generation_tokens += len(living)
+        self._prompt_tokens += sum(len(r.prompt_ids) for r, _ in living if not r.output_ids)
+        return [self._advance(self._live[r.request_id], token) for r, token in living]
+
+    def _is_live(self, request: Request) -> bool:
+        live = self._live.get(request.request_id)
+        return live is not None and live.request is request
+
     def _overdue(self) -> list[Request]:
         """Requests whose deadline has passed without a token."""
         now = time.monotonic()
@@ -289,14 +343,14 @@ class Engine:
 
     def _expire(self, request: Request) -> Output:
         self._finish(request, "abort", "deadline")
-        return _output(request, None, text="")
+        return request.output()
 
     def _advance(self, live: _Live, sampled: Sampled) -> Output:
         """Take a request's next token, and say what came of it."""
         request, params, token = live.request, live.request.params, sampled.token_id
         if token is None:
             self._finish(request, "abort", None)
-            return _output(request, None, text="")
+            return request.output()
         is_first = not request.output_ids
         prompt_logprobs = self.runner.prompt_scores.take(request) if is_first else None
         request.output_ids.append(token)
@@ -315,7 +369,7 @@ class Engine:
             text += live.stops.flush()
             stop_id = token if by_id and is_asked_for else None
             self._finish(request, "stop" if by_id else "length", stop_id)
-        return _output(request, sampled, text, prompt_logprobs)
+        return request.output(token, text, sampled.logprob, prompt_logprobs)
 
     def _finish(
         self, request: Request, reason: FinishReason, stop_reason: str | int | None
@@ -327,36 +381,12 @@ class Engine:
         self.runner.prompt_scores.forget(request)
         del self._live[request.request_id]
 
-    def _count(self, step: Step, sampled: Sequence[Request]) -> None:
+    def _count(self, step: Step) -> None:
         self._steps += 1
         self._preemptions += step.num_preempted
         self._computed_tokens += step.num_tokens
         self._prefix_queries += sum(len(request.prompt_ids) for request in step.begun)
         self._prefix_hits += sum(request.num_cached_tokens for request in step.begun)
-        self._generation_tokens += len(sampled)
-        self._prompt_tokens += sum(len(r.prompt_ids) for r in sampled if not r.output_ids)
-
-
-def _output(
-    request: Request,
-    sampled: Sampled | None,
-    text: str,
-    prompt_logprobs: tuple[TokenLogprob, ...] | None = None,
-) -> Output:
-    logprob = None if sampled is None else sampled.logprob
-    wants_logprobs = request.params.logprobs is not None
-    return Output(
-        request_id=request.request_id,
-        token_ids=() if sampled is None or sampled.token_id is None else (sampled.token_id,),
-        text=text,
-        logprobs=(() if logprob is None else (logprob,)) if wants_logprobs else None,
-        prompt_logprobs=prompt_logprobs,
-        finish_reason=request.finish_reason,
-        stop_reason=request.stop_reason,
-        num_prompt_tokens=len(request.prompt_ids),
-        num_cached_tokens=request.num_cached_tokens,
-        num_output_tokens=len(request.output_ids),
-    )
 
 
 def _seed_of(engine_seed: int, request_id: str) -> int:

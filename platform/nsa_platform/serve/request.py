@@ -241,13 +241,36 @@ class Request:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether the next token is all that is missing: its one pending token was generated."""
-        return self.num_pending == 1 and bool(self.output_ids)
+        """Whether the next token is all that is missing: its one pending token was generated, or is
+        being put through the model before it is known."""
+        return self.num_pending <= 1 and bool(self.output_ids)
 
     def update_keys(self) -> None:
         """Let the keys know all tokens that are known."""
         num_known = self.keys.num_tokens - len(self.prompt_ids)
         self.keys.append(self.output_ids[num_known:])
+
+    def output(
+        self,
+        token_id: int | None = None,
+        text: str = "",
+        logprob: TokenLogprob | None = None,
+        prompt_logprobs: tuple[TokenLogprob, ...] | None = None,
+    ) -> Output:
+        """What is told of the request's newest token, or of its end without one."""
+        wants_logprobs = self.params.logprobs is not None
+        return Output(
+            request_id=self.request_id,
+            token_ids=() if token_id is None else (token_id,),
+            text=text,
+            logprobs=(() if logprob is None else (logprob,)) if wants_logprobs else None,
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            num_prompt_tokens=len(self.prompt_ids),
+            num_cached_tokens=self.num_cached_tokens,
+            num_output_tokens=len(self.output_ids),
+        )
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Known tokens at positions [start, end)."""

@@ -25,9 +25,19 @@ class ModelRunner:
         """If given, steps of decodes alone run through them."""
 
     @torch.no_grad()
-    def run(self, step: Step) -> Tensor | None:
+    def run(self, step: Step, unknown_ids: Tensor | None = None) -> Tensor | None:
         """Scores of the next token [S, vocab] of the S chunks that are their request's last, in
-        the order of the step; None if there are none."""
+        the order of the step; None if there are none.
+
+        unknown_ids: the step's tokens, int64 [T] on the device, where the host does not know them
+        yet.
+        """
+        inputs = self.cache.inputs(
+            [chunk.request.pages for chunk in step.chunks],
+            [chunk.num_tokens for chunk in step.chunks],
+        )
+        if unknown_ids is not None:
+            return self.decode(unknown_ids, inputs)
         ids: list[int] = []
         last_rows: list[int] = []
         for chunk in step.chunks:
@@ -35,31 +45,26 @@ class ModelRunner:
             ids += chunk.request.tokens(end - chunk.num_tokens, end)
             if chunk.is_last:
                 last_rows.append(len(ids) - 1)
-        inputs = self.cache.inputs(
-            [chunk.request.pages for chunk in step.chunks],
-            [chunk.num_tokens for chunk in step.chunks],
-        )
+        known_ids = on_device(ids, torch.int64, self.cache.device)
         if all(chunk.is_decode for chunk in step.chunks):
-            return self.decode(ids, inputs)
-        hidden = self.forward(ids, inputs)
+            return self.decode(known_ids, inputs)
+        hidden = self.forward(known_ids, inputs)
         self.prompt_scores.add(hidden, step)
         return self.scores(hidden, last_rows) if last_rows else None
 
     @torch.no_grad()
-    def decode(self, ids: Sequence[int], inputs: PagedInputs) -> Tensor:
-        """Scores of the next token [B, vocab] for B sequences with one new token each. They stay as
-        they are until the next step."""
-        scores = None
-        if self.graphs is not None:
-            scores = self.graphs.run(on_device(ids, torch.int64, self.cache.device), inputs)
+    def decode(self, ids: Tensor, inputs: PagedInputs) -> Tensor:
+        """Scores of the next token [B, vocab] for B sequences with one new token each, int64 ids
+        [B]. They stay as they are until the next step."""
+        scores = None if self.graphs is None else self.graphs.run(ids, inputs)
         if scores is None:
             scores = self.model.logits(self.forward(ids, inputs))
         return scores
 
     @torch.no_grad()
-    def forward(self, ids: Sequence[int], inputs: PagedInputs) -> Tensor:
-        """Hidden states [T, width] of new tokens, whose places are written."""
-        return self.model(on_device(ids, torch.int64, self.cache.device), inputs).hidden
+    def forward(self, ids: Tensor, inputs: PagedInputs) -> Tensor:
+        """Hidden states [T, width] of new tokens, int64 ids [T], whose places are written."""
+        return self.model(ids, inputs).hidden
 
     @torch.no_grad()
     def scores(self, hidden: Tensor, rows: Sequence[int]) -> Tensor:

@@ -23,6 +23,7 @@ import math
 from bisect import insort
 from dataclasses import dataclass
 
+from nsa_platform.serve.page_pool import OutOfPages
 from nsa_platform.serve.pages import PageBook
 from nsa_platform.serve.prompt_shares import PromptShares
 from nsa_platform.serve.request import Request, RequestState
@@ -147,6 +148,20 @@ class Scheduler:
         num_preempted += self._prefill(chunks)
         return Step(tuple(chunks.values()), num_preempted, tuple(begun))
 
+    def ahead(self, step: Step) -> Step | None:
+        """The step after one of decodes alone, before it is known what that one says: one token
+        more for each of its requests, with its place. None where another step may be due."""
+        requests = [chunk.request for chunk in step.chunks]
+        if not all(chunk.is_decode for chunk in step.chunks) or self._may_admit():
+            return None
+        if len(requests) != len(self.running) or set(requests) != set(self.running):
+            return None
+        try:
+            self.book.extend_all([request.pages for request in requests], [1] * len(requests))
+        except OutOfPages:
+            return None
+        return Step(tuple(Chunk(request, 1, is_last=True) for request in requests), 0, ())
+
     def settle(self, step: Step) -> None:
         """After the step has run: make known what it has computed, and give back window pages that
         no later token reaches."""
@@ -184,7 +199,7 @@ class Scheduler:
     def _decode(self, chunks: dict[Request, Chunk]) -> int:
         """One token for each request that decodes; how many had to give their pages to others."""
         num_preempted = 0
-        decoding = [request for request in self.running if request.is_decoding]
+        decoding = [r for r in self.running if r.is_decoding and r not in chunks]
         for request in sorted(decoding, key=_rank):
             if request.state is RequestState.RUNNING:  # its pages may have gone to a higher rank
                 num_preempted += self._make_room(request, chunks)
@@ -218,6 +233,13 @@ class Scheduler:
                 request.num_cached_tokens = request.pages.num_tokens
                 begun.append(request)
         return begun
+
+    def _may_admit(self) -> bool:
+        """Whether somebody who waits may have a place, as long as nobody ends."""
+        if not self.waiting or len(self.running) >= self.limits.max_num_seqs:
+            return False
+        request, num_free = self._lacking or (None, 0)
+        return request is not self.waiting[0] or self.book.num_free_pages > num_free
 
     def _begin(self, request: Request, num_reserved: int) -> bool:
         """Let a request run if there are pages for all its tokens; whether there are."""

@@ -1,4 +1,4 @@
-"""Small values from the host to the device without waiting for what the device is at."""
+"""Small values between host and device, without waiting for what else the device is at."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,3 +14,22 @@ def on_device(
     """A tensor of these values. A copy from ordinary memory would wait for the device's work."""
     tensor = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
     return tensor.to(device, non_blocking=True)
+
+
+class Incoming:
+    """Values on their way from the device to the host."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        """Begin to fetch them: what the device is given afterwards is not waited for."""
+        self._tensor, self._has_come = tensor, None
+        if tensor.is_cuda:
+            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._has_come = torch.cuda.Event()
+            self._has_come.record(torch.cuda.current_stream(tensor.device))
+
+    def tolist(self) -> list[Any]:
+        """The values, once they are there."""
+        if self._has_come is not None:
+            self._has_come.synchronize()
+        return self._tensor.tolist()

@@ -1,6 +1,7 @@
 """The engine: greedy text equals recomputing from scratch, whoever else is there."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from nsa_platform.config.serve import EngineConfig
 from nsa_platform.model.inputs import PackedInputs
 from nsa_platform.serve.admission import QueueFull
+from nsa_platform.serve.batch_sampler import Choices
 from nsa_platform.serve.engine import Engine
 from nsa_platform.serve.generator import Generator
 from nsa_platform.serve.kv_cache import page_size_of
@@ -54,6 +56,8 @@ def model(request, make_speaker):
 @pytest.fixture
 def make_engine(toy_tokenizer):
     def make(model, **sizes) -> Engine:
+        # As on a GPU; the other files' engines take their steps one after the other.
+        sizes = {"async_scheduling": True, **sizes}
         sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 16, **sizes}
         return Engine(model, toy_tokenizer, EngineConfig(**sizes))
 
@@ -70,8 +74,9 @@ LENGTHS = [1, 7, 8, 33, 48, 12, 90]
         {"max_num_seqs": 3, "max_num_batched_tokens": 3},
         {"max_num_seqs": 4, "max_num_batched_tokens": 13},
         {"max_num_seqs": 8, "max_num_batched_tokens": 512},
+        {"async_scheduling": False},
     ],
-    ids=["alone", "token-by-token", "chunks", "whole"],
+    ids=["alone", "token-by-token", "chunks", "whole", "in-turn"],
 )
 def test_greedy_equals_recomputing_from_scratch(model, make_engine, sizes):
     engine = make_engine(model, **sizes)
@@ -180,6 +185,59 @@ def test_a_request_without_a_seed_is_seeded_by_engine_and_id(make_speaker, make_
 
     assert sampled(0, "a") == sampled(0, "a")
     assert len({tuple(sampled(*key)) for key in ((0, "a"), (1, "a"), (0, "b"))}) == 3
+
+
+def test_the_next_step_is_under_way_before_the_last_one_is_taken(
+    make_speaker, make_engine, monkeypatch
+):
+    model, events = make_speaker(), []
+    engine = make_engine(model, max_num_batched_tokens=64)
+    run_step, collect = engine.runner.run, Choices.collect
+
+    def noted_run(*args):
+        events.append("run")
+        return run_step(*args)
+
+    def noted_collect(choices):
+        events.append("collect")
+        return collect(choices)
+
+    monkeypatch.setattr(engine.runner, "run", noted_run)
+    monkeypatch.setattr(Choices, "collect", noted_collect)
+    for name in ("a", "b"):
+        engine.add(name, prompt_of(20), SamplingParams(max_tokens=5, **GREEDY))
+    outputs = run(engine)
+    assert ids_of(outputs["a"]) == list(Generator(model).stream(prompt_of(20), 5))
+    ahead = ["run", "run", "collect", "run", "collect", "run", "collect", "collect"]
+    assert events == ["run", "collect", *ahead]
+    # Where the end is known beforehand nothing is computed in vain, where it is not one token is.
+    assert engine.stats().computed_tokens_total == 2 * (20 + 4)
+    stop = ids_of(outputs["a"])[2]
+    engine = make_engine(model, max_num_batched_tokens=64)
+    stopped = SamplingParams(max_tokens=9, stop_token_ids=(stop,), **GREEDY)
+    engine.add("a", prompt_of(20), stopped)
+    first = ids_of(outputs["a"]).index(stop)
+    assert ids_of(run(engine)["a"]) == ids_of(outputs["a"])[: first + 1]
+    assert engine.stats().computed_tokens_total == 20 + first + 1
+    assert engine.stats().generation_tokens_total == first + 1
+    # What was in flight for the old request is not taken for a new one of its name.
+    engine.add("a", prompt_of(31), SamplingParams(max_tokens=6, **GREEDY))
+    assert ids_of(run(engine)["a"]) == list(Generator(model).stream(prompt_of(31), 6))
+
+
+def test_what_is_told_of_every_token_is_not_computed_ahead(make_speaker, make_engine):
+    every: list[dict[str, Any]] = [
+        {"logprobs": 1},
+        {"presence_penalty": 1.0},
+        {"allowed_token_ids": (1, 2, 3)},
+    ]
+    for settings in every:
+        engine = make_engine(make_speaker())
+        engine.add("a", prompt_of(5), SamplingParams(max_tokens=9, **GREEDY, **settings))
+        for _ in range(3):
+            engine.step()
+            assert engine.stats().computed_tokens_total == 4 + engine.stats().steps_total
+        run(engine)
 
 
 def test_a_decode_goes_on_in_every_step_beside_a_long_prompt(make_speaker, make_engine):

@@ -89,8 +89,8 @@ def served(
     choices: dict[str, Choices] = {name: {} for name in prompts}
     run = engine.runner.run
 
-    def recorded(step: Step) -> torch.Tensor | None:
-        scores = run(step)
+    def recorded(step: Step, unknown_ids: torch.Tensor | None = None) -> torch.Tensor | None:
+        scores = run(step, unknown_ids)
         for _, number, found in recorder.take(len(engine.cache.layers)):
             choices[step.chunks[number].request.request_id] |= found
         return scores
