@@ -150,3 +150,12 @@ def test_scores_carry_their_intervals_and_leave_out_what_is_not_measured() -> No
 def test_no_display_is_ever_asked_for() -> None:
     code = "import sys, nsa_platform.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_throughput_has_a_line_for_each_attention_and_names_its_rates() -> None:
+    rates = {"NSA": [(32768, 900.0), (8192, 1000.0)], "dense": [(8192, 1100.0)]}
+    figure = figures.throughput(rates)
+    words = texts(figure)
+    assert {"NSA", "dense", "8,192", "32,768", "1,100"} <= set(words.split("\n"))
+    lines = {str(line.get_label()): points(line) for line in figure.axes[0].get_lines()}
+    assert lines["NSA"] == [(8192, 1000), (32768, 900)]

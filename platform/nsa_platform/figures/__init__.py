@@ -14,6 +14,7 @@ from nsa_platform.figures.training import (
     loss_curve,
     selected_distance,
     selection_entropy,
+    throughput,
 )
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "scores",
     "selected_distance",
     "selection_entropy",
+    "throughput",
 ]

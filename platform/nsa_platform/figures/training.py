@@ -166,6 +166,31 @@ def loss_by_position(
     return figure
 
 
+def throughput(
+    lines: Mapping[str, Points], *, title: str = "Training throughput by context"
+) -> Figure:
+    """Tokens per second and GPU against the context, both on doubling scales.
+
+    Args:
+        lines: name -> points (tokens of context, tokens per second and GPU).
+    """
+    figure, axes = canvas(title, x="context (tokens)", y="tokens per second and GPU")
+    for name, points in lines.items():
+        contexts, rates = zip(*sorted(points), strict=True)
+        axes.plot(contexts, rates, marker="o", linewidth=2, label=name)
+        for context, rate in zip(contexts, rates, strict=True):
+            note(axes, context, rate, f"{rate:,.0f}", above=True)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    ticks = sorted({context for points in lines.values() for context, _ in points})
+    axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.margins(0.1)
+    if lines:
+        axes.legend(frameon=False)
+    return figure
+
+
 def _layer_colors(history: Health) -> tuple[list[int], ScalarMappable]:
     layers = sorted({layer for _, by_layer in history for layer in by_layer})
     first, last = (layers[0], layers[-1]) if layers else (0, 0)

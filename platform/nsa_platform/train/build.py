@@ -1,5 +1,6 @@
 """The model of a run on this worker: parallel as asked, compiled as asked, filled with weights."""
 
+import gc
 from pathlib import Path
 
 import torch
@@ -20,6 +21,15 @@ from nsa_platform.train.parallel import (
 from nsa_platform.train.recompute import compile_layers, recompute_activations
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def forget_earlier_models(train: TrainConfig) -> None:
+    """Give back what an earlier model of this process has held, and compile layers anew."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if train.compile:
+        torch.compiler.reset()
 
 
 def build_mesh(

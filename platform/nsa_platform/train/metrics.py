@@ -7,6 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
+from nsa_platform.config.model import ModelConfig
+from nsa_platform.config.stages import Stage
+from nsa_platform.model.cost import dense_equivalent
+from nsa_platform.train.adapters import training_flops
+from nsa_platform.train.parallel import World
+
 # Dense bfloat16 matrix peak in FLOP/s as the makers state it, by a part of the device's name.
 # The first entry that occurs in the name counts.
 PEAK_FLOPS = (
@@ -109,6 +115,19 @@ class Throughput:
             result["train/mfu"] = executed / self.peak
             result["train/mfu_dense"] = dense / self.peak
         return result
+
+
+def throughput_of(stage: Stage, model: ModelConfig, world: World) -> Throughput:
+    """What the steps of a stage cost; the peak counts where the run computes in bfloat16."""
+    peak = peak_flops(world.device) if stage.train.dtype == "bfloat16" else None
+    length, lora = stage.data.context_length, stage.train.lora
+    return Throughput(
+        tokens_per_step=stage.train.tokens_per_step,
+        flops_per_token=training_flops(model, lora, length),
+        peak=None if peak is None else peak * world.size,
+        dense_flops_per_token=training_flops(dense_equivalent(model), lora, length),
+        workers=world.size,
+    )
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:

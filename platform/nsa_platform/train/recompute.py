@@ -31,6 +31,8 @@ _KERNELS = (
     "nsa_kernels::select_blocks",
     "nsa_kernels::selected_attention",
     "nsa_kernels::full_attention",
+    # torch's dense kernel, which the training benchmark measures in its place.
+    "aten::_scaled_dot_product_cudnn_attention",
 )
 # What came from other workers is not sent again.
 _MESSAGES = (

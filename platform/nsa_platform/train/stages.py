@@ -3,7 +3,6 @@
 It knows no Ray. A run without stages is one of a single stage.
 """
 
-import gc
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,17 @@ from nsa_platform.data.loader import Loader, LoaderState
 from nsa_platform.data.prefetch import Prefetched
 from nsa_platform.data.shards import ShardSet, open_mixture, open_split
 from nsa_platform.data.tokenizer import Tokenizer, TokenizerError
-from nsa_platform.model.cost import dense_equivalent
 from nsa_platform.model.transformer import Transformer
 from nsa_platform.tracking import Tracker
-from nsa_platform.train.adapters import save_adapter, training_flops
-from nsa_platform.train.build import build_mesh, build_model
+from nsa_platform.train.adapters import save_adapter
+from nsa_platform.train.build import build_mesh, build_model, forget_earlier_models
 from nsa_platform.train.checkpoint import CheckpointStore
 from nsa_platform.train.export import export
 from nsa_platform.train.guard import TrainingDiverged
 from nsa_platform.train.listeners import Listeners
 from nsa_platform.train.loop import train
 from nsa_platform.train.mesh import Mesh
-from nsa_platform.train.metrics import Throughput, peak_flops
+from nsa_platform.train.metrics import throughput_of
 from nsa_platform.train.notice import TERMINATION
 from nsa_platform.train.optimizer import build_optimizer
 from nsa_platform.train.parallel import World
@@ -96,7 +94,7 @@ class Training:
         task, world = self._task, self._world
         # Also while a stage begins: whoever is told to leave does so after its first step.
         with TERMINATION.heeded():
-            _forget_earlier_models(stage)
+            forget_earlier_models(stage.train)
             model_config, length = stage.model_of(task.model), stage.data.context_length
             mesh = build_mesh(model_config, stage.train, context_length=length, world=world)
             model, optimizer, facts = self._model(model_config, stage, mesh)
@@ -192,7 +190,7 @@ class Training:
                 checkpoints=self._checkpoints,
                 identity=task.identity | described,
                 listeners=self._listeners,
-                throughput=_throughput(stage, model.config, world),
+                throughput=throughput_of(stage, model.config, world),
             )
 
     def _validation(self, stage: Stage, mesh: Mesh, tokenizer: Tokenizer) -> Validation | None:
@@ -224,15 +222,6 @@ class Training:
             token_bytes=token_bytes,
             samples=samples,
         )
-
-
-def _forget_earlier_models(stage: Stage) -> None:
-    """Give back what the stage before has held, and compile layers anew."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if stage.train.compile:
-        torch.compiler.reset()
 
 
 def _choose(
@@ -276,15 +265,3 @@ def _track_data(shards: ShardSet, tracker: Tracker | None, context: str) -> None
     if tracker is not None:
         manifest = shards.manifest.to_dict()
         tracker.log_dataset(manifest, shards.manifest.split, context, source=shards.folder)
-
-
-def _throughput(stage: Stage, model: ModelConfig, world: World) -> Throughput:
-    peak = peak_flops(world.device) if stage.train.dtype == "bfloat16" else None
-    length, lora = stage.data.context_length, stage.train.lora
-    return Throughput(
-        tokens_per_step=stage.train.tokens_per_step,
-        flops_per_token=training_flops(model, lora, length),
-        peak=None if peak is None else peak * world.size,
-        dense_flops_per_token=training_flops(dense_equivalent(model), lora, length),
-        workers=world.size,
-    )

@@ -10,7 +10,7 @@ import torch
 
 from nsa_platform.config.data import LoaderConfig
 from nsa_platform.config.model import ModelConfig
-from nsa_platform.train import loop
+from nsa_platform.train import step
 from nsa_platform.train.guard import TrainingDiverged
 from nsa_platform.train.snapshots import snapshots
 from tests.platform.train.tiny_run import CONTEXT, MOE, VOCAB, run, settings, write_data
@@ -106,7 +106,7 @@ def test_a_broken_step_is_skipped_and_not_saved(
     data: LoaderConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight = run(settings(), data, tmp_path / "straight")
-    clip = loop.clip_gradients
+    clip = step.clip_gradients
     calls: list[int] = []
 
     def broken_at_step_three(*arguments: Any) -> torch.Tensor:
@@ -114,7 +114,7 @@ def test_a_broken_step_is_skipped_and_not_saved(
         norm = clip(*arguments)
         return norm * math.nan if len(calls) == 3 else norm
 
-    monkeypatch.setattr(loop, "clip_gradients", broken_at_step_three)
+    monkeypatch.setattr(step, "clip_gradients", broken_at_step_three)
     recorded = run(settings(), data, tmp_path / "broken")
     assert recorded.lines == ["step 3 was skipped: train/grad_norm is nan"]
     assert recorded.metrics[3]["train/skipped_steps"] == 1

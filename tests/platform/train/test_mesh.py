@@ -16,8 +16,8 @@ from nsa_platform.data.shards import open_split
 from nsa_platform.model.greedy import continue_greedily
 from nsa_platform.train.build import build_mesh, build_model
 from nsa_platform.train.guard import Guard
-from nsa_platform.train.loop import take_step
 from nsa_platform.train.progress import Progress
+from nsa_platform.train.step import take_step
 from tests.platform.train.tiny_run import (
     CONTEXT,
     MOE,
