@@ -1,6 +1,8 @@
 """Ray Train's fit() beside a thread that shows what it tells and can be interrupted."""
 
 import threading
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -20,37 +22,56 @@ class HopelessRun(RuntimeError):
 
 
 class Fitting:
-    """One call of fit() in a thread of its own.
+    """One call of Ray Train's fit() in a thread of its own.
 
     That thread has ended before anything is returned or raised here: Ray aborts a process that
     disconnects while one of its threads waits for Ray.
     """
 
-    def __init__(self, trainer: TorchTrainer, events: Queue, progress: TrainingProgress) -> None:
-        """events: what the workers and the controller tell (failures.py) comes from here."""
+    def __init__(
+        self,
+        trainer: TorchTrainer,
+        events: Queue,
+        progress: TrainingProgress,
+        concluded: Callable[[int, Outcome], None] | None = None,
+    ) -> None:
+        """events: what the workers and the controller tell (failures.py) comes from here.
+
+        concluded: told the number of a task and its outcome as soon as it is done.
+        """
         self._trainer = trainer
         self._events = events
         self._progress = progress
+        self._concluded = concluded
         self._controller: Any = None
         self._result: Any = None
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._fit, name="fit", daemon=True)
 
-    def outcome(self) -> Outcome:
-        """Train to the end.
+    @property
+    def is_running(self) -> bool:
+        """Whether fit() has begun and not ended."""
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        """Begin; nothing is shown before poll() is called."""
+        self._thread.start()
+
+    def poll(self) -> None:
+        """Show and hand on what was told since the last call.
 
         Raises:
             HopelessRun: a worker has said that trying again is useless.
+        """
+        for event in self._news():
+            self._show(event)
+
+    def outcomes(self) -> list[Outcome]:
+        """Of all tasks, when fit() has ended.
+
+        Raises:
             TrainingFailedError: as fit() does.
         """
-        self._thread.start()
-        try:
-            while self._thread.is_alive():
-                self._thread.join(POLL_S)
-                for event in self._news():
-                    self._show(event)
-        finally:
-            self._stop()
         if self._error is not None:
             raise self._error
         return self._result.return_value
@@ -74,10 +95,15 @@ class Fitting:
             raise HopelessRun(event["fatal"])
         if "line" in event:
             self._progress.line(event["line"])
+        elif "begins" in event:
+            self._progress.begin(event["begins"], event["steps"])
+        elif "outcome" in event:
+            if self._concluded is not None:
+                self._concluded(event["number"], event["outcome"])
         else:
             self._progress.step(event["step"], event["metrics"])
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
         """End the controller, and with it its workers, unless fit() has ended by itself."""
         for _ in range(int(CONTROLLER_S / POLL_S)):
             if self._controller is not None or not self._thread.is_alive():
@@ -87,3 +113,26 @@ class Fitting:
         if self._controller is not None and self._thread.is_alive():
             ray.kill(self._controller)
         self._thread.join(CONTROLLER_S)
+
+
+def fit(fittings: Sequence[Fitting]) -> list[list[Outcome]]:
+    """Train all of them at once to their ends.
+
+    Raises:
+        HopelessRun: a worker has said that trying again is useless; the others are stopped.
+        TrainingFailedError: as fit() does, when the others have ended.
+    """
+    for each in fittings:
+        each.start()
+    try:
+        is_running = True
+        while is_running:
+            time.sleep(POLL_S)
+            # What is told before the end is still to be shown after it.
+            is_running = any(each.is_running for each in fittings)
+            for each in fittings:
+                each.poll()
+    finally:
+        for each in fittings:
+            each.stop()
+    return [each.outcomes() for each in fittings]

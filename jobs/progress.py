@@ -24,8 +24,13 @@ PLAIN_EVERY_S = 5.0
 class TrainingProgress:
     """Shows steps and lines. A context manager."""
 
-    def __init__(self, steps: int, console: Console | None = None) -> None:
+    def __init__(
+        self, steps: int, console: Console | None = None, *, with_names: bool = False
+    ) -> None:
+        """with_names: say whose steps they are, for several runs."""
         self._steps = steps
+        self._with_names = with_names
+        self._prefix = ""
         self._console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -60,6 +65,15 @@ class TrainingProgress:
         if self._bar is not None:
             self._bar.stop()
 
+    def begin(self, name: str, steps: int) -> None:
+        """A run of so many steps begins."""
+        self._steps = steps
+        if self._with_names:
+            self._prefix = f"{name} | "
+            self.line(f"{self._prefix}begins, {steps} steps")
+        if self._bar is not None and self._task is not None:
+            self._bar.reset(self._task, total=steps)
+
     def line(self, text: str) -> None:
         """Show one line and keep it."""
         self._console.print(text, markup=False)
@@ -72,9 +86,10 @@ class TrainingProgress:
         valid = _valid(metrics)
         is_due = time.monotonic() - self._printed_s >= PLAIN_EVERY_S or step == self._steps
         if valid:
-            self.line(f"step {step}/{self._steps} | {note} | {valid}")
+            self.line(f"{self._prefix}step {step}/{self._steps} | {note} | {valid}")
         elif self._bar is None and is_due:
-            self.line(f"step {step}/{self._steps} | {note} | eta {self._remaining(step, metrics)}")
+            left = self._remaining(step, metrics)
+            self.line(f"{self._prefix}step {step}/{self._steps} | {note} | eta {left}")
         else:
             return
         self._printed_s = time.monotonic()

@@ -68,9 +68,9 @@ def training_report(
     return "\n".join(
         [
             f"# {run.name}\n",
-            *_table(("", ""), list(what.items())),
+            *markdown_table(("", ""), list(what.items())),
             "",
-            *_table(("", "first step", "end"), rows),
+            *markdown_table(("", "first step", "end"), rows),
             "\nCurves and pictures: `figures/`. Configuration: `config.yaml`.\n",
         ]
     )
@@ -85,13 +85,13 @@ def evaluation_report(run: EvaluateRun, results: Mapping[str, Any], *, seconds: 
         "with": _versions(),
         "time": _duration(seconds),
     }
-    lines = [f"# {run.name}\n", *_table(("", ""), list(what.items()))]
+    lines = [f"# {run.name}\n", *markdown_table(("", ""), list(what.items()))]
     if "bits_per_byte" in results:
         rows = [
             (name, _number(each["bits_per_byte"]), _number(each["nats_per_token"]))
             for name, each in results["bits_per_byte"].items()
         ]
-        lines += ["", *_table(("held-out text", "bits per byte", "nats per token"), rows)]
+        lines += ["", *markdown_table(("held-out text", "bits per byte", "nats per token"), rows)]
     if "needle" in results:
         needle = results["needle"]
         rows = [
@@ -99,13 +99,16 @@ def evaluation_report(run: EvaluateRun, results: Mapping[str, Any], *, seconds: 
             ("tokens of the number, earlier ones given", f"{needle['tokens']:.0%}"),
             ("worth of the needle for log p(number)", f"{needle['lift']:+.2f} nats"),
         ]
-        lines += ["", *_table(("needle in a haystack", f"{len(needle['trials'])} needles"), rows)]
+        lines += [
+            "",
+            *markdown_table(("needle in a haystack", f"{len(needle['trials'])} needles"), rows),
+        ]
     if "baselines" in results:
         rows = [
             (name, _number(each.get("bits_per_byte")), _number(each.get("needle_tokens")))
             for name, each in results["baselines"].items()
         ]
-        lines += ["", *_table(("policy", "bits per byte", "needle's tokens"), rows)]
+        lines += ["", *markdown_table(("policy", "bits per byte", "needle's tokens"), rows)]
     if "tasks" in results:
         rows = [
             (name, cell, f"{score['samples']}", f"{score['mean']:.3f}",
@@ -113,11 +116,12 @@ def evaluation_report(run: EvaluateRun, results: Mapping[str, Any], *, seconds: 
             for name, task in results["tasks"].items()
             for cell, score in task["cells"].items()
         ]  # fmt: skip
-        lines += ["", *_table(("task", "cell", "samples", "score", "95 % interval"), rows)]
+        lines += ["", *markdown_table(("task", "cell", "samples", "score", "95 % interval"), rows)]
     return "\n".join([*lines, "\nTables and pictures: `evaluation/`.\n"])
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table."""
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
 
 

@@ -14,7 +14,7 @@ from house_tree import README, packages_tree, sources
 
 from nsa_platform.config.convert import ConvertRun
 from nsa_platform.config.generate import GenerateRun
-from nsa_platform.config.runs import EvaluateRun, PrepareDataRun, PretrainRun, SftRun
+from nsa_platform.config.runs import EvaluateRun, PrepareDataRun, PretrainRun, SftRun, SweepRun
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = [path for path in sources() if path.is_relative_to(ROOT) and "tests" not in path.parts]
@@ -25,6 +25,7 @@ RUNS = {
     "evaluate": EvaluateRun,
     "generate": GenerateRun,
     "convert": ConvertRun,
+    "sweep": SweepRun,
 }
 CONFIGS = sorted((ROOT / "jobs" / "configs").rglob("*.yaml"))
 MAX_FILE_LINES = 400

@@ -19,7 +19,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from jobs import pretrain, sft
+from jobs import pretrain, sft, sweep
 from jobs.cluster import connect
 from nsa_platform import storage
 from nsa_platform.data.tokenizer import Tokenizer
@@ -327,6 +327,60 @@ def test_adapters_are_trained_merged_and_kept_alone(
     with pytest.raises(SystemExit):
         sft.main([*command, "--set", "train.lora.rank=2"])
     assert "belong to another run: train.lora.rank was 4, is 2" in capsys.readouterr().err
+
+
+def test_a_sweep_trains_all_its_runs_on_workers_that_stay(
+    place: Place, cluster: None, tiny_shards, capsys
+) -> None:
+    base = place.config("base", model=MODEL, data={"path": str(tiny_shards.path)})
+    tree = {
+        "name": "compared",
+        "base": str(base),
+        "overrides": ["train.steps=4", "train.guard.halt_after=1"],
+        "variants": [
+            {"name": "one", "seeds": [0, 1]},
+            {"name": "lost", "overrides": ["train.optimizer.learning_rate=1.0e+30"]},
+            {"name": "same"},
+        ],
+    }
+    config = place.folder / "compared.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    with pytest.raises(SystemExit) as ended:
+        sweep.main(["--config", str(config)])
+    assert ended.value.code == 1
+    shown = capsys.readouterr()
+    assert "compared-lost-seed0 stopped after step" in shown.err
+    assert shown.out.count("starting workers") == 1
+    losses = {name: place.losses(f"compared-{name}") for name in ("one-seed0", "one-seed1")}
+    # A run does not depend on what its workers have done before.
+    assert place.losses("compared-same-seed0") == losses["one-seed0"] != losses["one-seed1"]
+    folder = place.folder / "runs" / "compared"
+    record = json.loads((folder / "results.json").read_text())
+    assert [(each["variant"], each["seed"]) for each in record["trials"]] == [
+        ("one", 0),
+        ("one", 1),
+        ("same", 0),
+    ]
+    assert record["summary"][2]["differences"]["valid/loss"]["mean"] == 0.0
+    assert record["trials"][0]["train"][-1] == [4 * 512, losses["one-seed0"][-1][1]]
+    assert {path.name for path in folder.iterdir()} == {
+        "results.json",
+        "report.md",
+        "loss.png",
+        "loss_by_position.png",
+    }
+    client, parent = place.client(), place.run_id("compared")
+    assert "figures/loss.png" in {x.path for x in client.list_artifacts(parent, "figures")}
+    run = client.get_run(place.run_id("compared-same-seed0"))
+    assert run.data.tags["mlflow.parentRunId"] == parent
+    assert client.get_run(place.run_id("compared-lost-seed0")).info.status == "FAILED"
+    # What is finished is not trained again.
+    tree["variants"] = tree["variants"][::2]
+    config.write_text(yaml.safe_dump(tree))
+    sweep.main(["--config", str(config)])
+    shown = capsys.readouterr().out
+    assert "3 of 3 runs are finished" in shown and "starting workers" not in shown
+    assert client.get_run(parent).info.status == "FINISHED"
 
 
 def test_a_broken_shard_ends_the_run_with_its_name(

@@ -154,6 +154,47 @@ class SftRun(_TrainingRun):
     """Exported model folder, local or s3://, or models:/name@alias."""
 
 
+class VariantConfig(Strict):
+    """One of the configurations that a sweep compares."""
+
+    name: RunName
+    overrides: tuple[str, ...] = ()
+    """a.b=value, as --set takes them, on top of the sweep's own."""
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] | None = None
+    """Default: the sweep's."""
+
+
+class SweepRun(Strict):
+    """Pretrain variants of one configuration with several seeds, and compare them.
+
+    A seed is train.seed and data.seed: with the same seed variants see the same rows in the same
+    order, and what weights they share in shape and name begins alike.
+    """
+
+    name: RunName
+    """Of the sweep, and of the MLflow run below which its runs stand."""
+    base: Location
+    """YAML file of a PretrainRun, local."""
+    overrides: tuple[str, ...] = ()
+    """a.b=value, as --set takes them, for all variants."""
+    variants: Annotated[tuple[VariantConfig, ...], Field(min_length=1)]
+    """In the order in which they are trained; the first is what the others are compared with."""
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    at_once: PositiveInt = 1
+    """Runs that are trained side by side, each with the workers that base asks for."""
+
+    @model_validator(mode="after")
+    def _each_run_once(self) -> Self:
+        names = [variant.name for variant in self.variants]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"variants: {', '.join(twice)} must not stand twice")
+        for seeds in (self.seeds, *(variant.seeds or () for variant in self.variants)):
+            if len(set(seeds)) < len(seeds):
+                raise ValueError(f"seeds={list(seeds)} must name each seed once")
+        return self
+
+
 class EvaluateRun(Strict):
     """Measure an exported model."""
 

@@ -5,6 +5,7 @@ Every function takes plain numbers and returns a matplotlib Figure; nothing here
 
 from nsa_platform.figures.evaluation import bars, needle_map, scores
 from nsa_platform.figures.serving import decode_speeds, latencies, scaling
+from nsa_platform.figures.sweep import compared_losses, compared_positions
 from nsa_platform.figures.training import (
     Health,
     Points,
@@ -21,6 +22,8 @@ __all__ = [
     "Health",
     "Points",
     "bars",
+    "compared_losses",
+    "compared_positions",
     "decode_speeds",
     "expert_load",
     "gate_means",

@@ -1,6 +1,6 @@
 """The only door to MLflow: runs that survive a dead server, datasets, figures, models."""
 
-from nsa_platform.tracking.handle import RunHandle, flatten
+from nsa_platform.tracking.handle import RunHandle, flatten, origin_tags
 from nsa_platform.tracking.opening import attach_run, open_parent, open_run
 from nsa_platform.tracking.reading import RunRecord, read_run
 from nsa_platform.tracking.registry import (
@@ -26,6 +26,7 @@ __all__ = [
     "is_model_reference",
     "open_parent",
     "open_run",
+    "origin_tags",
     "read_run",
     "register_model",
     "source_run",

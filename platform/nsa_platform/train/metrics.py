@@ -131,8 +131,8 @@ def throughput_of(stage: Stage, model: ModelConfig, world: World) -> Throughput:
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:
-    """GPU memory since the start of the process, and how often there was too little; nothing on a
-    CPU."""
+    """GPU memory since the run began on this worker, and how often there was too little; nothing on
+    a CPU."""
     if device.type != "cuda":
         return {}
     counts = torch.cuda.memory_stats(device)

@@ -39,6 +39,16 @@ class Voice:
         self._steps = steps
         self._told_s = 0.0
 
+    def begin(self, name: str) -> None:
+        """A run of that name begins."""
+        if self._events is not None:
+            self._events.put_nowait({"begins": name, "steps": self._steps})
+
+    def conclude(self, number: int, outcome: Outcome) -> None:
+        """The run is over."""
+        if self._events is not None:
+            self._events.put_nowait({"number": number, "outcome": outcome})
+
     def say(self, line: str) -> None:
         """One line for a person."""
         if self._events is not None:
@@ -60,24 +70,37 @@ class Voice:
             ray.train.report({"step": step, **metrics})
 
 
-def train_worker(config: dict[str, Any]) -> Outcome:
-    """Train one run, or go on with it, on this worker. `config` holds the Task as `task`."""
-    task: Task = config["task"]
+def train_worker(config: dict[str, Any]) -> list[Outcome]:
+    """Train runs, or go on with them, on this worker. `config` holds their Tasks as `tasks`.
+
+    They follow each other in one process, which costs less than a process for each: what libraries
+    and kernels took to load and to compile is there for the next. A run that has come to nothing
+    does not keep the next from its turn.
+    """
+    tasks: tuple[Task, ...] = config["tasks"]
     context = ray.train.get_context()
     world = World(
         rank=context.get_world_rank(),
         size=context.get_world_size(),
         device=ray.train.torch.get_device(),
     )
+    if world.device.type != "cpu":
+        torch.cuda.set_device(world.device)
+    return [_train(task, world, number) for number, task in enumerate(tasks)]
+
+
+def _train(task: Task, world: World, number: int) -> Outcome:
+    """Train one run, the `number`th of those that this worker was given."""
     if world.device.type == "cpu":
         torch.set_num_threads(task.cpus)
     else:
-        torch.cuda.set_device(world.device)
+        torch.cuda.reset_peak_memory_stats(world.device)
     voice = Voice(world, task.events, steps=task.steps)
+    voice.begin(task.identity["name"])
     with ExitStack() as stack:
         stack.enter_context(_warnings_told(voice))
         tracker = None
-        if context.get_local_rank() == 0:
+        if ray.train.get_context().get_local_rank() == 0:
             tracker = Tracker(RunHandle.from_dict(task.handle), creates_run=world.is_first)
             # What has not arrived is told by the driver, which delivers last.
             stack.callback(tracker.finish, None, report=False)
@@ -90,7 +113,7 @@ def train_worker(config: dict[str, Any]) -> Outcome:
             voice.give_up(f"worker {world.rank}: {error}")
             raise
     losses = training.progress.history.train
-    return Outcome(
+    outcome = Outcome(
         step=training.progress.step,
         device=device_name(world.device),
         first_loss=losses[0][1] if losses else None,
@@ -99,6 +122,8 @@ def train_worker(config: dict[str, Any]) -> Outcome:
         failed_checkpoints=training.failed_checkpoints,
         problem=problem,
     )
+    voice.conclude(number, outcome)
+    return outcome
 
 
 def _notice() -> str | None:
