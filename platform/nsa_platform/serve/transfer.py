@@ -12,8 +12,10 @@ def on_device(
     values: Sequence[Any] | np.ndarray, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """A tensor of these values. A copy from ordinary memory would wait for the device's work."""
-    tensor = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-    return tensor.to(device, non_blocking=True)
+    tensor = torch.as_tensor(values, dtype=dtype)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True, copy=True)
 
 
 class Incoming:
