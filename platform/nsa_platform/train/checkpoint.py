@@ -6,7 +6,6 @@ The marker comes last. Loading reads what this worker needs, for any number of w
 """
 
 import datetime
-import io
 import json
 import os
 import shutil
@@ -34,6 +33,7 @@ from nsa_platform import storage
 from nsa_platform.config.train import CheckpointConfig
 from nsa_platform.model.lora import is_adapted
 from nsa_platform.retry import DELAYS_S, first_line, retried
+from nsa_platform.train import random_state
 from nsa_platform.train.parallel import World
 from nsa_platform.train.snapshots import (
     FACTS,
@@ -49,7 +49,7 @@ from nsa_platform.train.snapshots import (
     snapshot_name,
     snapshots,
 )
-from nsa_platform.train.stored_files import stored_reader
+from nsa_platform.train.stored_files import storage_is_away, stored_reader
 
 # One worker may retry uploads for long while the others wait for it.
 PATIENCE = datetime.timedelta(hours=2)
@@ -105,10 +105,10 @@ class CheckpointStore:
         """
         self.wait()
         staged = _copied(_tensors(model, optimizer))
-        random_state = _random_state(self._world)
+        random = random_state.taken(self._world)
         self._pending = (
             step,
-            self._background.submit(self._write, step, staged, random_state, facts),
+            self._background.submit(self._write, step, staged, random, facts),
         )
         if not self._config.asynchronous:
             self.wait()
@@ -170,6 +170,8 @@ class CheckpointStore:
                 return self._load(snapshot, model=model, optimizer=optimizer)
             # Reading damaged files fails in as many ways as there are formats inside them.
             except (Exception, CheckpointException) as error:
+                if storage_is_away(error):
+                    raise
                 self._say(f"checkpoint {snapshot.name} cannot be read: {_reason(error)}")
         return None
 
@@ -210,11 +212,11 @@ class CheckpointStore:
             optim_state_dict=optimizer_state,
             options=_options(model),
         )
-        _restore_random_state(snapshot.uri, self._world)
+        random_state.restore(snapshot.uri, self._world)
         return self._from_first(lambda: read_facts(snapshot))
 
     def _write(
-        self, step: int, tensors: Any, random_state: dict[str, Tensor], facts: dict[str, Any]
+        self, step: int, tensors: Any, random: dict[str, Tensor], facts: dict[str, Any]
     ) -> str | None:
         """Write one snapshot. Returns why it failed, on every worker the same, or None."""
         target = storage.join(self.folder, snapshot_name(step))
@@ -225,7 +227,7 @@ class CheckpointStore:
         try:
             return (
                 self._agree(lambda: self._prepare(target, place))
-                or self._agree(lambda: self._write_tensors(place, tensors, random_state))
+                or self._agree(lambda: self._write_tensors(place, tensors, random))
                 or self._agree(lambda: self._write_facts(place, facts))
                 or self._agree(lambda: self._upload(place, target))
                 or self._commit(step, place, target, metrics=facts.get("metrics", {}))
@@ -241,13 +243,13 @@ class CheckpointStore:
                 self._insist(lambda: storage.delete_tree(target), target)
         place.mkdir(parents=True, exist_ok=True)
 
-    def _write_tensors(self, place: Path, tensors: Any, random_state: dict[str, Tensor]) -> None:
+    def _write_tensors(self, place: Path, tensors: Any, random: dict[str, Tensor]) -> None:
         save(
             tensors,
             storage_writer=FileSystemWriter(place),
             process_group=self._group,
         )
-        torch.save(random_state, place / _random_name(self._world.rank))
+        torch.save(random, place / random_state.file_name(self._world.rank))
 
     def _write_facts(self, place: Path, facts: dict[str, Any]) -> None:
         if self._world.is_first:
@@ -351,28 +353,6 @@ def _copied(tensors: dict[str, Any]) -> Any:
         return stager.stage(tensors)
     finally:
         stager.close()
-
-
-def _random_name(rank: int) -> str:
-    return f"rng-{rank:05d}.pt"
-
-
-def _random_state(world: World) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if world.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(world.device)
-    return state
-
-
-def _restore_random_state(uri: str, world: World) -> None:
-    """A worker that did not exist when the snapshot was taken keeps its own random state."""
-    place = storage.join(uri, _random_name(world.rank))
-    if not storage.exists(place):
-        return
-    state = torch.load(io.BytesIO(storage.read_bytes(place)), weights_only=True)
-    torch.set_rng_state(state["cpu"])
-    if world.device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], world.device)
 
 
 def _need_all(place: Path, files: dict[str, int]) -> None:

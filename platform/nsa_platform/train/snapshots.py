@@ -15,6 +15,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,20 +110,31 @@ def read_facts(snapshot: Snapshot) -> dict[str, Any]:
     """The facts that were saved with the tensors.
 
     Raises:
-        CheckpointError: state.json cannot be read as JSON.
+        CheckpointError: state.json is damaged: it is not there, or not what was written.
+        StorageError: the storage cannot be reached.
     """
     place = storage.join(snapshot.uri, FACTS)
     try:
-        return json.loads(storage.read_text(place))
-    except (OSError, ValueError) as error:
+        facts = json.loads(storage.read_text(place))
+    except (storage.MissingFileError, ValueError) as error:
         raise CheckpointError(f"{place}: {error}") from error
+    if not isinstance(facts, dict) or facts.get("step") != snapshot.step:
+        raise CheckpointError(f"{place}: is not that of step {snapshot.step}")
+    return facts
 
 
 def newest_facts(folder: str) -> dict[str, Any] | None:
-    """Facts of the newest snapshot whose files are all there; None if there is no snapshot."""
+    """Facts of the newest snapshot that can be read, as far as its sizes and facts tell; None if
+    there is none.
+
+    Raises:
+        StorageError: the storage cannot be reached.
+    """
     for snapshot in snapshots(folder):
         if damage(snapshot) is None:
-            return read_facts(snapshot)
+            # A damaged one is said by whoever loads it.
+            with suppress(CheckpointError):
+                return read_facts(snapshot)
     return None
 
 

@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader
 
 from nsa_platform import storage
@@ -29,3 +30,11 @@ def stored_reader(uri: str) -> FileSystemReader:
     reader.fs = StoredFiles()
     reader.path = reader.fs.init_path(uri)  # pyright: ignore[reportAttributeAccessIssue]
     return reader
+
+
+def storage_is_away(error: BaseException) -> bool:
+    """Whether the storage failed, of any worker: the files may well be sound."""
+    if isinstance(error, CheckpointException):
+        return any(storage_is_away(each) for each, _ in error.failures.values())
+    missing = isinstance(error, storage.MissingFileError)
+    return isinstance(error, storage.StorageError) and not missing

@@ -7,17 +7,27 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import multiprocessing, nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nsa_platform import storage
 from nsa_platform.config.train import CheckpointConfig
 from nsa_platform.train.checkpoint import CheckpointStore
 from nsa_platform.train.parallel import World
-from nsa_platform.train.snapshots import MARKER, CheckpointError, prune, snapshots
+from nsa_platform.train.snapshots import (
+    FACTS,
+    MARKER,
+    CheckpointError,
+    newest_facts,
+    prune,
+    snapshots,
+)
+from nsa_platform.train.stored_files import storage_is_away
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -101,7 +111,7 @@ def test_the_copy_is_taken_before_save_returns(tmp_path: Path) -> None:
     checkpoints = store(tmp_path)
     pair.step()
     expected = pair.weights()
-    checkpoints.save(2, model=pair.model, optimizer=pair.optimizer, facts={})
+    checkpoints.save(2, model=pair.model, optimizer=pair.optimizer, facts={"step": 2})
     for _ in range(3):
         pair.step()
     checkpoints.close()
@@ -182,7 +192,22 @@ def _break_marker(folder: Path) -> None:
     (folder / MARKER).write_text("{")
 
 
-@pytest.mark.parametrize("harm", [_truncate, _remove_a_file, _fill_with_garbage, _break_marker])
+def _spoil_facts(folder: Path) -> None:
+    file = folder / FACTS
+    file.write_bytes(b"{" * file.stat().st_size)
+
+
+def _replace_facts(folder: Path) -> None:
+    """JSON of the same size that says nothing."""
+    file = folder / FACTS
+    file.write_text("1" * file.stat().st_size)
+
+
+FACT_HARMS = [_spoil_facts, _replace_facts]
+HARMS = [_truncate, _remove_a_file, _fill_with_garbage, _break_marker, *FACT_HARMS]
+
+
+@pytest.mark.parametrize("harm", HARMS)
 def test_a_damaged_newest_is_said_and_the_one_before_taken(tmp_path: Path, harm) -> None:
     _, states = save_steps(tmp_path, 3, keep_latest=2)
     harm(tmp_path / "step-00000003")
@@ -200,6 +225,34 @@ def test_only_damaged_ones_are_an_error_not_a_fresh_start(tmp_path: Path) -> Non
     pair = Pair(seed=2)
     with pytest.raises(CheckpointError, match="none of the checkpoints can be read"):
         store(tmp_path).load(model=pair.model, optimizer=pair.optimizer)
+
+
+@pytest.mark.parametrize("harm", FACT_HARMS)
+def test_the_newest_step_is_that_of_facts_which_can_be_read(tmp_path: Path, harm) -> None:
+    save_steps(tmp_path, 2, keep_latest=2)
+    harm(tmp_path / "step-00000002")
+    assert store(tmp_path).newest_step() == 1
+    harm(tmp_path / "step-00000001")
+    assert newest_facts(str(tmp_path)) is None
+
+
+def test_a_storage_that_fails_is_no_damage(tmp_path: Path, monkeypatch) -> None:
+    save_steps(tmp_path, 2, keep_latest=2)
+
+    def away(place: str) -> str:
+        if place.endswith(f"step-00000002/{FACTS}"):
+            raise storage.StorageError("the storage is away")
+        return Path(place).read_text()
+
+    monkeypatch.setattr(storage, "read_text", away)
+    with pytest.raises(storage.StorageError, match="is away"):
+        newest_facts(str(tmp_path))
+    with pytest.raises(storage.StorageError, match="is away"):
+        load(tmp_path)
+    failures: dict[int, Any] = {1: (storage.StorageError("is away"), None)}
+    assert storage_is_away(CheckpointException("read", failures))
+    failures[1] = (storage.MissingFileError("no such file"), None)
+    assert not storage_is_away(CheckpointException("read", failures))
 
 
 def test_a_folder_without_marker_does_not_count(tmp_path: Path) -> None:
