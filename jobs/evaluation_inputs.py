@@ -8,11 +8,11 @@ from nsa_platform import storage
 from nsa_platform.config.data import LoaderConfig
 from nsa_platform.config.evaluate import BitsPerByteConfig, NeedleConfig
 from nsa_platform.config.runs import EvaluateRun
+from nsa_platform.data.haystack import synthetic_filler
 from nsa_platform.data.loader import Batch, Loader
 from nsa_platform.data.shards import ShardSet
 from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.evaluate.bits_per_byte import BitsPerByte, bits_per_byte, first_batches
-from nsa_platform.evaluate.needle import synthetic_filler
 from nsa_platform.evaluate.scores import Score
 
 

@@ -20,6 +20,7 @@ from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.model.weights import CONFIG_FILE, load_config, weights_digest
 from nsa_platform.tracking import fetch_model, is_model_reference
 from nsa_platform.train.export import upload_config_last
+from nsa_platform.train.needles import haystacks
 from nsa_platform.train.resume import ResumeError, check_resumable, describe_run
 from nsa_platform.train.snapshots import newest_facts
 
@@ -144,6 +145,8 @@ def inspect(run: PretrainRun | SftRun, origin: Origin) -> Inputs:
         tree = {name: section.model_dump(mode="json") for name, section in sections.items()}
         described.append(describe_run(tree, data_digest=digest, start=start, earlier=described))
     _check_tokenizer(run, origin, tokenizers[0])
+    # Needles that have no room are told before anything starts; any filler tells.
+    haystacks(tokenizers[0], run.train.needle, run.train.needle.lengths, [0])
     facts = newest_facts(storage.join(run_folder(run), "checkpoints"))
     changes = [] if facts is None else _changes(run, facts, described)
     return Inputs(tuple(has_validation), tuple(described), facts, changes)

@@ -71,7 +71,7 @@ class _TrainingRun(Strict):
         for stage in later:
             found = _rows_problems(stage, self.cluster)
             problems += [f"stages.{stage.number - 1}: {line}" for line in found]
-        return problems
+        return problems + _needle_problems((first, *later))
 
 
 def _rows_problems(stage: Stage, cluster: ClusterConfig) -> list[str]:
@@ -101,6 +101,16 @@ def _rows_problems(stage: Stage, cluster: ClusterConfig) -> list[str]:
             f"cluster.num_workers={workers}{shared} = {unit}"
         ]
     return []
+
+
+def _needle_problems(stages: tuple[Stage, ...]) -> list[str]:
+    """Why no stage can look for some needles."""
+    longest = max(stage.data.context_length for stage in stages)
+    return [
+        f"train.needle: lengths={length} must not exceed the longest context_length={longest}"
+        for length in stages[0].train.needle.lengths
+        if length > longest
+    ]
 
 
 def _stretch_problems(stage: Stage, model: ModelConfig | None) -> list[str]:

@@ -77,6 +77,24 @@ class SamplesConfig(Strict):
     """Longest answer, and how much of the held-out text stands beside it."""
 
 
+class NeedleCurveConfig(Strict):
+    """Needles in haystacks of held-out text at each validation: one forward pass for each."""
+
+    lengths: tuple[Annotated[int, Field(ge=64)], ...] = ()
+    """Tokens of haystack and answer together; none: no needles. A stage looks for those that its
+    rows can hold."""
+    depths: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=1)] = (
+        0.0,
+        0.25,
+        0.5,
+        0.75,
+        1.0,
+    )
+    """Where the needle stands, as a share of the haystack."""
+    samples: PositiveInt = 1
+    """Haystacks of each length and depth."""
+
+
 class TrainConfig(Strict):
     """The loop."""
 
@@ -111,6 +129,7 @@ class TrainConfig(Strict):
     validation_tokens: PositiveInt = 65536
     """Held-out tokens of one validation."""
     samples: SamplesConfig = SamplesConfig()
+    needle: NeedleCurveConfig = NeedleCurveConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
 

@@ -23,6 +23,7 @@ from nsa_platform.train.history import History
 from nsa_platform.train.listeners import Listeners
 from nsa_platform.train.mesh import Mesh
 from nsa_platform.train.metrics import StepClock, Throughput, memory_metrics
+from nsa_platform.train.needles import FIGURE
 from nsa_platform.train.optimizer import set_learning_rate
 from nsa_platform.train.parallel import World
 from nsa_platform.train.preemption import Preemption, TrainingPreempted
@@ -120,8 +121,8 @@ def validate(
     progress: Progress,
     tracker: Tracker | None,
 ) -> dict[str, float]:
-    """Validate, have samples answered, remember and draw it; returns its metrics and, with experts,
-    those of each expert in the step before it."""
+    """Validate, have samples answered and needles looked for, remember and draw it; returns its
+    metrics and, with experts, those of each expert in the step before it."""
     validated, history = validation.run(model), progress.history
     history.valid.append((progress.tokens, validated.loss))
     history.health.append((progress.step, health_values(validated.health)))
@@ -130,6 +131,11 @@ def validate(
     if tracker:
         draw(tracker, validated, history=history, model=model)
     metrics = validated.metrics() | health_metrics(validated.health)
+    if validation.needles is not None:
+        found = validation.needles.find(model)
+        metrics |= found.metrics()
+        if tracker:
+            tracker.log_figure(found.figure(), FIGURE)
     if model.config.moe is not None:
         metrics |= expert_metrics(result.expert_load, model.config.moe)
         if tracker:

@@ -28,6 +28,7 @@ from nsa_platform.train.listeners import Listeners
 from nsa_platform.train.loop import train
 from nsa_platform.train.mesh import Mesh
 from nsa_platform.train.metrics import throughput_of
+from nsa_platform.train.needles import open_needles
 from nsa_platform.train.notice import TERMINATION
 from nsa_platform.train.optimizer import build_optimizer
 from nsa_platform.train.parallel import World
@@ -212,6 +213,14 @@ class Training:
                     f"samples: {len(samples)} held-out prompts of at most "
                     f"{asked.max_prompt_tokens} tokens"
                 )
+        needles = open_needles(
+            shards,
+            tokenizer,
+            stage.train.needle,
+            context_length=stage.data.context_length,
+            world=world,
+            mesh=mesh,
+        )
         return Validation(
             shards,
             stage.data,
@@ -221,6 +230,7 @@ class Training:
             mesh=mesh,
             token_bytes=token_bytes,
             samples=samples,
+            needles=needles,
         )
 
 

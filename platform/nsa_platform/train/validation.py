@@ -15,6 +15,7 @@ from nsa_platform.model.probe import LayerHealth, Probe
 from nsa_platform.model.transformer import Transformer
 from nsa_platform.train.loss import IGNORED, chunk_tokens, token_losses
 from nsa_platform.train.mesh import Mesh
+from nsa_platform.train.needles import Needles
 from nsa_platform.train.parallel import World, release_gathered
 from nsa_platform.train.samples import Samples
 
@@ -64,12 +65,13 @@ class Validation:
         mesh: Mesh,
         token_bytes: Tensor | None,
         samples: Samples | None = None,
+        needles: Needles | None = None,
     ) -> None:
         """Read up to `tokens` held-out tokens; `token_bytes` [vocab] gives the bytes of each id.
 
-        samples: prompts to be answered each time too.
+        samples, needles: prompts to be answered and numbers to be found each time too.
         """
-        self.samples = samples
+        self.samples, self.needles = samples, needles
         self._shards = shards
         self._config = config
         self._rows_per_microbatch = rows_per_microbatch

@@ -6,8 +6,9 @@ import re
 import pytest
 
 from nsa_platform.config.evaluate import NeedleConfig
+from nsa_platform.data.haystack import Counts, haystack, synthetic_filler
 from nsa_platform.evaluate import scores
-from nsa_platform.evaluate.needle import Counts, haystack, needle_grid, synthetic_filler
+from nsa_platform.evaluate.needle import needle_grid
 from nsa_platform.evaluate.scores import AnswerScore, ModelScorer
 
 CONFIG = NeedleConfig(lengths=(96, 160), depths=(0.0, 0.5, 1.0), samples=2)

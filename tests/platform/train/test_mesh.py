@@ -10,17 +10,20 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from nsa_platform.config.data import LoaderConfig
 from nsa_platform.config.model import ModelConfig
-from nsa_platform.config.train import TrainConfig
+from nsa_platform.config.train import NeedleCurveConfig, TrainConfig
+from nsa_platform.data.haystack import Haystack
 from nsa_platform.data.loader import Loader
 from nsa_platform.data.shards import open_split
 from nsa_platform.model.greedy import continue_greedily
 from nsa_platform.train.build import build_mesh, build_model
 from nsa_platform.train.guard import Guard
+from nsa_platform.train.needles import Needles
 from nsa_platform.train.progress import Progress
 from nsa_platform.train.step import take_step
 from tests.platform.train.tiny_run import (
     CONTEXT,
     MOE,
+    VOCAB,
     full,
     run,
     settings,
@@ -113,8 +116,15 @@ def _two_steps(
         partition=mesh.partition,
         agreed=world.of_first,
     )
+    # What greedy decoding writes is found; with another last token it is not.
+    wrong = [*answers[0][:2], (answers[0][2] + 1) % VOCAB]
+    told = [([5, 6, 7], answers[0]), ([9] * 8, answers[1]), ([5, 6, 7], wrong)]
+    texts = [Haystack(prompt, [], answer, "", 0) for prompt, answer in told]
+    asked = NeedleCurveConfig(lengths=(64,), depths=(0.0, 0.5, 1.0))
+    needles = Needles(texts, asked, asked.lengths, world=world, mesh=mesh).find(model)
     return {
         "answers": answers,
+        "needles": (needles.exact, needles.tokens),
         "steps": [
             [torch.tensor(r.loss), r.balance_loss, r.grad_norm, r.expert_load] for r in results
         ],
@@ -175,6 +185,8 @@ def test_four_workers_compute_what_one_computes(found: Path, model: str, mesh: s
         for value, wanted in zip(step, reference, strict=True):
             torch.testing.assert_close(value, wanted, rtol=ROUNDING, atol=0)
     assert shared["answers"] == alone["answers"]
+    for needles in (shared["needles"], alone["needles"]):
+        assert needles == ([[1.0], [1.0], [0.0]], 12 / 13)
     assert shared["weights"].keys() == alone["weights"].keys()
     for name, weight in alone["weights"].items():
         torch.testing.assert_close(
@@ -200,7 +212,7 @@ def test_sharded_adapters_resume_bit_for_bit(found: Path) -> None:
     whole, halves = (
         torch.load(found / f"{name}.pt", weights_only=False) for name in ("whole", "halves")
     )
-    assert sorted(halves.metrics) == [4, 5, 6]
+    assert sorted(halves.metrics) == [4, 5, 6], halves.lines
     assert halves.losses() == whole.losses()[3:]
     for name, weight in whole.weights.items():
         assert weight.equal(halves.weights[name]), name

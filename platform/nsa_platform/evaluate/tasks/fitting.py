@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
+from nsa_platform.data.haystack import SYNTHETIC
 from nsa_platform.data.tokenizer import Tokenizer
-from nsa_platform.evaluate.needle import SYNTHETIC
 
 
 def padded(tokenizer: Tokenizer, ids: Sequence[int], size: int) -> list[int]:

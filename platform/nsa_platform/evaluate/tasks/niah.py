@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from nsa_platform import storage
 from nsa_platform.config.tasks import NiahTask
+from nsa_platform.data.haystack import SYNTHETIC, break_before
 from nsa_platform.data.tokenizer import Tokenizer
-from nsa_platform.evaluate.needle import SYNTHETIC, break_before
 from nsa_platform.evaluate.tasks.fitting import padded, repeated, too_short
 from nsa_platform.evaluate.tasks.frame import Frame, open_frame
 from nsa_platform.evaluate.tasks.ruler_scores import share_of

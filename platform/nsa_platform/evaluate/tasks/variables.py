@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nsa_platform.config.tasks import VariableTrackingTask
+from nsa_platform.data.haystack import SYNTHETIC
 from nsa_platform.data.tokenizer import Tokenizer
-from nsa_platform.evaluate.needle import SYNTHETIC
 from nsa_platform.evaluate.tasks.fitting import padded, too_short
 from nsa_platform.evaluate.tasks.frame import Frame, open_frame
 from nsa_platform.evaluate.tasks.ruler_scores import share_of
