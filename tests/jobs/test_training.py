@@ -147,7 +147,12 @@ def straight(place: Place, cluster: None, tiny_shards) -> list[tuple[int, float]
 
 def _staged(place: Place, name: str, data: Path, **tracking: Any) -> Path:
     """A run of STEPS steps: the second half has longer rows, which the workers share."""
-    changes = {"train": {"steps": STEPS // 2}, "stages": STAGES, "tracking": tracking}
+    needle = {"lengths": [256], "depths": [0.0, 1.0]}
+    changes = {
+        "train": {"steps": STEPS // 2, "needle": needle},
+        "stages": STAGES,
+        "tracking": tracking,
+    }
     return place.config(name, model=MODEL, data={"path": str(data)}, **changes)
 
 
@@ -187,13 +192,16 @@ def test_a_run_learns_and_leaves_what_it_should(place: Place, straight, capsys) 
         run.data.metrics
     )
     assert "nsa/gate_mean/slc/1" in run.data.metrics
+    # Only rows of the second stage hold these needles.
+    needles = client.get_metric_history(run_id, "valid/needle_exact_at/256")
+    assert [point.step for point in needles] == [24]
     assert run.inputs is not None
     assert {dataset.dataset.name for dataset in run.inputs.dataset_inputs} == {
         "train",
         "validation",
     }
     figures = {item.path for item in client.list_artifacts(run_id, "figures")}
-    assert {"figures/loss.png", "figures/gate_means.png"} <= figures
+    assert {f"figures/{name}.png" for name in ("loss", "gate_means", "needle")} <= figures
     assert client.get_model_version_by_alias("tiny", "champion").run_id == run_id
 
 
