@@ -8,6 +8,7 @@ from deployments.logprobs import LogprobShapes, joined
 from deployments.prompts import Prompt
 from deployments.replies import (
     AssistantMessage,
+    BlocksRead,
     ChatChoice,
     ChatCompletion,
     ChatCompletionChunk,
@@ -26,6 +27,9 @@ from nsa_platform.serve.request import Output
 from nsa_platform.serve.request import TokenLogprob as Logprob
 
 C = TypeVar("C", ChatChoice, ChunkChoice, CompletionChoice)
+
+Reads = list[tuple[int, int, float]]
+"""Stretches that one token was made from: first token, the one behind the last, share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,8 @@ class Wanted:
     """Token ids of prompt and output."""
     echo: bool
     """The text begins with the prompt."""
+    block_size: int | None
+    """Tokens of a block, where it is to be told which were read; else None."""
 
 
 @dataclass(slots=True)
@@ -63,6 +69,7 @@ class _Choice:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
     prompt_logprobs: tuple[Logprob, ...] = ()
+    reads: list[Reads] = field(default_factory=list)
     has_begun: bool = False
     offset: int = 0
     """Characters of all tokens that were reported, for text_offset."""
@@ -86,6 +93,7 @@ class _Tally:
         choice.text += output.text
         choice.token_ids.extend(output.token_ids)
         choice.logprobs.extend(output.logprobs or ())
+        choice.reads.extend(_reads(output))
         choice.cached_tokens = output.num_cached_tokens
         choice.finish_reason, choice.stop_reason = output.finish_reason, output.stop_reason
         return is_first
@@ -145,6 +153,7 @@ class ChatAnswer:
                 finish_reason=choice.finish_reason,
                 stop_reason=choice.stop_reason,
             )
+            reply = _with_reads(reply, self._wanted, choice.reads, choice.prompt)
             choices.append(_with_ids(reply, choice.token_ids) if self._wanted.ids else reply)
         answer = ChatCompletion(
             id=self._stamp.id,
@@ -161,7 +170,11 @@ class ChatAnswer:
     def _chunk(self, index: int, delta: Delta, output: Output | None = None) -> Reply:
         logprobs = self._logprobs(output.logprobs or ()) if output is not None else None
         choice = ChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=None)
-        if self._wanted.ids and output is not None:
+        if output is None:  # the first event
+            choice = _with_reads(choice, self._wanted, None, self._tally.choices[index].prompt)
+            return self._event([choice])
+        choice = _with_reads(choice, self._wanted, _reads(output))
+        if self._wanted.ids:
             choice = _with_ids(choice, list(output.token_ids))
         return self._event([choice])
 
@@ -213,6 +226,8 @@ class CompletionAnswer:
             finish_reason=output.finish_reason,
             stop_reason=output.stop_reason,
         )
+        prompt = choice.prompt if is_first else None
+        reply = _with_reads(reply, self._wanted, _reads(output), prompt)
         if self._wanted.ids:
             reply = _with_ids(reply, list(output.token_ids))
         if is_first:
@@ -237,6 +252,7 @@ class CompletionAnswer:
                 finish_reason=choice.finish_reason,
                 stop_reason=choice.stop_reason,
             )
+            reply = _with_reads(reply, self._wanted, choice.reads, choice.prompt)
             if self._wanted.ids:
                 reply = _with_ids(reply, choice.token_ids)
             update = _of_prompt(choice, self._wanted, self._shapes)
@@ -272,6 +288,27 @@ class CompletionAnswer:
 
 def _with_ids(choice: C, ids: list[int]) -> C:
     return choice.model_copy(update={"token_ids": ids})
+
+
+def _with_reads(
+    choice: C, wanted: Wanted, reads: list[Reads] | None, prompt: Prompt | None = None
+) -> C:
+    """With what tokens were made from, and the prompt's blocks, if that was asked for."""
+    if wanted.block_size is None:
+        return choice
+    told: dict[str, object] = {"block_size": wanted.block_size}
+    if prompt is not None:
+        told["prompt_blocks"] = list(prompt.blocks)
+    if reads is not None:
+        told["selected_blocks"] = reads
+    return choice.model_copy(update={"nsa": BlocksRead.model_validate(told)})
+
+
+def _reads(output: Output) -> list[Reads]:
+    """What each new token of an increment was made from."""
+    if output.selected_blocks is None:
+        return []
+    return [[(one.start, one.end, round(one.share, 4)) for one in output.selected_blocks]]
 
 
 def _of_prompt(choice: _Choice, wanted: Wanted, shapes: LogprobShapes) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """From a request's chat or text to token ids."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deployments.errors import ApiError, bad_request
 from deployments.fields import MAX_CHOICES
@@ -29,6 +29,8 @@ class Prompt:
     ids: tuple[int, ...]
     text: str
     """The same as text; what `echo` repeats."""
+    blocks: tuple[str, ...] = ()
+    """Texts of its selection blocks, for who asks which were read."""
 
 
 def limits_of(tokenizer: Tokenizer, *, max_model_len: int, vocab_size: int) -> Limits:
@@ -129,6 +131,25 @@ def id_prompt(
     """
     checked = _checked(Prompt(_last(ids, keep), ""), limits, "prompt")
     return Prompt(checked.ids, tokenizer.decode(checked.ids))
+
+
+def with_blocks(tokenizer: Tokenizer, prompt: Prompt, block_size: int | None) -> Prompt:
+    """The prompt with the text of its blocks; characters that two blocks share are U+FFFD in both.
+
+    Raises:
+        ApiError: 400, block_size is None: the model has full attention.
+    """
+    if block_size is None:
+        raise bad_request(
+            "nsa.return_selected_blocks: the model has full attention, which reads everything",
+            param="nsa",
+        )
+    starts = range(0, len(prompt.ids), block_size)
+    texts = (
+        tokenizer.decode(prompt.ids[start : start + block_size], skip_special_tokens=False)
+        for start in starts
+    )
+    return replace(prompt, blocks=tuple(texts))
 
 
 def check_choices(request: Generation, num_prompts: int) -> None:

@@ -34,6 +34,9 @@ class NsaOptions(Body):
     deadline_s: Annotated[float, Field(gt=0, le=86_400)] | None = None
     """Seconds until which the first token must come: a request that is predicted to miss it is
     refused with 429, and one that does ends with `abort`."""
+    return_selected_blocks: bool | None = None
+    """Report as `nsa` of each choice which blocks of the context each token was made from, and once
+    the text of the prompt's blocks."""
 
 
 class Generation(Body):
@@ -130,6 +133,11 @@ class Generation(Body):
     chat_template_kwargs: Unsupported = None
     kv_transfer_params: Unsupported = None
     vllm_xargs: Unsupported = None
+
+    @property
+    def wants_blocks(self) -> bool:
+        """Whether nsa.return_selected_blocks is set."""
+        return self.nsa is not None and bool(self.nsa.return_selected_blocks)
 
     @model_validator(mode="after")
     def _goes_together(self) -> Self:

@@ -72,6 +72,18 @@ class PromptLogprob(Reply):
     decoded_token: str
 
 
+class BlocksRead(Reply):
+    """What tokens were made from (nsa.return_selected_blocks)."""
+
+    block_size: int
+    """Tokens of a block."""
+    prompt_blocks: list[str] | None = None
+    """Text of the prompt's blocks, one after the other; in a stream with the first event alone."""
+    selected_blocks: list[list[tuple[int, int, float]]] | None = None
+    """For each token the stretches of the context that were read: first token, the one behind the
+    last, and how many of all layers and key/value heads read it, in (0, 1]."""
+
+
 class AssistantMessage(Reply):
     """The answer of a chat."""
 
@@ -89,6 +101,7 @@ class ChatChoice(Reply):
     finish_reason: FinishReason
     stop_reason: str | int | None = None
     token_ids: list[int] | None = None
+    nsa: BlocksRead | None = None
 
 
 class ChatCompletion(Reply):
@@ -121,6 +134,7 @@ class ChunkChoice(Reply):
     finish_reason: FinishReason | None
     stop_reason: str | int | None = None
     token_ids: list[int] | None = None
+    nsa: BlocksRead | None = None
 
 
 class ChatCompletionChunk(Reply):
@@ -144,6 +158,7 @@ class CompletionChoice(Reply):
     finish_reason: FinishReason | None
     stop_reason: str | int | None = None
     token_ids: list[int] | None = None
+    nsa: BlocksRead | None = None
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
     prompt_token_ids: list[int] | None = None
 

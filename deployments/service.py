@@ -22,6 +22,7 @@ from deployments.prompts import (
     check_choices,
     completion_prompts,
     text_prompt,
+    with_blocks,
 )
 from deployments.protocol import (
     ChatCompletionRequest,
@@ -156,6 +157,9 @@ class OpenAiService:
         def prepare() -> tuple[list[Prompt], list[tuple[Prompt, SamplingParams]]]:
             prompts, n = read(), request.n or 1
             check_choices(request, len(prompts))
+            if request.wants_blocks:
+                size = self._engine.engine.block_size
+                prompts = [with_blocks(self._tokenizer, prompt, size) for prompt in prompts]
             jobs = [
                 (prompt, sampling(request, prompt, self._tokenizer, self.limits, copy=copy))
                 for prompt in prompts
@@ -264,6 +268,7 @@ class OpenAiService:
             prompt_logprobs=request.prompt_logprobs is not None,
             ids=bool(request.return_token_ids),
             echo=bool(echo),
+            block_size=self._engine.engine.block_size if request.wants_blocks else None,
         )
 
     def _shapes(self, request: Generation) -> LogprobShapes:

@@ -46,6 +46,7 @@ def sampling(
             ignore_eos=bool(request.ignore_eos),
             logprobs=_logprobs(request),
             prompt_logprobs=_prompt_logprobs(request),
+            selected_blocks=request.wants_blocks,
             logit_bias=bias,
             allowed_token_ids=tuple(request.allowed_token_ids or ()),
             bad_words=_bad_words(request.bad_words or (), tokenizer),

@@ -1,5 +1,7 @@
 // A conversation with /v1/chat/completions: sends the turns so far, shows the answer as it comes.
 
+import { Reads } from "./reads.js";
+
 const element = (id) => document.getElementById(id);
 const root = document.documentElement;
 const messages = [];
@@ -69,6 +71,7 @@ function request() {
   const maxTokens = element("max-tokens").valueAsNumber;
   if (!Number.isNaN(temperature)) body.temperature = temperature;
   if (!Number.isNaN(maxTokens)) body.max_tokens = maxTokens;
+  if (element("show-reads").checked) body.nsa = { return_selected_blocks: true };
   return body;
 }
 
@@ -83,12 +86,18 @@ async function fill(turn, controller) {
   });
   if (!response.ok) throw new Error(await problem(response));
   let usage = null;
+  let reads = null;
   for await (const event of events(response)) {
     if (event.error) throw new Error(event.error.message);
     usage = event.usage ?? usage;
-    const text = event.choices[0]?.delta.content;
+    const choice = event.choices[0];
+    const text = choice?.delta.content;
+    if (choice?.nsa?.prompt_blocks) {
+      reads = new Reads(turn, choice.nsa.prompt_blocks, choice.nsa.block_size);
+    }
+    if (reads) reads.add(text ?? "", choice?.nsa?.selected_blocks ?? []);
     if (text) {
-      turn.textContent += text;
+      if (!reads) turn.textContent += text;
       turn.scrollIntoView({ block: "end" });
     }
   }
@@ -123,6 +132,7 @@ async function ask(question) {
     // A question without an answer is no part of the conversation: it can be edited and sent again.
     messages.pop();
     asked.remove();
+    if (turn.nextElementSibling?.matches(".reads")) turn.nextElementSibling.remove();
     turn.remove();
     element("question").value ||= question;
   }

@@ -280,6 +280,16 @@ def check_pages(
         _expect(pool.is_contiguous(), f"{name} must be contiguous: a cache is never copied")
 
 
+def check_room(block_indices: Tensor | None, q: Tensor, groups: int, config: NsaConfig) -> None:
+    """block_indices, if given, is int32 [T, G, n] and can be written in place."""
+    if block_indices is None:
+        return
+    shape = (q.shape[0], groups, config.num_selected_blocks)
+    check_shape("block_indices", block_indices, "[T, G, n]", shape)
+    check_int32("block_indices", block_indices, q)
+    _expect(block_indices.is_contiguous(), "block_indices must be contiguous: it is written")
+
+
 def check_page_tables(
     tables: dict[str, Tensor], context_lens: Tensor, cu_seqlens: Tensor, q: Tensor
 ) -> None:

@@ -14,7 +14,7 @@ from nsa_kernels.dispatch import Backend, backend_module, resolve_backend
 from nsa_kernels.shapes import NsaConfig
 
 
-@torch.library.custom_op("nsa_kernels::nsa_paged_attention", mutates_args=())
+@torch.library.custom_op("nsa_kernels::nsa_paged_attention", mutates_args=("block_indices",))
 def _attend(
     q: Tensor,
     k_cmp: Tensor,
@@ -28,6 +28,7 @@ def _attend(
     window_page_table: Tensor,
     cu_seqlens: Tensor,
     context_lens: Tensor,
+    block_indices: Tensor | None,
     sizes: list[int],
     scale: float,
     backend: str,
@@ -42,6 +43,7 @@ def _attend(
     return backend_module(backend).paged_attention(
         q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates,
         page_table, window_page_table, cu_seqlens, context_lens, config, scale,
+        block_indices=block_indices,
     )  # fmt: skip
 
 
@@ -59,6 +61,7 @@ def _(
     window_page_table: Tensor,
     cu_seqlens: Tensor,
     context_lens: Tensor,
+    block_indices: Tensor | None,
     sizes: list[int],
     scale: float,
     backend: str,
@@ -138,6 +141,7 @@ def nsa_paged_attention(
     context_lens: Tensor,
     config: NsaConfig,
     scale: float | None = None,
+    block_indices: Tensor | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
     """Rows of nsa_attention for new tokens whose past, and who themselves, lie in paged caches.
@@ -148,12 +152,9 @@ def nsa_paged_attention(
 
     Args:
         q: [T, H, K], the new tokens, sequences packed one after the other.
-        k_cmp: [P, page/d, G, K], compressed keys by physical page.
-        v_cmp: [P, page/d, G, V].
-        k_slc: [P, page, G, K].
-        v_slc: [P, page, G, V].
-        k_win: [W, page, G, K], a pool of its own.
-        v_win: [W, page, G, V].
+        k_cmp, v_cmp: [P, page/d, G, K] and [P, page/d, G, V], by physical page.
+        k_slc, v_slc: [P, page, G, K] and [P, page, G, V].
+        k_win, v_win: [W, page, G, K] and [W, page, G, V], a pool of their own.
         gates: [T, H, 3], in the order cmp, slc, win.
         page_table: int32 [B, M], physical page of each logical page, -1 for none.
         window_page_table: int32 [B, M], likewise in the window pool; pages without one of the last
@@ -161,6 +162,7 @@ def nsa_paged_attention(
         cu_seqlens: int32 [B+1], where each sequence's new tokens start; None for one sequence.
         context_lens: int32 [B], tokens in each sequence's cache, the new ones included.
         scale: factor on q.k, 1/sqrt(K) unless given.
+        block_indices: int32 [T, G, n], gets what select_blocks would return for the new tokens.
         backend: "triton" or "torch"; None leaves it to the device (see dispatch.py).
 
     Returns:
@@ -174,13 +176,14 @@ def nsa_paged_attention(
     offsets = checks.packed_offsets(cu_seqlens, q)
     tables = {"page_table": page_table, "window_page_table": window_page_table}
     checks.check_page_tables(tables, context_lens, offsets, q)
+    checks.check_room(block_indices, q, k_slc.shape[2], config)
     chosen = resolve_backend(q, backend)
     checks.check_limits(chosen, q, v_slc.shape[3], k_slc.shape[2])
     return _attend(
         q.contiguous(), k_cmp.contiguous(), v_cmp.contiguous(), k_slc.contiguous(),
         v_slc.contiguous(), k_win.contiguous(), v_win.contiguous(), gates.contiguous(),
-        page_table.contiguous(), window_page_table.contiguous(), offsets,
-        context_lens.contiguous(), config.sizes, checks.resolve_scale(scale, q), chosen,
+        page_table.contiguous(), window_page_table.contiguous(), offsets, context_lens.contiguous(),
+        block_indices, config.sizes, checks.resolve_scale(scale, q), chosen,
     )  # fmt: skip
 
 

@@ -151,7 +151,8 @@ def serving(model: Path, folder: Path) -> Iterator[Serving]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
+        # Replicas run what these tests are about, wherever the package was installed from.
+        "PYTHONPATH": os.pathsep.join(str(ROOT / each) for each in (".", "platform", "kernels")),
         "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{dashboard}",
         "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",

@@ -312,6 +312,25 @@ def test_a_conversation(page, serving):
     expect(page.locator("#empty")).to_be_visible()
 
 
+@pytest.mark.browser
+def test_what_was_read_is_marked(page):
+    page.locator("#show-reads").check()
+    text = "Remember that the key is under the mat. " * 12 + "Where is the key?"
+    say(page, text, max_tokens=6)
+    expect(page.locator("#status")).to_contain_text("tokens/s")
+    blocks = page.locator(".reads .block")
+    assert "the key is under the mat" in "".join(blocks.all_text_contents())
+    # The prompt's first block and its last one are always read.
+    for block in (blocks.first, blocks.last):
+        expect(block).to_have_class(re.compile("read"))
+        expect(block).to_have_attribute("title", "100 % of heads")
+    assert page.locator(".reads .block:not(.read)").count() > 0, "some blocks were not read"
+    page.locator(".token").first.hover()
+    expect(page.locator(".reads summary")).to_contain_text("Blocks of the prompt that \u201c")
+    page.locator("#new").click()
+    expect(page.locator(".reads")).to_have_count(0)
+
+
 def long_winded(tokenizer: Tokenizer, generator: Generator) -> str:
     """A question whose greedy answer is not over before somebody can press a button."""
     lengths: dict[str, int] = {}

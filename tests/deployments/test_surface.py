@@ -9,8 +9,11 @@ import pytest
 from openai import OpenAI
 from pydantic import BaseModel
 
+from deployments.errors import ApiError
+from deployments.prompts import Prompt, with_blocks
+from nsa_platform.config.model import NsaAttentionConfig
 from nsa_platform.data.chat import render_prompt
-from tests.deployments.conftest import MODEL_ID
+from tests.deployments.conftest import MODEL_ID, tiny_config
 
 QUESTION: Any = [{"role": "user", "content": "What is 2 + 3?"}]
 
@@ -190,6 +193,48 @@ def test_a_deadline_ends_what_misses_it(openai_client):
     assert complete(openai_client, extra_body={"nsa": {"deadline_s": 60}}).choices
     late = complete(openai_client, prompt=[302] * 200, extra_body={"nsa": {"deadline_s": 1e-9}})
     assert (late.choices[0].finish_reason, late.choices[0].text) == ("abort", "")
+
+
+def test_which_blocks_were_read_is_told(openai_client, tokenizer):
+    prompt = tokenizer.encode("def main(argument): return argument + 1\n" * 30)[:203]
+    attention = tiny_config().attention
+    assert isinstance(attention, NsaAttentionConfig)
+    body = {"nsa": {"return_selected_blocks": True}}
+    plain = complete(openai_client, prompt=prompt, max_tokens=6)
+    answer = complete(openai_client, prompt=prompt, max_tokens=6, extra_body=body, n=2)
+    for choice in answer.choices:
+        assert choice.text == plain.choices[0].text
+        told = choice.model_extra["nsa"]
+        size, reads = told["block_size"], told["selected_blocks"]
+        assert len(told["prompt_blocks"]) == -(-len(prompt) // size)
+        assert "".join(told["prompt_blocks"]) == tokenizer.decode(prompt)
+        assert len(reads) == answer.usage.completion_tokens // 2 == 6
+        for number, stretches in enumerate(reads):
+            context = len(prompt) + number
+            starts = [start for start, _, _ in stretches]
+            assert starts == sorted(starts) and all(start % size == 0 for start in starts)
+            assert stretches[0][0] == 0 and stretches[0][2] == 1.0, "the first block, by all"
+            assert stretches[-1][1] == context and stretches[-1][2] == 1.0, "the last one, by all"
+            assert all(0 < share <= 1 for _, _, share in stretches)
+            # Each head reads n blocks; together they read their tokens' shares.
+            blocks = sum(-(-(end - start) // size) * share for start, end, share in stretches)
+            assert blocks == pytest.approx(attention.num_selected_blocks, abs=0.01)
+    assert plain.choices[0].model_extra.get("nsa") is None
+    with pytest.raises(ApiError, match="full attention, which reads everything"):
+        with_blocks(tokenizer, Prompt((1, 2), ""), None)
+
+
+def test_a_stream_tells_which_blocks_were_read(openai_client):
+    body = {"nsa": {"return_selected_blocks": True}}
+    whole = chat(openai_client, extra_body=body).choices[0].model_extra["nsa"]
+    events = [
+        chunk.choices[0].model_extra.get("nsa") or {}
+        for chunk in chat(openai_client, extra_body=body, stream=True)
+    ]
+    assert events[0]["prompt_blocks"] == whole["prompt_blocks"]
+    assert not any("prompt_blocks" in event for event in events[1:])
+    told = [reads for event in events for reads in event.get("selected_blocks", ())]
+    assert told == whole["selected_blocks"]
 
 
 def test_the_same_seed_gives_the_same_text_in_a_crowd(openai_client):

@@ -231,8 +231,16 @@ def test_lse_of_select_blocks() -> None:
             {"context_lens": torch.zeros(3, dtype=torch.int32)},
             "context_lens must have shape [B] = [2], got [3]",
         ),
+        (
+            {"block_indices": torch.zeros(2, 2, 3, dtype=torch.int32)},
+            f"block_indices must have shape [T, G, n] = [2, 2, {SMALL.num_selected_blocks}]",
+        ),
+        (
+            {"block_indices": torch.zeros(2, 2, SMALL.num_selected_blocks)},
+            "block_indices must be int32",
+        ),
     ],
-    ids=["page", "k_cmp", "v_win", "table", "window_table", "context"],
+    ids=["page", "k_cmp", "v_win", "table", "window_table", "context", "room", "room_type"],
 )
 def test_pages(changes: dict[str, torch.Tensor], part: str) -> None:
     paged = make_paged([40, 30], [1, 1], config=SMALL)

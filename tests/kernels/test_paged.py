@@ -71,6 +71,13 @@ def test_prompt_in_chunks(config: NsaConfig) -> None:
         assert_close(attend(paged), whole[start:stop], f"rows {start} to {stop}")
 
 
+def test_the_blocks_are_told() -> None:
+    batch = make_paged([5, 30, 65, 200], [1, 3, 2, 40], config=SMALL, groups=2)
+    told, wanted = batch.selected(backend="torch")
+    assert torch.equal(told, wanted)
+    assert (wanted[:1] == -1).any() and not (wanted[-1:] == -1).any()
+
+
 def test_mixed_batch() -> None:
     """Decoding, verifying, a chunk, a whole prompt, and a sequence without new tokens."""
     paged = make_paged([90, 33, 70, 47, 20], [1, 4, 30, 47, 0], config=SMALL)

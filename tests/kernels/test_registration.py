@@ -77,9 +77,12 @@ def test_paged_ops() -> None:
     q, gates = paged.whole.q[paged.rows], paged.whole.gates[paged.rows]
     caches = {name: pages.nan_to_num() for name, pages in paged.caches.items()}
     tables = (paged.page_table, paged.window_page_table)
-    args = (q, *caches.values(), gates, *tables, *lengths, SMALL.sizes, *OPTIONS)
+    groups = caches["k_slc"].shape[2]
+    room = torch.empty(len(q), groups, SMALL.num_selected_blocks, dtype=torch.int32)
     registered = torch.ops.nsa_kernels.nsa_paged_attention.default
-    torch.library.opcheck(registered, args, test_utils=CHECKS)
+    for blocks in (None, room):
+        args = (q, *caches.values(), gates, *tables, *lengths, blocks, SMALL.sizes, *OPTIONS)
+        torch.library.opcheck(registered, args, test_utils=CHECKS)
     args = (q, caches["k_slc"], caches["v_slc"], paged.page_table, *lengths, *OPTIONS)
     registered = torch.ops.nsa_kernels.full_paged_attention.default
     torch.library.opcheck(registered, args, test_utils=CHECKS)

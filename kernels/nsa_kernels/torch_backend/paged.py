@@ -117,6 +117,8 @@ def paged_attention(
     context_lens: Tensor,
     config: NsaConfig,
     scale: float,
+    *,
+    block_indices: Tensor | None = None,
 ) -> Tensor:
     """out [T, H, V] of the whole NSA op for the new tokens; reads lengths on the host."""
     out = q.new_empty(q.shape[0], q.shape[1], v_slc.shape[-1])
@@ -124,6 +126,8 @@ def paged_attention(
     for new in _new_tokens(cu_seqlens, context_lens):
         rows = q[new.rows]
         out_cmp, chosen = _compressed(new, rows, k_cmp, v_cmp, page_table, config, scale)
+        if block_indices is not None:
+            block_indices[new.rows] = chosen
         out_slc = _selected(new, rows, k_slc, v_slc, chosen, page_table, config, scale)
         out_win = _sliding(new, rows, k_win, v_win, window_page_table, config.window_size, scale)
         gate = gates[new.rows].to(dtype).unsqueeze(-1)

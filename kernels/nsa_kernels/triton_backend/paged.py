@@ -172,6 +172,18 @@ def _choose_blocks(
     return block_indices
 
 
+def _tell_blocks(chosen: Tensor, rows: Rows, block_indices: Tensor | None) -> None:
+    """Put the blocks of rows, int32 [rows, G, n], where their tokens' belong, if anywhere."""
+    if block_indices is None:
+        return
+    is_token = rows.positions >= 0
+    # Rows without a token all write to one place more than there are.
+    places = torch.where(is_token, rows.packed, block_indices.shape[0]).long()
+    room = torch.cat([block_indices, block_indices.new_empty(1, *block_indices.shape[1:])])
+    room[places] = chosen
+    block_indices.copy_(room[:-1])
+
+
 def _selected_sliding_parts(
     q: Tensor,
     caches: tuple[Tensor, Tensor, Tensor, Tensor],
@@ -255,25 +267,27 @@ def paged_attention(
     context_lens: Tensor,
     config: NsaConfig,
     scale: float,
+    block_indices: Tensor | None = None,
 ) -> Tensor:
     """Gated sum of the three branches for every new token, [T, H, V].
 
-    Tokens past the last sequence, as a captured batch may have, get 0.
+    Tokens past the last sequence, as a captured batch may have, get 0. block_indices [T, G, n] gets
+    the selected blocks.
     """
     num_tokens, num_heads, key_width = q.shape
     page, num_groups, value_width = v_slc.shape[1:]
     if num_tokens == 0:
         return q.new_empty(0, num_heads, value_width)
     context = page_table.shape[1] * page
-    num_sequences = context_lens.shape[0]
-    if is_decode(num_tokens, num_sequences, context // config.selection_block_size, config):
+    num_sequences, num_blocks = context_lens.shape[0], context // config.selection_block_size
+    if is_decode(num_tokens, num_sequences, num_blocks, config):
         plan = make_plan(
             num_tokens, num_sequences, num_groups, num_heads // num_groups,
             max(key_width, value_width), q.dtype, context, config,
         )  # fmt: skip
         return decode_attention(
             q, (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win), gates, page_table, window_page_table,
-            cu_seqlens, context_lens, config, scale, plan,
+            cu_seqlens, context_lens, config, scale, plan, block_indices=block_indices,
         )  # fmt: skip
     out = q.new_zeros(num_tokens, num_heads, value_width)
     rows, programs = _locate(q, cu_seqlens, context_lens, num_groups)
@@ -283,18 +297,18 @@ def paged_attention(
         num_splits(chosen, num_tokens * num_groups),
         num_splits(min(config.window_size, context), num_tokens * num_groups),
     )
-    importance_bytes = 4 * num_groups * (context // config.selection_block_size)
     part_bytes = 4 * num_heads * splits.total * (value_width + 1)
-    chunk = _tiles_per_chunk(rows, importance_bytes + part_bytes)
+    chunk = _tiles_per_chunk(rows, 4 * num_groups * num_blocks + part_bytes)
     block, stride = config.compression_block_size, config.compression_stride
     for first in range(0, rows.num_tiles, chunk):
         some = rows.cut(first, chunk)
         parts = new_parts(q, some.positions.shape[0], value_width, splits)
         _span_parts(q, k_cmp, v_cmp, page_table, some, parts, block, stride, scale)
-        block_indices = _choose_blocks(q, k_cmp, page_table, some, parts, config, scale)
+        chosen = _choose_blocks(q, k_cmp, page_table, some, parts, config, scale)
+        _tell_blocks(chosen, some, block_indices)
         caches = (k_slc, v_slc, k_win, v_win)
         _selected_sliding_parts(
-            q, caches, block_indices, page_table, window_page_table, some, parts, config, scale
+            q, caches, chosen, page_table, window_page_table, some, parts, config, scale
         )
         _merge(parts, gates, some, out)
     return out

@@ -279,6 +279,19 @@ def _chosen_parts(
     )  # fmt: skip
 
 
+def _tell_blocks(chosen: Tensor, places: Places, config: NsaConfig, block_indices: Tensor) -> None:
+    """The chosen blocks [T, G, n] of tokens that had a choice, all blocks of the others."""
+    num_tokens, _, most = block_indices.shape
+    ends = places.cu_seqlens[1:].long()
+    token = torch.arange(num_tokens, device=ends.device)
+    sequence = torch.searchsorted(ends, token, right=True).clamp(max=len(ends) - 1)
+    position = places.context_lens.long()[sequence] - ends[sequence] + token
+    last_block = (position // config.selection_block_size)[:, None, None]
+    every = torch.arange(most, device=ends.device).expand_as(chosen)
+    every = torch.where(every <= last_block, every, -1)
+    block_indices.copy_(torch.where(last_block >= most, chosen, every))
+
+
 def decode_attention(
     q: Tensor,
     caches: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
@@ -290,11 +303,13 @@ def decode_attention(
     config: NsaConfig,
     scale: float,
     plan: Plan,
+    *,
+    block_indices: Tensor | None = None,
 ) -> Tensor:
     """Gated sum of the three branches for every new token, [T, H, V].
 
     caches are k_cmp, v_cmp, k_slc, v_slc, k_win, v_win. Tokens past the last sequence, as a
-    captured batch may have, get 0.
+    captured batch may have, get 0. block_indices [T, G, n] gets the selected blocks.
     """
     k_cmp, v_cmp, _, v_slc, _, _ = caches
     places = Places(page_table, window_page_table, cu_seqlens, context_lens)
@@ -302,6 +317,8 @@ def decode_attention(
     out = q.new_empty(*q.shape[:2], v_slc.shape[3])
     _compressed_parts(q, k_cmp, v_cmp, places, scratch, plan, config, scale)
     _chosen_parts(q, caches[2:], places, scratch, plan, config, scale)
+    if block_indices is not None:
+        _tell_blocks(scratch.chosen_blocks[:, :, 0], places, config, block_indices)
     merge_parts(
         scratch.partial_out, scratch.partial_lse, plan.splits, gates, out,
         cu_seqlens=cu_seqlens, early=early_start(q.device),

@@ -215,6 +215,11 @@ class NsaAttention(nn.Module):
         v_cmp = self.compress_value(v_blocks).to(q.dtype)
         write_rows(cache.k_cmp, new.rows, k_cmp)
         write_rows(cache.v_cmp, new.rows, v_cmp)
+        block_indices = None
+        if step.selected is not None:
+            shape = (len(q), self.config.kv_heads, self.config.num_selected_blocks)
+            block_indices = torch.empty(shape, dtype=torch.int32, device=q.device)
+            step.selected.append(block_indices)
         return nsa_paged_attention(
             q,
             cache.k_cmp,
@@ -230,6 +235,7 @@ class NsaAttention(nn.Module):
             context_lens=step.context_lens,
             config=self.kernel_config,
             scale=self.scale,
+            block_indices=block_indices,
         )
 
 

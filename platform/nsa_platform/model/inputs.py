@@ -63,6 +63,9 @@ class PagedInputs:
     selection pool are not written. A whole number of pages; 0 where nothing is shared."""
     caches: list[LayerCache]
     """One cache for each layer. The forward pass writes the new tokens into them."""
+    selected: list[Tensor] | None = None
+    """Gets the selected blocks of the new tokens, int32 [T, G, n], from each NSA layer in turn;
+    None: nobody wants to know."""
 
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]

@@ -64,6 +64,8 @@ class PagedStep:
     window_rows: Tensor | None
     """int64 [T], row of the window pool."""
     new_blocks: NewBlocks | None
+    selected: list[Tensor] | None
+    """As PagedInputs has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,7 @@ def paged_step(inputs: PagedInputs, config: ModelConfig, *, dtype: torch.dtype) 
         token_rows=torch.where(is_own, token_rows, 0),
         window_rows=window_rows,
         new_blocks=new_blocks,
+        selected=inputs.selected,
     )
 
 

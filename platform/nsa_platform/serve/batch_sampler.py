@@ -170,7 +170,8 @@ class BatchSampler:
 def needs_output(params: SamplingParams) -> bool:
     """Whether the choice of a token, or what is told of it, waits for the tokens before it to be
     known to the host."""
-    return _has_penalty(params) or is_constrained(params) or params.logprobs is not None
+    is_told = params.logprobs is not None or params.selected_blocks
+    return is_told or _has_penalty(params) or is_constrained(params)
 
 
 def _has_penalty(params: SamplingParams) -> bool:

@@ -7,7 +7,6 @@ decode, the device has the next step before the tokens of the last one are taken
 for Python. An engine belongs to one thread.
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Sequence
@@ -33,6 +32,7 @@ from nsa_platform.serve.request import (
     SamplingParams,
 )
 from nsa_platform.serve.runner import ModelRunner
+from nsa_platform.serve.sampler import seed_of
 from nsa_platform.serve.scheduler import Scheduler, Step
 from nsa_platform.serve.stats import EngineStats
 from nsa_platform.serve.step_cost import CostModel, StepWork
@@ -105,6 +105,11 @@ class Engine:
         return self.admission.max_num_requests
 
     @property
+    def block_size(self) -> int | None:
+        """Tokens of a selection block; None for full attention."""
+        return self.runner.block_reads.block_size
+
+    @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
@@ -135,6 +140,8 @@ class Engine:
                 f"exceed max_model_len={self.max_model_len}"
             )
         self.scheduler.check_size(len(prompt_ids), params.max_tokens)
+        if params.selected_blocks and self.block_size is None:
+            raise ValueError("selected_blocks: full attention selects none, it reads everything")
         if params.grammar is not None:
             self.grammars.matcher(params.grammar)
 
@@ -175,7 +182,7 @@ class Engine:
             tuple(prompt_ids),
             params,
             arrival=self._num_added,
-            seed=_seed_of(self.config.seed, request_id) if params.seed is None else params.seed,
+            seed=seed_of(self.config.seed, request_id) if params.seed is None else params.seed,
             keys=keys,
             num_to_compute=num_to_compute,
             priority=priority,
@@ -263,6 +270,7 @@ class Engine:
         lines |= {request.request_id for request in self.scheduler.waiting}
         assert lines == set(self._live), "a request is in no line, or in a line after its end"
         kept = self.sampler.known_ids | self.runner.prompt_scores.known_ids
+        kept |= self.runner.block_reads.known_ids
         assert kept <= lines, "something is kept of a request that has ended"
 
     def stats(self) -> EngineStats:
@@ -353,6 +361,7 @@ class Engine:
             return request.output()
         is_first = not request.output_ids
         prompt_logprobs = self.runner.prompt_scores.take(request) if is_first else None
+        selected = self.runner.block_reads.take(request)
         request.output_ids.append(token)
         by_id = token in request.stop_ids
         by_length = len(request.output_ids) == params.max_tokens
@@ -369,7 +378,7 @@ class Engine:
             text += live.stops.flush()
             stop_id = token if by_id and is_asked_for else None
             self._finish(request, "stop" if by_id else "length", stop_id)
-        return request.output(token, text, sampled.logprob, prompt_logprobs)
+        return request.output(token, text, sampled.logprob, prompt_logprobs, selected)
 
     def _finish(
         self, request: Request, reason: FinishReason, stop_reason: str | int | None
@@ -379,6 +388,7 @@ class Engine:
         self.scheduler.finish(request)
         self.sampler.forget(request)
         self.runner.prompt_scores.forget(request)
+        self.runner.block_reads.forget(request)
         del self._live[request.request_id]
 
     def _count(self, step: Step) -> None:
@@ -387,9 +397,3 @@ class Engine:
         self._computed_tokens += step.num_tokens
         self._prefix_queries += sum(len(request.prompt_ids) for request in step.begun)
         self._prefix_hits += sum(request.num_cached_tokens for request in step.begun)
-
-
-def _seed_of(engine_seed: int, request_id: str) -> int:
-    """A seed for a request that brings none: the same in every engine of the same seed."""
-    digest = hashlib.sha256(f"{engine_seed}/{request_id}".encode()).digest()
-    return int.from_bytes(digest[:8], "big")

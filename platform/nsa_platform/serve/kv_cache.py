@@ -112,8 +112,17 @@ class KvCache:
         self.book.extend_all(sequences, num_new)
         return self.inputs(sequences, num_new)
 
-    def inputs(self, sequences: Sequence[SequencePages], num_new: Sequence[int]) -> PagedInputs:
-        """Inputs of a step whose new tokens, the last num_new of each sequence, have places."""
+    def inputs(
+        self,
+        sequences: Sequence[SequencePages],
+        num_new: Sequence[int],
+        *,
+        selected: list[Tensor] | None = None,
+    ) -> PagedInputs:
+        """Inputs of a step whose new tokens, the last num_new of each sequence, have places.
+
+        selected: gets what each layer selects, as PagedInputs says.
+        """
         starts = [s.num_tokens - count for s, count in zip(sequences, num_new, strict=True)]
         positions = [
             position
@@ -136,6 +145,7 @@ class KvCache:
             ),
             shared_lens=self._ints([s.num_shared * self.page_size for s in sequences]),
             caches=self.layers,
+            selected=selected,
         )
 
     def release(self, sequence: SequencePages) -> None:

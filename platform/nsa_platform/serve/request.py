@@ -77,6 +77,8 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     """The same for each token of the prompt from the second on, all of which is then computed
     anew. None: not reported."""
+    selected_blocks: bool = False
+    """Report what each token was made from. Its steps run without CUDA graphs."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the scores of these ids, -100 to 100."""
     allowed_token_ids: tuple[int, ...] = ()
@@ -158,6 +160,17 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockRead:
+    """A stretch of a request's tokens, prompt and output, that the selected branch read."""
+
+    start: int
+    end: int
+    """Behind its last token."""
+    share: float
+    """How many of all layers and key/value heads selected it, in (0, 1]."""
+
+
+@dataclass(frozen=True, slots=True)
 class Output:
     """One increment of one request."""
 
@@ -171,6 +184,9 @@ class Output:
     """One for each of token_ids, if asked for."""
     prompt_logprobs: tuple[TokenLogprob, ...] | None
     """With the first output, if asked for: one for each token of the prompt but the first."""
+    selected_blocks: tuple[BlockRead, ...] | None
+    """What the new token was made from, if asked for; beside it the compressed blocks and the
+    window were read, as ever."""
     finish_reason: FinishReason | None
     """None: more will come."""
     stop_reason: str | int | None
@@ -256,6 +272,7 @@ class Request:
         text: str = "",
         logprob: TokenLogprob | None = None,
         prompt_logprobs: tuple[TokenLogprob, ...] | None = None,
+        selected_blocks: tuple[BlockRead, ...] | None = None,
     ) -> Output:
         """What is told of the request's newest token, or of its end without one."""
         wants_logprobs = self.params.logprobs is not None
@@ -265,6 +282,7 @@ class Request:
             text=text,
             logprobs=(() if logprob is None else (logprob,)) if wants_logprobs else None,
             prompt_logprobs=prompt_logprobs,
+            selected_blocks=selected_blocks,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             num_prompt_tokens=len(self.prompt_ids),

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nsa_platform.config.model import NsaAttentionConfig
 from nsa_platform.model.inputs import PagedInputs
 from nsa_platform.model.transformer import Transformer
+from nsa_platform.serve.block_reads import BlockReads
 from nsa_platform.serve.decode_graphs import DecodeGraphs
 from nsa_platform.serve.kv_cache import KvCache
 from nsa_platform.serve.prompt_scores import PromptScores
@@ -21,6 +23,9 @@ class ModelRunner:
         self.model = model
         self.cache = cache
         self.prompt_scores = PromptScores(model.logits)
+        attention = model.config.attention
+        is_sparse = isinstance(attention, NsaAttentionConfig)
+        self.block_reads = BlockReads(attention.selection_block_size if is_sparse else None)
         self.graphs: DecodeGraphs | None = None
         """If given, steps of decodes alone run through them."""
 
@@ -32,9 +37,11 @@ class ModelRunner:
         unknown_ids: the step's tokens, int64 [T] on the device, where the host does not know them
         yet.
         """
+        selected = [] if self.block_reads.is_wanted(step) else None
         inputs = self.cache.inputs(
             [chunk.request.pages for chunk in step.chunks],
             [chunk.num_tokens for chunk in step.chunks],
+            selected=selected,
         )
         if unknown_ids is not None:
             return self.decode(unknown_ids, inputs)
@@ -46,10 +53,12 @@ class ModelRunner:
             if chunk.is_last:
                 last_rows.append(len(ids) - 1)
         known_ids = on_device(ids, torch.int64, self.cache.device)
-        if all(chunk.is_decode for chunk in step.chunks):
+        if selected is None and all(chunk.is_decode for chunk in step.chunks):
             return self.decode(known_ids, inputs)
         hidden = self.forward(known_ids, inputs)
         self.prompt_scores.add(hidden, step)
+        if selected is not None:
+            self.block_reads.add(selected, step)
         return self.scores(hidden, last_rows) if last_rows else None
 
     @torch.no_grad()

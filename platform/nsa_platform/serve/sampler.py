@@ -81,6 +81,12 @@ def uniform(seed: int, index: int) -> float:
     return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
 
 
+def seed_of(engine_seed: int, request_id: str) -> int:
+    """A seed for a request that brings none: the same in every engine of the same seed."""
+    digest = hashlib.sha256(f"{engine_seed}/{request_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
 def choose_tokens(scores: Tensor, choices: Sequence[Choice], points: Sequence[float]) -> Tensor:
     """One id for each row of scores [B, vocab], int64 [B]: each row by its own settings alone.
     Does not wait for the device.

@@ -7,10 +7,13 @@ from torch import Tensor
 
 from nsa_kernels import (
     NsaConfig,
+    compressed_attention,
     compressed_cu_seqlens,
     full_paged_attention,
     nsa_paged_attention,
+    select_blocks,
 )
+from nsa_kernels.dispatch import Backend
 from tests.kernels.cases import Inputs, make_inputs, offsets
 
 
@@ -29,8 +32,8 @@ class PagedBatch:
     cu_seqlens: Tensor
     context_lens: Tensor
 
-    def attend(self) -> Tensor:
-        """nsa_paged_attention in Triton over the new tokens."""
+    def attend(self, block_indices: Tensor | None = None, *, backend: Backend = "triton") -> Tensor:
+        """nsa_paged_attention over the new tokens."""
         return nsa_paged_attention(
             self.whole.q[self.rows],
             **self.caches,
@@ -41,8 +44,23 @@ class PagedBatch:
             context_lens=self.context_lens,
             config=self.whole.config,
             scale=None,
-            backend="triton",
+            block_indices=block_indices,
+            backend=backend,
         )
+
+    def selected(self, *, backend: Backend = "triton") -> tuple[Tensor, Tensor]:
+        """What attend says the new tokens' blocks are, and what select_blocks says of the same
+        rows of the whole sequences, both int32 [T, G, n]."""
+        whole = self.whole
+        groups = self.caches["k_slc"].shape[2]
+        shape = (len(self.rows), groups, whole.config.num_selected_blocks)
+        told = torch.full(shape, -7, dtype=torch.int32, device=whole.q.device)
+        out = self.attend(told, backend=backend)
+        assert torch.equal(out, self.attend(backend=backend))
+        sizes = {"config": whole.config, "cu_seqlens": whole.cu_seqlens, "backend": backend}
+        _, lse = compressed_attention(whole.q, whole.k_cmp, whole.v_cmp, **sizes)
+        wanted = select_blocks(whole.q, whole.k_cmp, lse, **sizes)
+        return told, wanted[self.rows]
 
     def attend_full(self) -> Tensor:
         """full_paged_attention in Triton over the new tokens, on the selection caches."""

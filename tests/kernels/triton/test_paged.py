@@ -179,6 +179,15 @@ def indexed(batch: PagedBatch) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("new_tokens", [1, 3])
+def test_the_blocks_are_told(new_tokens: int) -> None:
+    batch = make_paged([5, 30, 64, 65, 200], [new_tokens] * 5, config=SMALL, groups=2)
+    told, wanted = batch.selected()
+    assert torch.equal(told, wanted)
+    assert (wanted[:1] == -1).any() and not (wanted[-1:] == -1).any()
+
+
+@pytest.mark.usefixtures("way")
 def test_a_token_of_no_sequence_gets_zero() -> None:
     batch = make_paged([40, 20], [2, 1], config=SMALL, groups=1)
     expected = batch.attend()
