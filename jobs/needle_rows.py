@@ -1,0 +1,193 @@
+"""Rows that teach retrieval: real text in which secret numbers are told, and told again.
+
+    python -m jobs.needle_rows data/text data/needle_4k --length 4096 --rows 4096 --keys 60
+
+Reads a folder of prepare_data; writes one like it (tokenizer/, train/, validation/) to pretrain on.
+A row has exactly --length tokens. Each key, an English word, has a number in the sentence of the
+evaluation's needle; the same sentence comes again farther on, half of them at the row's end, and
+then the number can be known only from before. Many keys in a row make it worth learning soon to
+copy what stood behind the same words; sentences lie anywhere, so that all distances occur.
+"""
+
+import argparse
+import bisect
+import os
+import random
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from jobs.cli import fail
+from nsa_platform import storage
+from nsa_platform.data.manifest import SourceRecord
+from nsa_platform.data.shards import ShardSet, ShardWriter
+from nsa_platform.data.tokenizer import Tokenizer
+from nsa_platform.evaluate.needle import NEEDLE, WORDS
+from nsa_platform.evaluate.tasks.words import english
+
+SHARD_TOKENS = 8_000_000
+ROWS_AT_ONCE = 64
+FILLER_TOKENS = 8_000_000
+"""Of the text, at most so many tokens are read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Text between the sentences."""
+
+    ids: np.ndarray
+    """int64, without end tokens."""
+    line_ends: list[int]
+    """Where a line has just ended, ascending."""
+
+    @classmethod
+    def read(cls, folder: str, split: str, tokenizer: Tokenizer) -> "Text":
+        """The first tokens of prepared text.
+
+        Raises:
+            ValueError: there is too little of it.
+            OSError: it cannot be read.
+        """
+        shards = ShardSet(storage.join(folder, split), tokenizer_fingerprint=tokenizer.fingerprint)
+        parts = [np.asarray(shards.open(i).ids, dtype=np.int64) for i in range(len(shards))]
+        ids = np.concatenate([np.zeros(0, dtype=np.int64), *parts])[:FILLER_TOKENS]
+        ids = ids[ids != tokenizer.eos_id]
+        texts = [tokenizer.decode([token]) for token in range(tokenizer.vocab_size)]
+        ends_line = np.array([text.endswith("\n") for text in texts])
+        line_ends = (np.flatnonzero(ends_line[ids]) + 1).tolist()
+        if not line_ends:
+            raise ValueError(f"{folder}/{split}: holds no line of text")
+        return cls(ids, line_ends)
+
+    def piece(self, begin: int, length: int) -> np.ndarray:
+        """`length` tokens from `begin`; the text begins again where it ends."""
+        return np.take(self.ids, np.arange(begin, begin + length), mode="wrap")
+
+    def line_end(self, begin: int, place: int) -> int:
+        """The last line end at or before `place` of the piece that begins at `begin`."""
+        where = (begin + place) % len(self.ids)
+        found = self.line_ends[max(0, bisect.bisect_right(self.line_ends, where) - 1)]
+        return max(0, place - max(0, where - found))
+
+
+def words() -> list[str]:
+    """The evaluation's words, and common nouns besides."""
+    nouns = [word for word in english("noun") if word.isalpha() and word.isascii()]
+    return sorted({*WORDS, *nouns})
+
+
+def make_row(
+    tokenizer: Tokenizer, text: Text, pool: Sequence[str], *, length: int, keys: int, seed: str
+) -> list[int]:
+    """One row of exactly `length` tokens, the end token included.
+
+    Sentences that would leave less than an eighth of the row to text are left out.
+
+    Raises:
+        ValueError: there is no room for a single one.
+    """
+    dice = random.Random(seed)
+    chosen = dice.sample(pool, keys)
+    lines = [NEEDLE.format(word=word, number=dice.randint(10_000, 99_999)) for word in chosen]
+    sentences, room = [], length - 1
+    for sentence in tokenizer.encode_batch(lines):
+        if room - 2 * len(sentence) >= length / 8:
+            sentences.append(sentence)
+            room -= 2 * len(sentence)
+    if not sentences:
+        raise ValueError(f"--length={length} has no room for a sentence that is told twice")
+    begin = dice.randrange(len(text.ids))
+    told: list[tuple[int, int, list[int]]] = []
+    for order, sentence in enumerate(sentences):
+        first, second = sorted((dice.randint(0, room), dice.randint(0, room)))
+        if dice.random() < 0.5:
+            second = room
+        told.append((text.line_end(begin, first), order, sentence))
+        told.append((second if second == room else text.line_end(begin, second), order, sentence))
+    # Those at the end come in another order than they were told in.
+    told.sort(key=lambda each: (each[0], dice.random()))
+    hay, row, done = text.piece(begin, room).tolist(), [], 0
+    for place, _, sentence in told:
+        row += [*hay[done:place], *sentence]
+        done = place
+    return [*row, *hay[done:], tokenizer.eos_id]
+
+
+def _make_rows(
+    folder: str, split: str, length: int, keys: int, seed: int, numbers: range
+) -> list[np.ndarray]:
+    """Rows of some numbers, in a process of their own."""
+    tokenizer = Tokenizer(storage.join(folder, "tokenizer"))
+    text, pool = Text.read(folder, split, tokenizer), words()
+    make = partial(make_row, tokenizer, text, pool, length=length, keys=keys)
+    seeds = (f"{seed}/{split}/{length}/{number}" for number in numbers)
+    return [np.array(make(seed=each), dtype=np.uint32) for each in seeds]
+
+
+def write_rows(
+    folder: str, output: str, *, length: int, rows: int, keys: int, seed: int, processes: int
+) -> None:
+    """Write both splits, of which validation has a thirty-second of `rows`, at least 8.
+
+    Raises:
+        ValueError, OSError: the text or the sizes do not do.
+    """
+    tokenizer = Tokenizer(storage.join(folder, "tokenizer"))
+    # Before anything is written.
+    _make_rows(folder, "validation", length, keys, seed, range(1))
+    record = ShardSet(storage.join(folder, "train")).manifest.tokenizer
+    tokenizer.save(storage.join(output, "tokenizer"))
+    num_bytes = tokenizer.token_bytes()
+    for split, count in (("train", rows), ("validation", max(8, rows // 32))):
+        writer = ShardWriter(
+            storage.join(output, split),
+            kind="text",
+            split=split,
+            tokenizer=record,
+            shard_tokens=SHARD_TOKENS,
+        )
+        for row in _rows_of(folder, split, count, processes, (length, keys, seed)):
+            writer.add(row.tolist(), text_bytes=int(num_bytes[row].sum()))
+        writer.finish(SourceRecord(files=0, bytes=0, documents=count))
+
+
+def _rows_of(
+    folder: str, split: str, count: int, processes: int, sizes: tuple[int, int, int]
+) -> Iterator[np.ndarray]:
+    parts = [range(i, min(i + ROWS_AT_ONCE, count)) for i in range(0, count, ROWS_AT_ONCE)]
+    work = partial(_make_rows, folder, split, *sizes)
+    with ProcessPoolExecutor(min(processes, len(parts))) as pool:
+        for made in pool.map(work, parts):
+            yield from made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the rows."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", help="a folder that prepare_data has written")
+    parser.add_argument("output", help="the folder to write")
+    parser.add_argument("--length", type=int, required=True, help="tokens of a row")
+    parser.add_argument("--rows", type=int, required=True, help="of the training split")
+    parser.add_argument("--keys", type=int, required=True, help="numbers told in a row, at most")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args(argv)
+    sizes = {name: getattr(options, name) for name in ("length", "rows", "keys", "processes")}
+    for name, value in sizes.items():
+        if value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
+    try:
+        write_rows(str(Path(options.data)), str(Path(options.output)), seed=options.seed, **sizes)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    print(f"{options.output}: {options.rows:,} rows of {options.length:,} tokens")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Rows in which numbers are told and told again."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from jobs import needle_rows
+from nsa_platform.data.shards import ShardSet
+from nsa_platform.data.tokenizer import Tokenizer
+
+TOLD = re.compile(r"\nThe secret number of (\w+) is (\d{5})\.\n")
+LENGTH, ROWS, KEYS = 400, 24, 6
+
+
+def write(data: Path, output: Path, *more: str) -> None:
+    sizes = {"length": LENGTH, "rows": ROWS, "keys": KEYS, "processes": 1}
+    flags = [part for name, size in sizes.items() for part in (f"--{name}", str(size))]
+    needle_rows.main([str(data), str(output), *flags, *more])
+
+
+@pytest.fixture(scope="module")
+def rows(tiny_shards, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("needle_rows") / "rows"
+    write(tiny_shards.path, output)
+    return output
+
+
+def texts_of(folder: Path, split: str) -> list[str]:
+    tokenizer = Tokenizer(folder / "tokenizer")
+    shards = ShardSet(str(folder / split), tokenizer_fingerprint=tokenizer.fingerprint)
+    found = []
+    for index in range(len(shards)):
+        shard = shards.open(index)
+        assert set((shard.offsets[1:] - shard.offsets[:-1]).tolist()) == {LENGTH}
+        for row in shard.ids.reshape(-1, LENGTH).tolist():
+            assert row[-1] == tokenizer.eos_id and tokenizer.eos_id not in row[:-1]
+            found.append(tokenizer.decode(row))
+    return found
+
+
+def test_every_number_is_told_twice_and_half_of_them_at_the_end(rows: Path) -> None:
+    texts = texts_of(rows, "train")
+    assert len(set(texts)) == ROWS and len(texts_of(rows, "validation")) == 8
+    keys = at_end = 0
+    for text in texts:
+        told = TOLD.findall(text)
+        assert 2 <= len(told) <= 2 * KEYS
+        assert sorted(told) == sorted(2 * [*set(told)])
+        assert len({word for word, _ in told}) == len(told) // 2
+        # What is told for the first time stands anywhere, so most of it before other text.
+        tail = re.search(r"(?:\nThe secret number of \w+ is \d{5}\.\n)*\Z", text)
+        assert tail is not None and tail.start() > LENGTH // 4
+        keys += len(told) // 2
+        at_end += tail.group().count("secret")
+    assert 0.35 < at_end / keys < 0.75
+
+
+def test_rows_depend_on_the_seed_alone(rows: Path, tiny_shards, tmp_path: Path) -> None:
+    write(tiny_shards.path, tmp_path / "same")
+    write(tiny_shards.path, tmp_path / "other", "--seed", "1")
+    assert texts_of(tmp_path / "same", "train") == texts_of(rows, "train")
+    assert not set(texts_of(tmp_path / "other", "train")) & set(texts_of(rows, "train"))
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is(
+    tiny_shards, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flag, value, told in (
+        ("--length", "40", "--length=40 has no room for a sentence that is told twice"),
+        ("--rows", "0", "--rows must be at least 1, got 0"),
+    ):
+        with pytest.raises(SystemExit):
+            write(tiny_shards.path, tmp_path / "none", flag, value)
+        assert told in capsys.readouterr().err
+        assert not (tmp_path / "none").exists()
