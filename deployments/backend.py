@@ -55,6 +55,14 @@ class Backend(Protocol):
         """Whether a replica's engine lives, or the model may be without one."""
         ...
 
+    async def num_requests(self) -> int:
+        """Choices that are being generated or wait, over all replicas."""
+        ...
+
+    async def reset_prefix_cache(self) -> None:
+        """Have every replica forget all prompts and answers."""
+        ...
+
     async def metrics(self) -> Sequence[str]:
         """Each replica's metrics in Prometheus' text format."""
         ...

@@ -11,8 +11,8 @@ from deployments.errors import Failure
 from deployments.keys import KeyRing
 from deployments.visits import LOGGER, Visit, new_request_id
 
-GUARDED = ("/v1/", "/tokenize", "/detokenize")
-"""Beginnings of the paths that need a key and are logged; health and metrics are open."""
+GUARDED = ("/v1/", "/tokenize", "/detokenize", "/reset_prefix_cache")
+"""Beginnings of the paths that need a key and are logged; health, load and metrics are open."""
 REQUEST_ID = "X-Request-Id"
 
 

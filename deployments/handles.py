@@ -102,6 +102,14 @@ class ServeBackend:
     async def is_ready(self, model: str) -> bool:
         return model in self._may_sleep or bool(await self._ask_all(model, "is_healthy"))
 
+    async def num_requests(self) -> int:
+        asked = [await self._ask_all(model, "num_requests") for model in self.models]
+        return sum(map(sum, asked))
+
+    async def reset_prefix_cache(self) -> None:
+        for model in self.models:
+            await self._ask_all(model, "reset_prefix_cache")
+
     async def metrics(self) -> Sequence[str]:
         return [text for model in self.models for text in await self._ask_all(model, "metrics")]
 

@@ -31,6 +31,7 @@ from deployments.replies import (
     Completion,
     Detokenized,
     Health,
+    Load,
     ModelCard,
     ModelList,
     Tokens,
@@ -159,6 +160,17 @@ def _add_operations(app: FastAPI, backend: Backend) -> None:
             if not await backend.is_ready(model):
                 raise ApiError(unavailable(f"no replica of {model} answers"))
         return Health(status="ok")
+
+    @app.get("/load")
+    async def show_load() -> Load:
+        """How much is being generated or waits."""
+        return Load(server_load=await backend.num_requests())
+
+    @app.post("/reset_prefix_cache", responses={401: REFUSALS[401], 429: REFUSALS[429]})
+    async def reset_prefix_cache() -> Response:
+        """Have every replica forget all prompts and answers; what is being generated goes on."""
+        await backend.reset_prefix_cache()
+        return Response()
 
     @app.get("/version")
     async def show_version() -> Version:

@@ -90,20 +90,32 @@ class Meter:
         self._record("request_params_max_tokens", max_tokens)
         self._record("request_params_n", n)
 
-    def first_token(self, seconds: float) -> None:
-        """A choice has begun."""
+    def first_token(self, seconds: float, *, queue_s: float) -> None:
+        """A choice has begun, `seconds` after it came and queue_s of them before its first step."""
         self._record("time_to_first_token_seconds", seconds)
+        self._record("request_queue_time_seconds", queue_s)
+        self._record("request_prefill_time_seconds", max(0.0, seconds - queue_s))
 
     def next_token(self, seconds: float) -> None:
         """A token came that long after the one before."""
         self._record("inter_token_latency_seconds", seconds)
 
     def finished(
-        self, reason: str, *, prompt: int, generated: int, seconds: float, decode_s: float
+        self,
+        reason: str,
+        *,
+        prompt: int,
+        generated: int,
+        seconds: float,
+        queue_s: float | None,
+        decode_s: float,
     ) -> None:
-        """One choice came to its end; decode_s of its seconds passed after its first token."""
+        """One choice came to its end; queue_s of its seconds passed before its first step (None: it
+        had none), decode_s after its first token."""
         self._record("request_success", 1, finished_reason=reason)
         self._record("e2e_request_latency_seconds", seconds)
+        if queue_s is not None:
+            self._record("request_inference_time_seconds", max(0.0, seconds - queue_s))
         self._record("request_decode_time_seconds", decode_s)
         self._record("request_prompt_tokens", prompt)
         self._record("request_generation_tokens", generated)

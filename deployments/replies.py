@@ -216,6 +216,13 @@ class Health(Reply):
     status: Literal["ok"]
 
 
+class Load(Reply):
+    """GET /load."""
+
+    server_load: int
+    """Choices that are being generated or wait, over all models and replicas."""
+
+
 class Version(Reply):
     """GET /version."""
 

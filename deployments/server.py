@@ -101,6 +101,14 @@ class LLMServer:
         """This replica's metrics in Prometheus' text format."""
         return self._meter.exposition()
 
+    async def num_requests(self) -> int:
+        """Choices that are being generated or wait."""
+        return self._service.num_requests()
+
+    async def reset_prefix_cache(self) -> None:
+        """Forget all prompts and answers."""
+        self._service.reset_prefix_cache()
+
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What KvPressurePolicy decides by."""
         stats = self._engine.stats()

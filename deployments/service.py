@@ -144,6 +144,15 @@ class OpenAiService:
         text = self._tokenizer.decode(request.tokens, skip_special_tokens=False)
         return Detokenized(prompt=text).to_json()
 
+    def num_requests(self) -> int:
+        """Choices that are being generated or wait."""
+        stats = self._engine.stats()
+        return stats.num_running + stats.num_waiting
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all prompts and answers. Raises EngineDead."""
+        self._engine.reset_prefix_cache()
+
     def close(self) -> None:
         """Stop the tokenizer's thread."""
         self._reader.shutdown(wait=False)
@@ -238,7 +247,8 @@ class OpenAiService:
                     now = time.monotonic()
                     if is_first:
                         begun = now
-                        self.meter.first_token(now - started)
+                        if output.token_ids:
+                            self.meter.first_token(now - started, queue_s=output.queue_s or 0.0)
                     else:
                         self.meter.next_token(now - last)
                     is_first, last = False, now
@@ -248,6 +258,7 @@ class OpenAiService:
                             prompt=len(prompt.ids),
                             generated=output.num_output_tokens,
                             seconds=now - started,
+                            queue_s=output.queue_s,
                             decode_s=now - begun,
                         )
                     yield output

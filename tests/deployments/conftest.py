@@ -122,6 +122,12 @@ class LocalBackend:
             return False
         return True
 
+    async def num_requests(self) -> int:
+        return self.service.num_requests()
+
+    async def reset_prefix_cache(self) -> None:
+        self.service.reset_prefix_cache()
+
     async def metrics(self) -> Sequence[str]:
         return [self.meter.exposition()]
 

@@ -55,6 +55,8 @@ def lines(caplog):
 def test_only_keys_open_the_api(guarded):
     assert guarded.get("/health").status_code == 200
     assert guarded.get("/metrics").status_code == 200
+    assert guarded.get("/load").json() == {"server_load": 0}
+    assert guarded.post("/reset_prefix_cache").status_code == 401
     for headers in ({}, bearer("nsa-wrong"), {"Authorization": f"Basic {SECRET}"}):
         for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
             refused = guarded.post(path, json=BODY, headers=headers)

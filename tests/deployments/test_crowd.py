@@ -25,7 +25,11 @@ from tests.deployments.running import eventually
 CLIENTS = 200
 SECONDS = 15.0
 CROWDED = EngineConfig(
-    max_model_len=512, max_num_seqs=16, max_num_batched_tokens=128, max_num_queued=120
+    max_model_len=512,
+    max_num_seqs=16,
+    max_num_batched_tokens=128,
+    max_num_queued=120,
+    async_scheduling=True,  # as on a GPU
 )
 LONGEST = 40
 

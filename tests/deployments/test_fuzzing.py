@@ -46,8 +46,8 @@ def api(model_folder: Path) -> Iterator[Any]:
 
 def test_the_document_names_every_route(api: Any) -> None:
     labels = {found.ok().label for found in api.get_all_operations()}
-    rest = {"GET /v1/models", "GET /health", "GET /version", "GET /metrics"}
-    assert labels == {*PATHS, *rest}
+    rest = {"GET /v1/models", "GET /health", "GET /version", "GET /metrics", "GET /load"}
+    assert labels == {*PATHS, *rest, "POST /reset_prefix_cache"}
 
 
 @pytest.mark.parametrize(

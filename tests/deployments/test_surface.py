@@ -189,6 +189,40 @@ def test_what_was_computed_before_is_counted_and_salts_part_it(openai_client):
     assert cached(cache_salt="a", prompt_logprobs=0) == 0, "scores need every token computed"
 
 
+def test_the_prefix_cache_can_be_emptied(openai_client, client):
+    def cached() -> int:
+        answer = complete(openai_client, prompt=[303] * 60, max_tokens=2)
+        return answer.usage.prompt_tokens_details.cached_tokens
+
+    assert cached() == 0
+    assert cached() >= 40
+    reply = client.post("/reset_prefix_cache")
+    assert (reply.status_code, reply.text) == (200, "")
+    assert cached() == 0
+
+
+def test_the_parts_of_an_answer_s_time_are_counted(openai_client, client):
+    def sums() -> dict[str, float]:
+        text = client.get("/metrics").text
+        found = re.findall(r"^nsa:(\w+_seconds_(?:sum|count))\{.*\} (\S+)$", text, re.MULTILINE)
+        return {name: float(value) for name, value in found}
+
+    complete(openai_client, prompt=[304] * 50)
+    before = sums()
+    complete(openai_client, prompt=[305] * 50, max_tokens=9)
+    spent = {name: value - before[name] for name, value in sums().items()}
+    parts = {
+        name: spent[f"request_{name}_time_seconds_sum"] for name in ("queue", "prefill", "decode")
+    }
+    assert spent["request_queue_time_seconds_count"] == 1
+    assert spent["request_inference_time_seconds_count"] == 1
+    assert parts["prefill"] > 0 and parts["decode"] > 0
+    first = spent["time_to_first_token_seconds_sum"]
+    assert parts["queue"] + parts["prefill"] == pytest.approx(first, abs=1e-6)
+    inference = spent["request_inference_time_seconds_sum"]
+    assert parts["prefill"] + parts["decode"] == pytest.approx(inference, abs=1e-6)
+
+
 def test_a_deadline_ends_what_misses_it(openai_client):
     assert complete(openai_client, extra_body={"nsa": {"deadline_s": 60}}).choices
     late = complete(openai_client, prompt=[302] * 200, extra_body={"nsa": {"deadline_s": 1e-9}})

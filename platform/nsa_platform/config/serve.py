@@ -77,6 +77,10 @@ class EngineConfig(Strict):
     seed: int = 0
     """Together with its id it seeds a request that brings no seed of its own."""
 
+    def runs_ahead(self, *, is_on_gpu: bool) -> bool:
+        """What async_scheduling comes to."""
+        return is_on_gpu if self.async_scheduling is None else self.async_scheduling
+
     @model_validator(mode="after")
     def _limits_fit(self) -> Self:
         if self.max_num_batched_tokens < self.max_num_seqs:

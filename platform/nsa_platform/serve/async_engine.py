@@ -52,6 +52,11 @@ class _Abort:
     """Whose request it is: another one may have come under the same id since."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Forget:
+    """Empty the prefix cache."""
+
+
 class AsyncEngine:
     """Feeds one engine from any number of coroutines, and loops its steps in a thread."""
 
@@ -59,7 +64,7 @@ class AsyncEngine:
         self.engine = engine
         self._changed = threading.Condition()
         # All below is guarded by _changed.
-        self._inbox: deque[_Add | _Abort] = deque()
+        self._inbox: deque[_Add | _Abort | _Forget] = deque()
         self._streams: dict[str, _Stream] = {}
         self._stats = engine.stats()
         self._failure: Exception | None = None
@@ -116,6 +121,17 @@ class AsyncEngine:
             _Add(request_id, tuple(prompt_ids), params, cache_salt, priority, deadline_s)
         )
 
+    def reset_prefix_cache(self) -> None:
+        """Forget all prompts and answers before the next step. Requests that run keep what they
+        have.
+
+        Raises:
+            EngineDead: the engine has failed or is closed.
+        """
+        self.check_health()
+        with self._changed:
+            self._tell(_Forget())
+
     async def close(self) -> None:
         """End the thread after the step at hand; open streams raise EngineDead."""
         with self._changed:
@@ -157,7 +173,7 @@ class AsyncEngine:
                 retry_after_s=self._stats.next_end_s,
             )
 
-    def _tell(self, order: _Add | _Abort) -> None:
+    def _tell(self, order: _Add | _Abort | _Forget) -> None:
         self._inbox.append(order)
         self._changed.notify()
 
@@ -187,6 +203,8 @@ class AsyncEngine:
         for order in orders:
             if isinstance(order, _Add):
                 self._add(order)
+            elif isinstance(order, _Forget):
+                self.engine.reset_prefix_cache()
             else:
                 self._abort(order)
         return True

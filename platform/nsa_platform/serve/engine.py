@@ -91,8 +91,7 @@ class Engine:
         self._live: dict[str, _Live] = {}
         self._num_added = 0
         self._is_measuring = False
-        is_async = config.async_scheduling
-        self._runs_ahead = weight.is_cuda if is_async is None else is_async
+        self._runs_ahead = config.runs_ahead(is_on_gpu=weight.is_cuda)
         self._flight: _Flight | None = None
         self._landed_s = 0.0
         self._prompt_tokens = self._generation_tokens = self._computed_tokens = 0
@@ -176,6 +175,7 @@ class Engine:
         keys = self.cache.book.keys(prompt_ids, salt)
         num_to_compute = len(prompt_ids) - self.cache.book.num_known(keys)
         self.admission.check(num_to_compute, priority=priority, deadline_s=deadline_s)
+        now_s = time.monotonic()
         own_stops = () if params.ignore_eos else self.tokenizer.stop_ids()
         request = Request(
             request_id,
@@ -186,7 +186,8 @@ class Engine:
             keys=keys,
             num_to_compute=num_to_compute,
             priority=priority,
-            deadline_s=math.inf if deadline_s is None else time.monotonic() + deadline_s,
+            deadline_s=math.inf if deadline_s is None else now_s + deadline_s,
+            arrived_s=now_s,
             stop_ids=frozenset((*own_stops, *params.stop_token_ids)),
         )
         self.scheduler.add(request)
@@ -242,11 +243,8 @@ class Engine:
         self._is_measuring = True
 
     def capture(self, *, context_lens: Sequence[int] | None = None) -> None:
-        """Make ready the fixed shapes in which steps of decodes run: CUDA graphs on a GPU.
-
-        context_lens: tokens of the longest context of each shape; None: from short ones up to
-        max_model_len.
-        """
+        """Make ready the fixed shapes in which steps of decodes run, CUDA graphs on a GPU: for
+        contexts of up to so many tokens each; None: short ones and longer ones to max_model_len."""
         book = self.cache.book
         max_pages = min(book.num_pages, -(-self.max_model_len // book.page_size))
         lengths = capture_lengths(max_pages)
@@ -306,9 +304,9 @@ class Engine:
         launched_s = time.perf_counter()
         logits = self.runner.run(step, unknown_ids)
         requests = [chunk.request for chunk in step.chunks if chunk.is_last]
-        num_unknown = int(unknown_ids is not None)
         choices = None
         if logits is not None:
+            num_unknown = int(unknown_ids is not None)
             choices = self.sampler.choose(logits, requests, num_unknown=num_unknown)
         self._count(step)
         self.scheduler.settle(step)
@@ -397,3 +395,5 @@ class Engine:
         self._computed_tokens += step.num_tokens
         self._prefix_queries += sum(len(request.prompt_ids) for request in step.begun)
         self._prefix_hits += sum(request.num_cached_tokens for request in step.begun)
+        for request in step.begun:
+            request.queue_s = time.monotonic() - request.arrived_s

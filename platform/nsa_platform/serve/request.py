@@ -196,6 +196,8 @@ class Output:
     """Tokens of the prompt that did not have to be computed."""
     num_output_tokens: int
     """Tokens generated so far, these included."""
+    queue_s: float | None
+    """Seconds from its arrival at the engine to its first step; None: it ended before."""
 
 
 class RequestState(Enum):
@@ -225,6 +227,10 @@ class Request:
     """The lower, the more important."""
     deadline_s: float = math.inf
     """When the first token must have come, by the engine's clock."""
+    arrived_s: float = 0.0
+    """When it came, by the same clock."""
+    queue_s: float | None = None
+    """Seconds from then to its first step; None: it has not begun."""
     stop_ids: frozenset[int] = frozenset()
     """Ids that end it: the tokenizer's own unless they are ignored, and params.stop_token_ids."""
     output_ids: list[int] = field(default_factory=list)
@@ -288,6 +294,7 @@ class Request:
             num_prompt_tokens=len(self.prompt_ids),
             num_cached_tokens=self.num_cached_tokens,
             num_output_tokens=len(self.output_ids),
+            queue_s=self.queue_s,
         )
 
     def tokens(self, start: int, end: int) -> list[int]:
