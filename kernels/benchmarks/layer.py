@@ -217,15 +217,14 @@ def _error(part: Part, reference: Part) -> float:
 
 
 def graph_ms(call: Call, rep_ms: int) -> float:
-    """Median milliseconds of a call replayed from a CUDA graph, L2 flushed between replays."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(_REPEATS):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
+    """Median milliseconds of a call replayed from a CUDA graph, L2 flushed between replays.
+
+    Captured on the current stream, no default one: gradients would meet leaves of another stream.
+    """
+    for _ in range(_REPEATS):
+        call()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         call()
     return launched_ms(graph.replay, rep_ms)
 
@@ -377,6 +376,13 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("layer: needs a CUDA or ROCm GPU; torch sees none", file=sys.stderr)
         return 2
+    with torch.cuda.stream(torch.cuda.Stream()):
+        run(arguments)
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Check, measure, print."""
     check("cuda")
     times = dict(
         measure(arguments.tokens, "cuda", rep_ms=arguments.rep_ms, kernels=arguments.kernels)
@@ -387,7 +393,6 @@ def main() -> int:
         print(f"{mode}, launched from Python: {times[f'layer/{mode}/launched']:.3f} ms")
     for batch, context in DECODE:
         print(measure_decode(batch, context, "cuda"), flush=True)
-    return 0
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from nsa_kernels.torch_backend.mixing import mix_backward, mix_forward
 from nsa_kernels.torch_backend.paged import full_paged_attention, paged_attention
+from nsa_kernels.torch_backend.paged_writes import fold_and_write, rotate_and_write
 from nsa_kernels.torch_backend.selected import selected_backward, selected_forward
 from nsa_kernels.torch_backend.selection import select_blocks
 from nsa_kernels.torch_backend.span import (
@@ -17,6 +18,7 @@ from nsa_kernels.torch_backend.whole import nsa_backward, nsa_forward
 __all__ = [
     "compressed_backward",
     "compressed_forward",
+    "fold_and_write",
     "full_backward",
     "full_forward",
     "full_paged_attention",
@@ -25,6 +27,7 @@ __all__ = [
     "nsa_backward",
     "nsa_forward",
     "paged_attention",
+    "rotate_and_write",
     "select_blocks",
     "selected_backward",
     "selected_forward",

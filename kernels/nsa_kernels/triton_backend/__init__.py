@@ -3,6 +3,8 @@
 from nsa_kernels.triton_backend.importance import select_blocks
 from nsa_kernels.triton_backend.mixing import mix_backward, mix_forward
 from nsa_kernels.triton_backend.paged import full_paged_attention, paged_attention
+from nsa_kernels.triton_backend.paged_append import rotate_and_write
+from nsa_kernels.triton_backend.paged_fold import fold_and_write
 from nsa_kernels.triton_backend.selected_backward import selected_backward
 from nsa_kernels.triton_backend.selected_forward import selected_forward
 from nsa_kernels.triton_backend.span_backward import (
@@ -20,6 +22,7 @@ from nsa_kernels.triton_backend.whole import nsa_backward, nsa_forward
 __all__ = [
     "compressed_backward",
     "compressed_forward",
+    "fold_and_write",
     "full_backward",
     "full_forward",
     "full_paged_attention",
@@ -28,6 +31,7 @@ __all__ = [
     "nsa_backward",
     "nsa_forward",
     "paged_attention",
+    "rotate_and_write",
     "select_blocks",
     "selected_backward",
     "selected_forward",

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from nsa_kernels import (
+    NewRows,
     compressed_attention,
+    fold_and_write,
     full_attention,
     full_paged_attention,
     nsa_attention,
     nsa_paged_attention,
+    rotate_and_write,
     select_blocks,
     selected_attention,
     sliding_attention,
@@ -27,13 +30,7 @@ from nsa_platform.config.model import (
     ModelConfig,
     NsaAttentionConfig,
 )
-from nsa_platform.model.cache import (
-    FullLayerCache,
-    LayerCache,
-    NsaLayerCache,
-    read_rows,
-    write_rows,
-)
+from nsa_platform.model.cache import FullLayerCache, LayerCache, NsaLayerCache
 from nsa_platform.model.compression import Compression, kernel_config
 from nsa_platform.model.exchange import heads_of_kin, to_heads, to_tokens
 from nsa_platform.model.layers import from_own_inputs, own_outputs
@@ -41,6 +38,19 @@ from nsa_platform.model.partition import WHOLE, Axis
 from nsa_platform.model.probe import observe_gates, observe_selection
 from nsa_platform.model.rotary import Rotation, attention_scale
 from nsa_platform.model.step import PackedStep, PagedStep, PolicyStep, Step
+
+
+class _Raw(NamedTuple):
+    """One layer's query, gates, and keys and values before any rotation."""
+
+    q: Tensor
+    gates: Tensor
+    tail: Tensor | None
+    """Keys that phi folds unrotated, [T, G, K]; None where it folds those of a branch."""
+    keys: Tensor
+    """[T, 1 to 3, G, K], of the branches, that of phi first if it has one of its own."""
+    values: list[Tensor]
+    """Three of [T, G, V]: phi's, the selected and the sliding branch's."""
 
 
 class _Projected(NamedTuple):
@@ -92,13 +102,13 @@ class NsaAttention(nn.Module):
         """x [T, D], already normed -> [T, D]. A PagedStep needs the layer's cache."""
         if isinstance(step, PackedStep):
             tensor = step.partition.tensor
-            out = self._attend_packed(self._project(x, step.rotation, tensor), step)
+            out = self._attend_packed(self._rotated(self._project(x, tensor), step.rotation), step)
             return from_own_inputs(self.output, out.flatten(1), tensor)
         assert isinstance(step, PagedStep) and isinstance(cache, NsaLayerCache)
-        out = self._attend_paged(self._project(x, step.rotation, WHOLE.tensor), step, cache)
+        out = self._attend_paged(self._project(x, WHOLE.tensor), step, cache)
         return self.output(out.flatten(1))
 
-    def _project(self, x: Tensor, rotation: Rotation, tensor: Axis) -> _Projected:
+    def _project(self, x: Tensor, tensor: Axis) -> _Raw:
         """Projections of the heads that this worker of the tensor axis has."""
         config = self.config
         groups = config.kv_heads // tensor.size
@@ -106,10 +116,9 @@ class NsaAttention(nn.Module):
         branches = 3 if config.branch_kv == "separate" else 1
 
         q = own_outputs(self.query, x, [config.query_heads * config.key_width], tensor)
-        q = rotation.apply(self.query_norm(q.unflatten(1, (-1, config.key_width))))
+        q = self.query_norm(q.unflatten(1, (-1, config.key_width)))
         gates = self._gates(x, tensor)
-        # Split once: the gradients of all parts then meet in one concatenation. Only what a branch
-        # reads rotated is rotated, branch by branch, so that the op finds it contiguous.
+        # Split once: the gradients of all parts then meet in one concatenation.
         num_raw = int(branches == 3 and config.compressed_rotary != "before")
         widths = [key_width * tensor.size] * branches + [value_width * tensor.size] * branches
         raw, keys, *values = own_outputs(self.key_value, x, widths, tensor).split(
@@ -117,15 +126,23 @@ class NsaAttention(nn.Module):
             dim=1,
         )
         keys = self.key_norm(keys.unflatten(1, (branches - num_raw, groups, config.key_width)))
-        keys = keys.transpose(0, 1)
+        tail = self.key_norm(raw.unflatten(1, (groups, -1))) if num_raw else None
+        values = [v.unflatten(1, (groups, -1)) for v in values] * (3 // branches)
+        return _Raw(q, gates, tail, keys, values)
+
+    def _rotated(self, raw: _Raw, rotation: Rotation) -> _Projected:
+        """Only what a branch reads rotated is rotated, branch by branch, so that the op finds it
+        contiguous."""
+        keys = raw.keys.transpose(0, 1)
         rotated = rotation.apply(keys).unbind(0)
-        v_tail, v_slc, v_win = [v.unflatten(1, (groups, -1)) for v in values] * (3 // branches)
-        if config.compressed_rotary == "before":
+        if self.config.compressed_rotary == "before":
             k_tail = rotated[0]
         else:
-            k_tail = self.key_norm(raw.unflatten(1, (groups, -1))) if num_raw else keys[0]
+            k_tail = keys[0] if raw.tail is None else raw.tail
         k_slc, k_win = (rotated * 2)[-2:]
-        return _Projected(q, gates, k_tail, v_tail, k_slc, v_slc, k_win, v_win)
+        v_tail, v_slc, v_win = raw.values
+        q = rotation.apply(raw.q)
+        return _Projected(q, raw.gates, k_tail, v_tail, k_slc, v_slc, k_win, v_win)
 
     def _gates(self, x: Tensor, tensor: Axis) -> Tensor:
         """[T, own heads, 3]: 0 for a branch that is left out, 1 for the others without gates."""
@@ -194,27 +211,33 @@ class NsaAttention(nn.Module):
         branches = torch.stack([out_cmp, out_slc, out_win], 2).to(exact)  # [T, H, 3, V]
         return (branches * gates.to(exact)[..., None]).sum(2).to(q.dtype)
 
-    def _attend_paged(self, projected: _Projected, step: PagedStep, cache: NsaLayerCache) -> Tensor:
-        q, gates, k_tail, v_tail, k_slc, v_slc, k_win, v_win = projected
-        new = step.new_blocks
-        assert new is not None and step.window_rows is not None
-        assert step.window_page_table is not None
-        write_rows(cache.k_slc, step.token_rows, k_slc)
-        write_rows(cache.v_slc, step.token_rows, v_slc)
-        write_rows(cache.k_tail, step.window_rows, k_tail)
-        write_rows(cache.v_tail, step.window_rows, v_tail)
+    def _attend_paged(self, raw: _Raw, step: PagedStep, cache: NsaLayerCache) -> Tensor:
+        new, window_rows = step.new_blocks, step.window_rows
+        assert new is not None and window_rows is not None and step.window_page_table is not None
+        keys = raw.keys.unbind(1)
+        v_tail, v_slc, v_win = raw.values
+        branches = [
+            NewRows((keys * 2)[-2], v_slc, cache.k_slc, cache.v_slc, step.token_rows),
+            NewRows(
+                keys[0] if raw.tail is None else raw.tail,
+                v_tail,
+                cache.k_tail,
+                cache.v_tail,
+                window_rows,
+                is_rotated=self.config.compressed_rotary == "before",
+            ),
+        ]
         window_page_table = step.page_table
         if self.config.branch_kv == "separate":
             window_page_table = step.window_page_table
-            write_rows(cache.k_win, step.window_rows, k_win)
-            write_rows(cache.v_win, step.window_rows, v_win)
-
-        k_blocks = read_rows(cache.k_tail, new.tail_rows).permute(2, 0, 1, 3)
-        v_blocks = read_rows(cache.v_tail, new.tail_rows).permute(2, 0, 1, 3)
-        k_cmp = self._place(self.compress_key(k_blocks).to(q.dtype), new.rotation)
-        v_cmp = self.compress_value(v_blocks).to(q.dtype)
-        write_rows(cache.k_cmp, new.rows, k_cmp)
-        write_rows(cache.v_cmp, new.rows, v_cmp)
+            branches.append(NewRows(keys[-1], v_win, cache.k_win, cache.v_win, window_rows))
+        q = rotate_and_write(raw.q, branches, step.rotation.cos, step.rotation.sin)
+        fold_and_write(
+            (self.compress_key.phi, self.compress_value.phi),
+            (cache.k_tail, cache.v_tail),
+            (cache.k_cmp, cache.v_cmp),
+            new,
+        )
         block_indices = None
         if step.selected is not None:
             shape = (len(q), self.config.kv_heads, self.config.num_selected_blocks)
@@ -228,7 +251,7 @@ class NsaAttention(nn.Module):
             cache.v_slc,
             cache.k_win,
             cache.v_win,
-            gates,
+            raw.gates,
             page_table=step.page_table,
             window_page_table=window_page_table,
             cu_seqlens=step.cu_seqlens,
@@ -276,7 +299,7 @@ class FullAttention(nn.Module):
         if isinstance(step, PolicyStep):
             out = step.attend(self.layer_index, q, k, v)
         else:
-            out = self._attend(step.rotation.apply(q), step.rotation.apply(k), v, step, cache)
+            out = self._attend(q, k, v, step, cache)
         return from_own_inputs(self.output, self._gate(out, x, step, tensor).flatten(1), tensor)
 
     def _attend(
@@ -287,15 +310,16 @@ class FullAttention(nn.Module):
         step: PackedStep | PagedStep,
         cache: LayerCache | None,
     ) -> Tensor:
-        """Out [T, H, V] of rotated queries and keys."""
+        """Out [T, H, V] of queries and keys before rotation."""
+        rotation = step.rotation
         if isinstance(step, PackedStep):
             context = step.partition.context
-            q, k, v = to_heads((q, k, v), context)
+            q, k, v = to_heads((rotation.apply(q), rotation.apply(k), v), context)
             out = full_attention(q, k, v, cu_seqlens=step.cu_seqlens, scale=self.scale)
             return to_tokens(out, context)
         assert isinstance(cache, FullLayerCache)
-        write_rows(cache.k, step.token_rows, k)
-        write_rows(cache.v, step.token_rows, v)
+        rows = NewRows(k, v, cache.k, cache.v, step.token_rows)
+        q = rotate_and_write(q, [rows], rotation.cos, rotation.sin)
         return full_paged_attention(
             q,
             cache.k,

@@ -72,13 +72,3 @@ class FullLayerCache:
 
 
 LayerCache = NsaLayerCache | FullLayerCache
-
-
-def write_rows(pool: Tensor, rows: Tensor, values: Tensor) -> None:
-    """Write values [T, G, W] to rows [T] of a pool [P, rows per page, G, W], in place."""
-    pool.view(-1, *pool.shape[2:])[rows] = values.to(pool.dtype)
-
-
-def read_rows(pool: Tensor, rows: Tensor) -> Tensor:
-    """Rows [...] of a pool [P, rows per page, G, W] as [..., G, W]."""
-    return pool.view(-1, *pool.shape[2:])[rows]

@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from nsa_kernels import NsaConfig, compressed_cu_seqlens
+from nsa_kernels import NsaConfig, Phi, compressed_cu_seqlens, fold_blocks
 from nsa_platform.config.model import NsaAttentionConfig
 
 ALL = slice(None)
@@ -156,13 +156,14 @@ class Compression(nn.Module):
 
     def forward(self, blocks: Tensor) -> Tensor:
         """Fold single blocks [G, C, l, W] into [C, G, W]."""
+        return fold_blocks(blocks, self.phi)
+
+    @property
+    def phi(self) -> Phi:
+        """The parameters, as the kernels take them."""
         if self.kind == "mean":
-            return blocks.mean(2).transpose(0, 1)
-        placed = blocks + self.position[:, None].to(blocks.dtype)
-        folded = torch.bmm(placed.flatten(2), self.fold)
-        if self.kind == "mlp":
-            folded = self._correct(blocks.mean(2), folded, self.correct)
-        return folded.transpose(0, 1)
+            return Phi()
+        return Phi(self.position, self.fold, self.correct if self.kind == "mlp" else None)
 
     def fold_packed(self, x: Tensor, blocks: CompressionBlocks, heads: slice = ALL) -> Tensor:
         """Fold all blocks of packed sequences, tokens x [T, G, W], into [C, G, W].

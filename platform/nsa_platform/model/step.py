@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nsa_kernels import NewBlocks
 from nsa_platform.config.model import ModelConfig, NsaAttentionConfig
 from nsa_platform.model.compression import CompressionBlocks, compression_blocks, kernel_config
 from nsa_platform.model.exchange import joined
@@ -37,19 +38,6 @@ class PackedStep:
 
 
 @dataclass(frozen=True, slots=True)
-class NewBlocks:
-    """Compression blocks that the new tokens complete, E of them at most."""
-
-    tail_rows: Tensor
-    """int64 [E, l], rows of the window pool with the tokens of each block."""
-    rows: Tensor
-    """int64 [E], row of the compressed pool for each block; a scratch row where there is none, and
-    for a block that starts in a shared page."""
-    rotation: Rotation
-    """Rotation of the starts of the blocks."""
-
-
-@dataclass(frozen=True, slots=True)
 class PagedStep:
     """New tokens on top of paged caches."""
 
@@ -64,6 +52,8 @@ class PagedStep:
     window_rows: Tensor | None
     """int64 [T], row of the window pool."""
     new_blocks: NewBlocks | None
+    """Compression blocks that the new tokens complete; a block that starts in a shared page is
+    none."""
     selected: list[Tensor] | None
     """As PagedInputs has it."""
 
@@ -150,10 +140,13 @@ def _new_blocks(
     tokens = starts[:, None] + torch.arange(size, device=contexts.device)
     tail_rows = _rows(inputs.window_page_table, sequence[:, None], tokens, page_size)
     rows = _rows(inputs.page_table, sequence, starts, page_size) // stride
+    rotation = rotation_of(starts, config, dtype=dtype)
     return NewBlocks(
         tail_rows=torch.where(is_block[:, None], tail_rows, 0),
         rows=torch.where(is_block & (starts >= inputs.shared_lens[sequence]), rows, 0),
-        rotation=rotation_of(starts, config, dtype=dtype),
+        cos=rotation.cos,
+        sin=rotation.sin,
+        is_rotated=attention.compressed_rotary == "block_start",
     )
 
 

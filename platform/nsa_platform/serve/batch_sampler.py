@@ -155,13 +155,13 @@ class BatchSampler:
         seen = self._seen.get(request.request_id)
         if seen is None:
             is_known = torch.zeros(vocab, dtype=torch.bool, device=device)
-            is_known[on_device(request.prompt_ids, torch.int64, device)] = True
+            is_known.index_fill_(0, on_device(request.prompt_ids, torch.int64, device), True)
             seen = _Seen(is_known, torch.zeros(vocab, device=device))
             self._seen[request.request_id] = seen
         new = request.output_ids[seen.num_counted :]
         if new:
             ids = on_device(new, torch.int64, device)
-            seen.is_known[ids] = True
+            seen.is_known.index_fill_(0, ids, True)
             seen.counts.index_add_(0, ids, torch.ones(len(new), device=device))
             seen.num_counted += len(new)
         return seen

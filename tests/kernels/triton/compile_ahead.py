@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from nsa_kernels import NsaConfig, triton_backend
+from nsa_kernels import NewBlocks, NewRows, NsaConfig, Phi, triton_backend
 from nsa_kernels.triton_backend import tiles
 
 TOKENS = 1024
@@ -195,6 +196,24 @@ def run_paged(shape: Shape, tokens: int) -> None:
     run: Any = triton_backend.paged_attention
     run(q, *caches, gates, table, table, *rest, CONFIG, scale)
     triton_backend.full_paged_attention(q, caches[2], caches[3], table, *rest, scale)
+    write_paged(q, caches)
+
+
+def write_paged(q: Tensor, caches: list[Tensor]) -> None:
+    """What the new tokens q leave in the caches of run_paged."""
+    k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = caches
+    tokens, size = len(q), CONFIG.compression_block_size
+    rows = torch.zeros(tokens, dtype=torch.int64)
+    angles = torch.zeros(tokens, q.shape[2] // 2)
+    keys, values = k_slc.flatten(0, 1)[:tokens], v_slc.flatten(0, 1)[:tokens]
+    slc, win = (NewRows(keys, values, *pair, rows) for pair in ((k_slc, v_slc), (k_win, v_win)))
+    triton_backend.rotate_and_write(q, [slc, win, win], angles, angles)
+    phis = []
+    for width in (keys.shape[2], values.shape[2]):
+        make = partial(torch.zeros, GROUPS, dtype=q.dtype)
+        phis.append(Phi(make(size, width), make(size * width, width), make(width, width)))
+    new = NewBlocks(torch.zeros(tokens, size, dtype=torch.int64), rows, angles, angles)
+    triton_backend.fold_and_write((phis[0], phis[1]), (k_win, v_win), (k_cmp, v_cmp), new)
 
 
 def backend_kernels() -> Iterator[str]:

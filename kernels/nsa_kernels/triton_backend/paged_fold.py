@@ -1,0 +1,214 @@
+"""Folds the blocks that new tokens complete and writes them into pages: two launches, often idle.
+
+A decode step completes a block once in d tokens; programs whose blocks are none end at once. The
+first launch splits a block's tokens over programs, so that the matrix of phi is read by many; the
+second adds their parts, corrects, rotates the keys and writes.
+"""
+
+# Jitted functions and their launches have no types that a checker knows.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_kernels.new_rows import NewBlocks, Phi
+
+# Blocks of a tile: the least rows of a matrix product.
+_TILE_E = 16
+_MOST_SPLITS = 16
+
+
+def fold_and_write(
+    phis: tuple[Phi, Phi],
+    tails: tuple[Tensor, Tensor],
+    caches: tuple[Tensor, Tensor],
+    new: NewBlocks,
+) -> None:
+    """Compressed keys and values are written."""
+    num_blocks, size = new.tail_rows.shape
+    if num_blocks == 0:
+        return
+    phi, (k_tail, v_tail), (k_cmp, v_cmp) = phis[0], tails, caches
+    num_groups, key_width, value_width = *k_tail.shape[2:], v_tail.shape[3]
+    padded = triton.next_power_of_2(max(key_width, value_width))
+    splits = min(_MOST_SPLITS, size)
+    tiles = triton.cdiv(num_blocks, _TILE_E)
+    kind = 0 if phi.fold is None else 1 if phi.correct is None else 2
+    # What a kind does not have is never read.
+    folds, positions, corrects = (
+        [k_tail if tensor is None else tensor for tensor in tensors]
+        for tensors in (
+            [one.fold for one in phis],
+            [one.position for one in phis],
+            [one.correct for one in phis],
+        )
+    )
+    parts = torch.empty(
+        2, splits, tiles * _TILE_E, 2 * num_groups, padded,
+        dtype=torch.float32, device=k_tail.device,
+    )  # fmt: skip
+    sizes = {
+        "G": num_groups,
+        "SIZE": size,
+        "PADDED": padded,
+        "SPLITS": splits,
+        "TILE_E": _TILE_E,
+        "KIND": kind,
+        "PRECISION": "ieee" if k_tail.dtype == torch.float32 else "tf32",
+    }
+    paged_fold_kernel[(tiles, 2 * num_groups, splits)](
+        k_tail, v_tail, *positions, *folds, new.tail_rows, new.rows, parts, num_blocks,
+        key_width, value_width, **sizes,
+        num_warps=4,
+    )  # fmt: skip
+    paged_fold_write_kernel[(tiles, 2 * num_groups)](
+        parts, *corrects, new.rows, new.cos, new.sin, k_cmp, v_cmp, num_blocks,
+        key_width, value_width, **sizes,
+        IS_ROTATED=new.is_rotated,
+        num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def paged_fold_kernel(
+    k_tail,
+    v_tail,
+    k_position,
+    v_position,
+    k_fold,
+    v_fold,
+    tail_rows,
+    rows,
+    parts,
+    num_blocks,
+    key_width,
+    value_width,
+    G: tl.constexpr,
+    SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TILE_E: tl.constexpr,
+    KIND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Products and sums of some tokens of a tile of blocks, of the keys or the values of a group.
+
+    parts [2, SPLITS, blocks, 2 G, PADDED]: products with phi's matrix, and plain sums.
+    """
+    i_tile = tl.program_id(0)
+    i_group = tl.program_id(1) // 2
+    i_split = tl.program_id(2)
+    o_block = i_tile * TILE_E + tl.arange(0, TILE_E)
+    row = tl.load(rows + o_block, o_block < num_blocks, 0)
+    m_block = row > 0
+    if tl.max(row, 0) == 0:
+        return
+    tail, position, fold, width = k_tail, k_position, k_fold, key_width
+    if tl.program_id(1) % 2 == 1:
+        tail, position, fold, width = v_tail, v_position, v_fold, value_width
+    o_in = tl.arange(0, PADDED)
+    m_in = o_in < width
+    b_fold = tl.zeros([TILE_E, PADDED], tl.float32)
+    b_sum = tl.zeros([TILE_E, PADDED], tl.float32)
+    for i_token in range(i_split * SIZE // SPLITS, (i_split + 1) * SIZE // SPLITS):
+        tail_row = tl.load(tail_rows + o_block.to(tl.int64) * SIZE + i_token, m_block, 0)
+        o_tail = (tail_row * G + i_group) * width
+        m_tail = m_block[:, None] & m_in[None, :]
+        b_tail = tl.load(tail + o_tail[:, None] + o_in[None, :], m_tail, 0.0)
+        b_sum += b_tail.to(tl.float32)
+        if KIND > 0:
+            i_place = i_group * SIZE + i_token
+            b_position = tl.load(position + i_place * width + o_in, m_in, 0.0)
+            b_placed = b_tail + b_position.to(b_tail.dtype)[None, :]
+            o_fold = (i_place * width + o_in)[:, None].to(tl.int64) * width + o_in[None, :]
+            b_matrix = tl.load(fold + o_fold, m_in[:, None] & m_in[None, :], 0.0)
+            b_fold = tl.dot(b_placed, b_matrix.to(b_tail.dtype), b_fold, input_precision=PRECISION)
+    NUM_ROWS = tl.num_programs(0) * TILE_E
+    o_row = (i_split * NUM_ROWS + o_block).to(tl.int64) * (2 * G) + tl.program_id(1)
+    p_part = parts + o_row[:, None] * PADDED + o_in[None, :]
+    if KIND > 0:
+        tl.store(p_part, b_fold)
+    stride = tl.full([], SPLITS * 2 * G * PADDED, tl.int64) * NUM_ROWS
+    tl.store(p_part + stride, b_sum)
+
+
+@triton.jit
+def paged_fold_write_kernel(
+    parts,
+    k_correct,
+    v_correct,
+    rows,
+    cos,
+    sin,
+    k_cmp,
+    v_cmp,
+    num_blocks,
+    key_width,
+    value_width,
+    G: tl.constexpr,
+    SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TILE_E: tl.constexpr,
+    KIND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    IS_ROTATED: tl.constexpr,
+):
+    """Add the parts of a tile of blocks, correct, rotate the keys, and write them.
+
+    Rounds to the caches' precision where new_rows.fold_blocks does.
+    """
+    i_tile = tl.program_id(0)
+    i_group = tl.program_id(1) // 2
+    is_value = tl.program_id(1) % 2 == 1
+    o_block = i_tile * TILE_E + tl.arange(0, TILE_E)
+    row = tl.load(rows + o_block, o_block < num_blocks, 0)
+    m_block = row > 0
+    if tl.max(row, 0) == 0:
+        return
+    correct, cache, width = k_correct, k_cmp, key_width
+    if is_value:
+        correct, cache, width = v_correct, v_cmp, value_width
+    o_in = tl.arange(0, PADDED)
+    m_in = o_in < width
+    NUM_ROWS = tl.num_programs(0) * TILE_E
+    stride = tl.full([], SPLITS * 2 * G * PADDED, tl.int64) * NUM_ROWS
+    b_fold = tl.zeros([TILE_E, PADDED], tl.float32)
+    b_sum = tl.zeros([TILE_E, PADDED], tl.float32)
+    for i_split in range(SPLITS):
+        o_row = (i_split * NUM_ROWS + o_block).to(tl.int64) * (2 * G) + tl.program_id(1)
+        p_part = parts + o_row[:, None] * PADDED + o_in[None, :]
+        if KIND > 0:
+            b_fold += tl.load(p_part)
+        if KIND != 1:
+            b_sum += tl.load(p_part + stride)
+    DTYPE: tl.constexpr = k_cmp.dtype.element_ty
+    b_out = (b_sum / SIZE).to(DTYPE)
+    if KIND == 1:
+        b_out = b_fold.to(DTYPE)
+    if KIND == 2:
+        b_folded = b_fold.to(DTYPE).to(tl.float32)
+        b_hidden = (b_folded * tl.sigmoid(b_folded)).to(DTYPE)
+        o_correct = (i_group * width + o_in)[:, None] * width + o_in[None, :]
+        b_correct = tl.load(correct + o_correct, m_in[:, None] & m_in[None, :], 0.0).to(DTYPE)
+        b_change = tl.dot(b_hidden, b_correct, input_precision=PRECISION).to(DTYPE)
+        b_out = (b_out.to(tl.float32) + b_change.to(tl.float32)).to(DTYPE)
+    if IS_ROTATED:
+        if is_value == 0:
+            half = width // 2
+            o_other = tl.where(o_in < half, o_in + half, tl.maximum(o_in - half, 0))
+            o_other = tl.minimum(o_other, PADDED - 1)[None, :] + tl.zeros(
+                [TILE_E, PADDED], tl.int32
+            )
+            b_own = b_out.to(tl.float32)
+            b_other = tl.gather(b_own, o_other, 1)
+            o_angle = o_block[:, None] * half + tl.where(o_in < half, o_in, o_in - half)[None, :]
+            m_angle = m_block[:, None] & m_in[None, :]
+            b_cos = tl.load(cos + o_angle, m_angle, 0.0)
+            b_sin = tl.load(sin + o_angle, m_angle, 0.0)
+            b_sin = tl.where((o_in < half)[None, :], -b_sin, b_sin)
+            b_out = (b_own * b_cos + b_other * b_sin).to(DTYPE)
+    p_cache = cache + (row[:, None] * G + i_group) * width + o_in[None, :]
+    tl.store(p_cache, b_out, m_block[:, None] & m_in[None, :])

@@ -1,0 +1,163 @@
+"""What new tokens leave in paged caches: rotated keys, values, folded blocks."""
+
+from dataclasses import replace
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsa_kernels import NewBlocks, NewRows, Phi, fold_and_write, rotate_and_write
+from tests.kernels.cases import assert_close
+
+PAGES, PAGE = 6, 8
+Kind = Literal["mean", "linear", "mlp"]
+
+
+def draw(*sizes: int, seed: int = 0) -> Tensor:
+    return torch.randn(*sizes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def angles(count: int, key_width: int, device: str) -> tuple[Tensor, Tensor]:
+    turns = draw(count, key_width // 2, seed=9).to(device)
+    return turns.cos().float(), turns.sin().float()
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [T, heads, K] in float64, channel by channel as complex numbers."""
+    first, second = x.double().cpu().chunk(2, -1)
+    spun = torch.complex(first, second) * torch.complex(cos.double(), sin.double()).cpu()[:, None]
+    return torch.cat((spun.real, spun.imag), -1)
+
+
+def check_rotate(
+    heads: int, groups: int, widths: tuple[int, int], branches: int, dtype: torch.dtype, device: str
+) -> None:
+    """Rows lie apart, as columns of one projection; untouched rows of the caches stay."""
+    tokens, (key_width, value_width) = 5, widths
+    pair = groups * (key_width + value_width)
+    projected = draw(tokens, heads * key_width + branches * pair).to(dtype).to(device)
+    q, *rest = projected.split([heads * key_width, *[groups * w for w in widths] * branches], 1)
+    q = q.unflatten(1, (heads, key_width))
+    cos, sin = angles(tokens, key_width, device)
+    order = torch.randperm(PAGES * PAGE - 1, generator=torch.Generator().manual_seed(1)) + 1
+    new = [
+        NewRows(
+            keys=rest[2 * i].unflatten(1, (groups, key_width)),
+            values=rest[2 * i + 1].unflatten(1, (groups, value_width)),
+            k_cache=torch.full((PAGES, PAGE, groups, key_width), 7.0, dtype=dtype, device=device),
+            v_cache=torch.full((PAGES, PAGE, groups, value_width), 7.0, dtype=dtype, device=device),
+            rows=order[i * tokens : (i + 1) * tokens].to(device),
+            is_rotated=i != 1,
+        )
+        for i in range(branches)
+    ]
+    out = rotate_and_write(q, new, cos, sin, backend="triton")
+    assert out.is_contiguous()
+    assert_close(out, turned(q, cos, sin), "q")
+    for branch in new:
+        keys = turned(branch.keys, cos, sin) if branch.is_rotated else branch.keys
+        for cache, values in ((branch.k_cache, keys), (branch.v_cache, branch.values)):
+            flat = cache.flatten(0, 1)
+            assert_close(flat[branch.rows], values, "written rows")
+            others = torch.ones(len(flat), dtype=torch.bool, device=device)
+            others[branch.rows] = False
+            assert (flat[others] == 7.0).all()
+
+
+def in_float64(phi: Phi) -> Phi:
+    parts = (phi.position, phi.fold, phi.correct)
+    return Phi(*(None if part is None else part.double().cpu() for part in parts))
+
+
+def check_fold(
+    kind: Kind, groups: int, widths: tuple[int, int], blocks: int, dtype: torch.dtype, device: str
+) -> None:
+    """Against the torch backend in float64; some blocks are none, rows of others stay."""
+    size, strides = 8, 2
+
+    def make(*sizes: int, seed: int) -> Tensor:
+        return draw(*sizes, seed=seed).to(dtype).to(device)
+
+    def phi_of(width: int, seed: int) -> Phi:
+        if kind == "mean":
+            return Phi()
+        position = make(groups, size, width, seed=seed)
+        fold = make(groups, size * width, width, seed=seed + 1) / (size * width) ** 0.5
+        correct = make(groups, width, width, seed=seed + 2) / width**0.5
+        return Phi(position, fold, correct if kind == "mlp" else None)
+
+    phis = (phi_of(widths[0], 3), phi_of(widths[1], 6))
+    tails = tuple(make(PAGES, PAGE, groups, width, seed=width) for width in widths)
+    caches = tuple(
+        torch.full((blocks, strides, groups, width), 7.0, dtype=dtype, device=device)
+        for width in widths
+    )
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.randperm(blocks * strides - 1, generator=generator)[:blocks] + 1
+    rows[1::3] = 0
+    cos, sin = angles(blocks, widths[0], device)
+    new = NewBlocks(
+        tail_rows=torch.randint(0, PAGES * PAGE, (blocks, size), generator=generator).to(device),
+        rows=rows.to(device), cos=cos, sin=sin,
+    )  # fmt: skip
+    for is_rotated in (True, False):
+        exact = [cache.double().cpu() for cache in caches]
+        told = NewBlocks(
+            new.tail_rows.cpu(), rows, cos.double().cpu(), sin.double().cpu(), is_rotated
+        )
+        fold_and_write(
+            tuple(in_float64(phi) for phi in phis),
+            tuple(tail.double().cpu() for tail in tails),
+            tuple(exact),
+            told,
+            backend="torch",
+        )
+        got = tuple(cache.clone() for cache in caches)
+        fold_and_write(phis, tails, got, replace(new, is_rotated=is_rotated), backend="triton")
+        for cache, wanted, before in zip(got, exact, caches, strict=True):
+            flat, known = cache.flatten(0, 1), wanted.flatten(0, 1)
+            assert_close(flat[1:], known[1:], f"{kind} rotated={is_rotated}")
+            assert torch.equal(flat[0], before.flatten(0, 1)[0])
+
+
+@pytest.mark.parametrize("case", [(1, 1, (16, 16), 1), (6, 2, (32, 16), 2), (20, 1, (48, 32), 3)])
+def test_rows_interpreted(case: tuple[int, int, tuple[int, int], int]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("kernels imported for the GPU do not run in the interpreter")
+    check_rotate(*case, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("kind", ["mean", "linear", "mlp"])
+@pytest.mark.parametrize("case", [(1, (16, 16), 3), (2, (48, 32), 17)], ids=str)
+def test_blocks_interpreted(kind: Kind, case: tuple[int, tuple[int, int], int]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("kernels imported for the GPU do not run in the interpreter")
+    check_fold(kind, *case, torch.float32, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("widths", [(128, 128), (192, 128), (64, 64)], ids=str)
+def test_compiled(widths: tuple[int, int], dtype: torch.dtype, device: str) -> None:
+    check_rotate(32, 2, widths, 3, dtype, device)
+    for kind in ("mean", "linear", "mlp"):
+        check_fold(kind, 2, widths, 19, dtype, device)
+
+
+def test_bad_shapes_are_named() -> None:
+    q = torch.zeros(2, 4, 16)
+    cos = torch.zeros(2, 8)
+    cache = torch.zeros(2, 4, 1, 16)
+    row = NewRows(q[:, :1], q[:, :1], cache, cache, torch.ones(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="one to three, got 0"):
+        rotate_and_write(q, [], cos, cos)
+    with pytest.raises(ValueError, match=r"cos must have shape \[T, K / 2\]"):
+        rotate_and_write(q, [row], torch.zeros(2, 7), cos)
+    with pytest.raises(ValueError, match=r"keys must have shape \[T, G, K\]"):
+        rotate_and_write(q, [replace(row, keys=q[:1, :1])], cos, cos)
+    blocks = NewBlocks(
+        torch.zeros(1, 4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), cos, cos
+    )
+    with pytest.raises(ValueError, match=r"rows must have shape \[E\]"):
+        fold_and_write((Phi(), Phi()), (cache, cache), (cache, cache), blocks)
