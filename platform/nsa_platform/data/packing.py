@@ -5,6 +5,7 @@ documents in a permuted order. Both permutations are arithmetic on (seed, epoch,
 an epoch is the same on every machine, for every number of workers, and can be read on its own.
 """
 
+from bisect import bisect_left, insort
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,8 +16,10 @@ from nsa_platform.data.shards import ShardSet
 
 IGNORED = -100
 """Target of a position that counts for no loss."""
-OPEN_ROWS = 64
-"""Whole packing looks for room in this many unfinished rows, the oldest first."""
+OPEN_ROWS = 1024
+"""Whole packing looks for room in this many unfinished rows."""
+WINDOW = 1024
+"""Whole packing looks at so many documents of the stream at once, the longest first."""
 KEPT_ORDERS = 4
 
 
@@ -145,7 +148,7 @@ class SplitPacker:
 
 
 class WholePacker:
-    """Whole documents side by side, first fit in stream order; the rest of a row is padding.
+    """Whole documents side by side, packed by length; the rest of a row is padding.
 
     A document longer than a row keeps its first `context_length` tokens; how many were cut is
     counted. The lengths of all documents are read when the epoch begins.
@@ -160,7 +163,7 @@ class WholePacker:
         shards = np.repeat(order.shard_order, [len(part) for part in per_shard])
         documents = [order.documents(int(shard)) for shard in order.shard_order]
         kept = np.minimum(lengths, context_length)
-        rows = first_fit(kept, context_length)
+        rows = best_fit(kept, context_length)
         by_row = np.argsort(rows, kind="stable")
         self._shards = shards[by_row]
         self._documents = np.concatenate([np.zeros(0, dtype=np.int64), *documents])[by_row]
@@ -201,25 +204,39 @@ def permutation(count: int, *key: int) -> np.ndarray:
     return np.argsort(ranks, kind="stable")
 
 
-def first_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """The row of each item: the oldest of the last OPEN_ROWS rows that has room, or a new one.
+def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """The row of each item: of the open rows the one where the least room is left, or a new one.
+
+    Items are looked at WINDOW by WINDOW, the longest of a window first, so that the short ones find
+    what is left. Of more than OPEN_ROWS open rows the fullest is closed. Rows are numbered by their
+    first item.
 
     Args:
         lengths: int64, none above capacity.
+
+    Source:
+        Best-fit decreasing, Johnson et al., SIAM J. Comput. 3 (1974), within windows.
     """
     rows = np.empty(len(lengths), dtype=np.int64)
-    room: list[int] = []
-    closed = 0
-    for index, length in enumerate(lengths.tolist()):
-        place = next((place for place, free in enumerate(room) if free >= length), len(room))
-        if place == len(room):
-            room.append(capacity)
-        if len(room) > OPEN_ROWS:
-            del room[0]
-            closed, place = closed + 1, place - 1
-        room[place] -= length
-        rows[index] = closed + place
-    return rows
+    # (room, row), ascending.
+    open_rows: list[tuple[int, int]] = []
+    count = 0
+    for begin in range(0, len(lengths), WINDOW):
+        longest_first = np.argsort(-lengths[begin : begin + WINDOW], kind="stable") + begin
+        for index in longest_first.tolist():
+            length = int(lengths[index])
+            place = bisect_left(open_rows, (length, -1))
+            if place < len(open_rows):
+                room, row = open_rows.pop(place)
+            else:
+                room, row, count = capacity, count, count + 1
+            rows[index] = row
+            if room > length:
+                insort(open_rows, (room - length, row))
+            if len(open_rows) > OPEN_ROWS:
+                del open_rows[0]
+    _, first_items = np.unique(rows, return_index=True)
+    return np.argsort(np.argsort(first_items))[rows]
 
 
 def _mix(value: np.ndarray | np.uint64) -> np.ndarray:
