@@ -23,10 +23,10 @@ import numpy as np
 
 from jobs.cli import fail
 from nsa_platform import storage
+from nsa_platform.data.haystack import NEEDLE, WORDS
 from nsa_platform.data.manifest import SourceRecord
 from nsa_platform.data.shards import ShardSet, ShardWriter
 from nsa_platform.data.tokenizer import Tokenizer
-from nsa_platform.evaluate.needle import NEEDLE, WORDS
 from nsa_platform.evaluate.tasks.words import english
 
 SHARD_TOKENS = 8_000_000
