@@ -18,6 +18,8 @@ from nsa_kernels.new_rows import NewBlocks, Phi
 # Blocks of a tile: the least rows of a matrix product.
 _TILE_E = 16
 _MOST_SPLITS = 16
+# Bytes of a tile of phi's matrices: two of them fit beside what else a program holds.
+_MATRIX_BYTES = 64 * 2**10
 
 
 def fold_and_write(
@@ -35,6 +37,7 @@ def fold_and_write(
     padded = triton.next_power_of_2(max(key_width, value_width))
     splits = min(_MOST_SPLITS, size)
     tiles = triton.cdiv(num_blocks, _TILE_E)
+    columns = min(padded, _MATRIX_BYTES // (padded * k_tail.itemsize))
     kind = 0 if phi.fold is None else 1 if phi.correct is None else 2
     # What a kind does not have is never read.
     folds, positions, corrects = (
@@ -53,12 +56,13 @@ def fold_and_write(
         "G": num_groups,
         "SIZE": size,
         "PADDED": padded,
+        "TILE_N": columns,
         "SPLITS": splits,
         "TILE_E": _TILE_E,
         "KIND": kind,
         "PRECISION": "ieee" if k_tail.dtype == torch.float32 else "tf32",
     }
-    paged_fold_kernel[(tiles, 2 * num_groups, splits)](
+    paged_fold_kernel[(tiles, 2 * num_groups, splits * (padded // columns))](
         k_tail, v_tail, *positions, *folds, new.tail_rows, new.rows, parts, num_blocks,
         key_width, value_width, **sizes,
         num_warps=4,
@@ -88,18 +92,21 @@ def paged_fold_kernel(
     G: tl.constexpr,
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
+    TILE_N: tl.constexpr,
     SPLITS: tl.constexpr,
     TILE_E: tl.constexpr,
     KIND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Products and sums of some tokens of a tile of blocks, of the keys or the values of a group.
+    """Some columns of the products and sums of some tokens of a tile of blocks, of the keys or the
+    values of a group.
 
     parts [2, SPLITS, blocks, 2 G, PADDED]: products with phi's matrix, and plain sums.
     """
     i_tile = tl.program_id(0)
     i_group = tl.program_id(1) // 2
-    i_split = tl.program_id(2)
+    i_split = tl.program_id(2) % SPLITS
+    o_out = tl.program_id(2) // SPLITS * TILE_N + tl.arange(0, TILE_N)
     o_block = i_tile * TILE_E + tl.arange(0, TILE_E)
     row = tl.load(rows + o_block, o_block < num_blocks, 0)
     m_block = row > 0
@@ -109,29 +116,46 @@ def paged_fold_kernel(
     if tl.program_id(1) % 2 == 1:
         tail, position, fold, width = v_tail, v_position, v_fold, value_width
     o_in = tl.arange(0, PADDED)
-    m_in = o_in < width
-    b_fold = tl.zeros([TILE_E, PADDED], tl.float32)
-    b_sum = tl.zeros([TILE_E, PADDED], tl.float32)
+    m_in, m_out = o_in < width, o_out < width
+    b_fold = tl.zeros([TILE_E, TILE_N], tl.float32)
+    b_sum = tl.zeros([TILE_E, TILE_N], tl.float32)
     for i_token in range(i_split * SIZE // SPLITS, (i_split + 1) * SIZE // SPLITS):
         tail_row = tl.load(tail_rows + o_block.to(tl.int64) * SIZE + i_token, m_block, 0)
-        o_tail = (tail_row * G + i_group) * width
-        m_tail = m_block[:, None] & m_in[None, :]
-        b_tail = tl.load(tail + o_tail[:, None] + o_in[None, :], m_tail, 0.0)
-        b_sum += b_tail.to(tl.float32)
+        p_tail = tail + ((tail_row * G + i_group) * width)[:, None]
+        b_own = tl.load(p_tail + o_out[None, :], m_block[:, None] & m_out[None, :], 0.0)
+        b_sum += b_own.to(tl.float32)
         if KIND > 0:
+            b_tail = tl.load(p_tail + o_in[None, :], m_block[:, None] & m_in[None, :], 0.0)
             i_place = i_group * SIZE + i_token
             b_position = tl.load(position + i_place * width + o_in, m_in, 0.0)
             b_placed = b_tail + b_position.to(b_tail.dtype)[None, :]
-            o_fold = (i_place * width + o_in)[:, None].to(tl.int64) * width + o_in[None, :]
-            b_matrix = tl.load(fold + o_fold, m_in[:, None] & m_in[None, :], 0.0)
+            o_fold = (i_place * width + o_in)[:, None].to(tl.int64) * width + o_out[None, :]
+            b_matrix = tl.load(fold + o_fold, m_in[:, None] & m_out[None, :], 0.0)
             b_fold = tl.dot(b_placed, b_matrix.to(b_tail.dtype), b_fold, input_precision=PRECISION)
     NUM_ROWS = tl.num_programs(0) * TILE_E
     o_row = (i_split * NUM_ROWS + o_block).to(tl.int64) * (2 * G) + tl.program_id(1)
-    p_part = parts + o_row[:, None] * PADDED + o_in[None, :]
+    p_part = parts + o_row[:, None] * PADDED + o_out[None, :]
     if KIND > 0:
         tl.store(p_part, b_fold)
     stride = tl.full([], SPLITS * 2 * G * PADDED, tl.int64) * NUM_ROWS
     tl.store(p_part + stride, b_sum)
+
+
+@triton.jit
+def sum_parts(
+    p_parts,
+    split_stride,
+    FIRST: tl.constexpr,
+    TILE_E: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Columns from FIRST on of the parts of a tile of blocks, added in the order of the splits."""
+    b_sum = tl.zeros([TILE_E, COLUMNS], tl.float32)
+    o_column = FIRST + tl.arange(0, COLUMNS)
+    for i_split in range(SPLITS):
+        b_sum += tl.load(p_parts[:, None] + i_split * split_stride + o_column[None, :])
+    return b_sum
 
 
 @triton.jit
@@ -150,6 +174,7 @@ def paged_fold_write_kernel(
     G: tl.constexpr,
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
+    TILE_N: tl.constexpr,
     SPLITS: tl.constexpr,
     TILE_E: tl.constexpr,
     KIND: tl.constexpr,
@@ -173,28 +198,26 @@ def paged_fold_write_kernel(
         correct, cache, width = v_correct, v_cmp, value_width
     o_in = tl.arange(0, PADDED)
     m_in = o_in < width
-    NUM_ROWS = tl.num_programs(0) * TILE_E
-    stride = tl.full([], SPLITS * 2 * G * PADDED, tl.int64) * NUM_ROWS
-    b_fold = tl.zeros([TILE_E, PADDED], tl.float32)
-    b_sum = tl.zeros([TILE_E, PADDED], tl.float32)
-    for i_split in range(SPLITS):
-        o_row = (i_split * NUM_ROWS + o_block).to(tl.int64) * (2 * G) + tl.program_id(1)
-        p_part = parts + o_row[:, None] * PADDED + o_in[None, :]
-        if KIND > 0:
-            b_fold += tl.load(p_part)
-        if KIND != 1:
-            b_sum += tl.load(p_part + stride)
     DTYPE: tl.constexpr = k_cmp.dtype.element_ty
-    b_out = (b_sum / SIZE).to(DTYPE)
+    split_stride = tl.full([], 2 * G * PADDED, tl.int64) * (tl.num_programs(0) * TILE_E)
+    p_folds = parts + (o_block.to(tl.int64) * (2 * G) + tl.program_id(1)) * PADDED
+    p_sums = p_folds + SPLITS * split_stride
     if KIND == 1:
-        b_out = b_fold.to(DTYPE)
+        b_out = sum_parts(p_folds, split_stride, 0, TILE_E, PADDED, SPLITS).to(DTYPE)
+    else:
+        b_out = (sum_parts(p_sums, split_stride, 0, TILE_E, PADDED, SPLITS) / SIZE).to(DTYPE)
     if KIND == 2:
-        b_folded = b_fold.to(DTYPE).to(tl.float32)
-        b_hidden = (b_folded * tl.sigmoid(b_folded)).to(DTYPE)
-        o_correct = (i_group * width + o_in)[:, None] * width + o_in[None, :]
-        b_correct = tl.load(correct + o_correct, m_in[:, None] & m_in[None, :], 0.0).to(DTYPE)
-        b_change = tl.dot(b_hidden, b_correct, input_precision=PRECISION).to(DTYPE)
-        b_out = (b_out.to(tl.float32) + b_change.to(tl.float32)).to(DTYPE)
+        b_change = tl.zeros([TILE_E, PADDED], tl.float32)
+        for first in tl.static_range(0, PADDED, TILE_N):
+            b_fold = sum_parts(p_folds, split_stride, first, TILE_E, TILE_N, SPLITS)
+            b_fold = b_fold.to(DTYPE).to(tl.float32)
+            b_hidden = (b_fold * tl.sigmoid(b_fold)).to(DTYPE)
+            o_hidden = first + tl.arange(0, TILE_N)
+            p_correct = correct + (i_group * width + o_hidden)[:, None] * width + o_in[None, :]
+            m_correct = (o_hidden < width)[:, None] & m_in[None, :]
+            b_correct = tl.load(p_correct, m_correct, 0.0).to(DTYPE)
+            b_change = tl.dot(b_hidden, b_correct, b_change, input_precision=PRECISION)
+        b_out = (b_out.to(tl.float32) + b_change.to(DTYPE).to(tl.float32)).to(DTYPE)
     if IS_ROTATED:
         if is_value == 0:
             half = width // 2
