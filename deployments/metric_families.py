@@ -23,6 +23,8 @@ WHOLE_S = (
     7680,
 )
 TOKENS = (1, 10, 50, 100, 500, 1000, 5000, 10_000, 50_000, 100_000, 500_000, 1_000_000)
+AGES = (64, 256, 1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
+GATES = ("branch", "layer")
 CHOICES = (1, 2, 5, 10, 20, 50, 128)
 
 
@@ -72,6 +74,12 @@ _ALL = (
     Family("prefix_cache_hits", "counter", "Prompt tokens that did not have to be computed."),
     Family("request_success", "counter", "Choices that ended.", ("finished_reason",)),
     Family("admission_rejections", "counter", "Requests that were not taken.", ("reason",)),
+    Family("gate_mean", "gauge", "Gate of a branch in a layer, in a sampled step.", GATES),
+    _histogram(
+        "selected_block_age_tokens",
+        "From the start of a selected block to the query, of sampled tokens.",
+        AGES,
+    ),
     _histogram("time_to_first_token_seconds", "From arrival to the first token.", FIRST_TOKEN_S),
     _histogram("inter_token_latency_seconds", "From a token to the next.", NEXT_TOKEN_S),
     _histogram(

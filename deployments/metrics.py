@@ -6,7 +6,8 @@ from typing import Protocol
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from deployments.metric_families import FAMILIES, LABELS, Family
-from nsa_platform.serve.stats import EngineStats
+from nsa_platform.config.model import BRANCHES
+from nsa_platform.serve.stats import EngineStats, SelectionSample
 
 GAUGES = {
     "num_requests_running": "num_running",
@@ -84,6 +85,7 @@ class Meter:
         self._prometheus = PrometheusSink()
         self._sinks: tuple[Sink, ...] = (self._prometheus, *sinks)
         self._told = dict.fromkeys(COUNTERS, 0)
+        self._num_samples = 0
 
     def asked(self, *, max_tokens: int, n: int) -> None:
         """A request was taken."""
@@ -136,6 +138,16 @@ class Meter:
             total = getattr(stats, field)
             self._record(name, total - self._told[name])
             self._told[name] = total
+        if stats.selection is not None and stats.selection.number != self._num_samples:
+            self._publish_selection(stats.selection)
+
+    def _publish_selection(self, sample: SelectionSample) -> None:
+        self._num_samples = sample.number
+        for layer, means in enumerate(sample.gate_means):
+            for branch, mean in zip(BRANCHES, means, strict=True):
+                self._record("gate_mean", mean, branch=branch, layer=str(layer))
+        for age in sample.ages:
+            self._record("selected_block_age_tokens", age)
 
     def exposition(self) -> str:
         """All metrics in Prometheus' text format."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from fastapi.testclient import TestClient
 from openai import OpenAI
 from pydantic import BaseModel
 
@@ -13,7 +14,8 @@ from deployments.errors import ApiError
 from deployments.prompts import Prompt, with_blocks
 from nsa_platform.config.model import NsaAttentionConfig
 from nsa_platform.data.chat import render_prompt
-from tests.deployments.conftest import MODEL_ID, tiny_config
+from nsa_platform.serve.selection_sample import SelectionSampler
+from tests.deployments.conftest import MODEL_ID, local_app, tiny_config
 
 QUESTION: Any = [{"role": "user", "content": "What is 2 + 3?"}]
 
@@ -221,6 +223,26 @@ def test_the_parts_of_an_answer_s_time_are_counted(openai_client, client):
     assert parts["queue"] + parts["prefill"] == pytest.approx(first, abs=1e-6)
     inference = spent["request_inference_time_seconds_sum"]
     assert parts["prefill"] + parts["decode"] == pytest.approx(inference, abs=1e-6)
+
+
+def test_gates_and_ages_of_selected_blocks_are_sampled(model_folder):
+    with local_app(model_folder) as (app, backend), TestClient(app) as client:
+        engine = backend.engine.engine
+        engine.runner.selection = SelectionSampler(engine.block_size, every=1)
+        body = {"model": MODEL_ID, "prompt": [306] * 60, "max_tokens": 5, "ignore_eos": True}
+        assert client.post("/v1/completions", json=body).status_code == 200
+        text = client.get("/metrics").text
+        branches = set(re.findall(r'nsa:gate_mean\{branch="(\w+)",.*layer="[01]"', text))
+        assert branches == {"compressed", "selected", "sliding"}
+        counts = re.findall(
+            r"^nsa:selected_block_age_tokens_count\{.*\} (\S+)$", text, re.MULTILINE
+        )
+        # Layers, key/value heads, selected blocks: of the newest sample alone.
+        assert counts == [str(float(2 * 2 * 3))]
+        # A sample is told once.
+        again = client.get("/metrics").text
+        assert "selected_block_age_tokens_count" in again
+        assert re.findall(r"age_tokens_count\{.*\} (\S+)", again) == counts
 
 
 def test_a_deadline_ends_what_misses_it(openai_client):

@@ -239,10 +239,11 @@ class NsaAttention(nn.Module):
             new,
         )
         block_indices = None
-        if step.selected is not None:
+        if step.observed is not None:
             shape = (len(q), self.config.kv_heads, self.config.num_selected_blocks)
             block_indices = torch.empty(shape, dtype=torch.int32, device=q.device)
-            step.selected.append(block_indices)
+            step.observed.selected.append(block_indices)
+            step.observed.gate_means.append(raw.gates.float().mean((0, 1)))
         return nsa_paged_attention(
             q,
             cache.k_cmp,

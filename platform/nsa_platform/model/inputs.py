@@ -4,7 +4,7 @@ Letters are those of kernels/README.md: T packed tokens, B sequences, M logical 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -44,6 +44,16 @@ class PackedInputs:
         return cls(positions.int().to(device), ends.int().to(device), probe)
 
 
+@dataclass(slots=True)
+class Observed:
+    """What the NSA layers, one after the other, did with the new tokens."""
+
+    selected: list[Tensor] = field(default_factory=list)
+    """Selected blocks, int32 [T, G, n] of each layer."""
+    gate_means: list[Tensor] = field(default_factory=list)
+    """Gates of the branches cmp, slc, win, a mean over tokens and heads, fp32 [3] of each layer."""
+
+
 @dataclass(frozen=True, slots=True)
 class PagedInputs:
     """New tokens of sequences whose earlier tokens lie in paged caches (prefill and decoding)."""
@@ -63,9 +73,8 @@ class PagedInputs:
     selection pool are not written. A whole number of pages; 0 where nothing is shared."""
     caches: list[LayerCache]
     """One cache for each layer. The forward pass writes the new tokens into them."""
-    selected: list[Tensor] | None = None
-    """Gets the selected blocks of the new tokens, int32 [T, G, n], from each NSA layer in turn;
-    None: nobody wants to know."""
+    observed: Observed | None = None
+    """Gets what the layers do; None: nobody wants to know."""
 
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]

@@ -14,7 +14,7 @@ from nsa_kernels import NewBlocks
 from nsa_platform.config.model import ModelConfig, NsaAttentionConfig
 from nsa_platform.model.compression import CompressionBlocks, compression_blocks, kernel_config
 from nsa_platform.model.exchange import joined
-from nsa_platform.model.inputs import Attend, PackedInputs, PagedInputs
+from nsa_platform.model.inputs import Attend, Observed, PackedInputs, PagedInputs
 from nsa_platform.model.partition import Partition
 from nsa_platform.model.probe import Probe
 from nsa_platform.model.rotary import Rotation, rotation_of
@@ -54,7 +54,7 @@ class PagedStep:
     new_blocks: NewBlocks | None
     """Compression blocks that the new tokens complete; a block that starts in a shared page is
     none."""
-    selected: list[Tensor] | None
+    observed: Observed | None
     """As PagedInputs has it."""
 
 
@@ -114,7 +114,7 @@ def paged_step(inputs: PagedInputs, config: ModelConfig, *, dtype: torch.dtype) 
         token_rows=torch.where(is_own, token_rows, 0),
         window_rows=window_rows,
         new_blocks=new_blocks,
-        selected=inputs.selected,
+        observed=inputs.observed,
     )
 
 

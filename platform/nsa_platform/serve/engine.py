@@ -293,6 +293,7 @@ class Engine:
             computed_tokens_total=self._computed_tokens,
             preemptions_total=self._preemptions,
             steps_total=self._steps,
+            selection=self.runner.selection.last(),
         )
 
     def _launch(self, step: Step, unknown_ids: Tensor | None = None) -> _Flight:

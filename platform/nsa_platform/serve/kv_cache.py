@@ -10,7 +10,7 @@ from torch import Tensor
 from nsa_platform.config.model import ModelConfig, NsaAttentionConfig
 from nsa_platform.model.cache import FullLayerCache, LayerCache, NsaLayerCache
 from nsa_platform.model.cost import window_tokens
-from nsa_platform.model.inputs import PagedInputs
+from nsa_platform.model.inputs import Observed, PagedInputs
 from nsa_platform.serve.pages import ABSENT, PageBook, SequencePages
 from nsa_platform.serve.transfer import on_device
 
@@ -117,11 +117,11 @@ class KvCache:
         sequences: Sequence[SequencePages],
         num_new: Sequence[int],
         *,
-        selected: list[Tensor] | None = None,
+        observed: Observed | None = None,
     ) -> PagedInputs:
         """Inputs of a step whose new tokens, the last num_new of each sequence, have places.
 
-        selected: gets what each layer selects, as PagedInputs says.
+        observed: gets what the layers do, as PagedInputs says.
         """
         starts = [s.num_tokens - count for s, count in zip(sequences, num_new, strict=True)]
         positions = [
@@ -145,7 +145,7 @@ class KvCache:
             ),
             shared_lens=self._ints([s.num_shared * self.page_size for s in sequences]),
             caches=self.layers,
-            selected=selected,
+            observed=observed,
         )
 
     def release(self, sequence: SequencePages) -> None:

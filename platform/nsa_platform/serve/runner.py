@@ -1,18 +1,20 @@
 """One forward pass for the chunks of a step: the only place where the engine meets the model."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from nsa_platform.config.model import NsaAttentionConfig
-from nsa_platform.model.inputs import PagedInputs
+from nsa_platform.model.inputs import Observed, PagedInputs
 from nsa_platform.model.transformer import Transformer
 from nsa_platform.serve.block_reads import BlockReads
 from nsa_platform.serve.decode_graphs import DecodeGraphs
 from nsa_platform.serve.kv_cache import KvCache
 from nsa_platform.serve.prompt_scores import PromptScores
 from nsa_platform.serve.scheduler import Step
+from nsa_platform.serve.selection_sample import SelectionSampler
 from nsa_platform.serve.transfer import on_device
 
 
@@ -25,7 +27,9 @@ class ModelRunner:
         self.prompt_scores = PromptScores(model.logits)
         attention = model.config.attention
         is_sparse = isinstance(attention, NsaAttentionConfig)
-        self.block_reads = BlockReads(attention.selection_block_size if is_sparse else None)
+        block_size = attention.selection_block_size if is_sparse else None
+        self.block_reads = BlockReads(block_size)
+        self.selection = SelectionSampler(block_size)
         self.graphs: DecodeGraphs | None = None
         """If given, steps of decodes alone run through them."""
 
@@ -37,29 +41,33 @@ class ModelRunner:
         unknown_ids: the step's tokens, int64 [T] on the device, where the host does not know them
         yet.
         """
-        selected = [] if self.block_reads.is_wanted(step) else None
+        is_sampled, is_read = self.selection.is_due(step), self.block_reads.is_wanted(step)
+        observed = Observed() if is_sampled or is_read else None
         inputs = self.cache.inputs(
             [chunk.request.pages for chunk in step.chunks],
             [chunk.num_tokens for chunk in step.chunks],
-            selected=selected,
+            observed=observed,
         )
-        if unknown_ids is not None:
-            return self.decode(unknown_ids, inputs)
+        ids = self._ids(step) if unknown_ids is None else unknown_ids
+        if observed is None and all(chunk.is_decode for chunk in step.chunks):
+            return self.decode(ids, inputs)
+        hidden = self.forward(ids, inputs)
+        self.prompt_scores.add(hidden, step)
+        if observed is not None and is_sampled:
+            self.selection.add(observed, step)
+        if observed is not None and is_read:
+            self.block_reads.add(observed.selected, step)
+        ends = accumulate(chunk.num_tokens for chunk in step.chunks)
+        last_rows = [end - 1 for end, c in zip(ends, step.chunks, strict=True) if c.is_last]
+        return self.scores(hidden, last_rows) if last_rows else None
+
+    def _ids(self, step: Step) -> Tensor:
+        """The step's tokens, int64 [T]."""
         ids: list[int] = []
-        last_rows: list[int] = []
         for chunk in step.chunks:
             end = chunk.request.pages.num_tokens
             ids += chunk.request.tokens(end - chunk.num_tokens, end)
-            if chunk.is_last:
-                last_rows.append(len(ids) - 1)
-        known_ids = on_device(ids, torch.int64, self.cache.device)
-        if selected is None and all(chunk.is_decode for chunk in step.chunks):
-            return self.decode(known_ids, inputs)
-        hidden = self.forward(known_ids, inputs)
-        self.prompt_scores.add(hidden, step)
-        if selected is not None:
-            self.block_reads.add(selected, step)
-        return self.scores(hidden, last_rows) if last_rows else None
+        return on_device(ids, torch.int64, self.cache.device)
 
     @torch.no_grad()
     def decode(self, ids: Tensor, inputs: PagedInputs) -> Tensor:

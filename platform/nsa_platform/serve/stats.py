@@ -4,6 +4,18 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class SelectionSample:
+    """What one token was made from, as an example."""
+
+    number: int
+    """How many samples there have been with this one."""
+    gate_means: tuple[tuple[float, ...], ...]
+    """Of each layer the gates of the compressed, selected and sliding branch, means over a step."""
+    ages: tuple[int, ...]
+    """Of each block that any layer and head selected the tokens from its start to the query."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """What an engine holds now and has done so far."""
 
@@ -34,3 +46,5 @@ class EngineStats:
     """Tokens that went through the model; again after a preemption."""
     preemptions_total: int
     steps_total: int
+    selection: SelectionSample | None
+    """The newest; None before the first, and for full attention."""

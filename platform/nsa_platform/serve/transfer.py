@@ -23,15 +23,20 @@ class Incoming:
 
     def __init__(self, tensor: Tensor) -> None:
         """Begin to fetch them: what the device is given afterwards is not waited for."""
-        self._tensor, self._has_come = tensor, None
+        self._tensor, self._event = tensor, None
         if tensor.is_cuda:
             self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._tensor.copy_(tensor, non_blocking=True)
-            self._has_come = torch.cuda.Event()
-            self._has_come.record(torch.cuda.current_stream(tensor.device))
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(tensor.device))
+
+    @property
+    def has_come(self) -> bool:
+        """Whether they are there."""
+        return self._event is None or self._event.query()
 
     def tolist(self) -> list[Any]:
         """The values, once they are there."""
-        if self._has_come is not None:
-            self._has_come.synchronize()
+        if self._event is not None:
+            self._event.synchronize()
         return self._tensor.tolist()

@@ -14,6 +14,7 @@ from nsa_platform.serve.engine import Engine
 from nsa_platform.serve.generator import Generator
 from nsa_platform.serve.kv_cache import page_size_of
 from nsa_platform.serve.request import Output, SamplingParams
+from nsa_platform.serve.selection_sample import SelectionSampler
 
 ATTENTION = {"nsa": {}, "full": {"kind": "full"}}
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
@@ -238,6 +239,28 @@ def test_what_is_told_of_every_token_is_not_computed_ahead(make_speaker, make_en
             engine.step()
             assert engine.stats().computed_tokens_total == 4 + engine.stats().steps_total
         run(engine)
+
+
+def test_a_look_at_the_branches_changes_nothing(model, make_engine):
+    texts, is_sparse = [], model.config.attention.kind == "nsa"
+    for every in (1, 1000):
+        engine = make_engine(model)
+        engine.runner.selection = SelectionSampler(engine.block_size, every=every)
+        for name in ("a", "b"):
+            engine.add(name, prompt_of(40), SamplingParams(max_tokens=7, **GREEDY))
+        texts.append({name: ids_of(outputs) for name, outputs in run(engine).items()})
+        sample = engine.stats().selection
+        if every > 1 or not is_sparse:
+            assert sample is None
+            continue
+        assert sample is not None and sample.number == 6
+        assert len(sample.gate_means) == model.config.layers
+        assert all(0 < mean < 1 for means in sample.gate_means for mean in means)
+        # The newest query is at 45: a head reads its block, from 40 on, the first one, and another.
+        assert len(sample.ages) == model.config.layers * 2 * 3
+        assert sample.ages.count(5) == sample.ages.count(45) == model.config.layers * 2
+        assert all(age % 8 == 5 for age in sample.ages)
+    assert texts[0] == texts[1]
 
 
 def test_a_decode_goes_on_in_every_step_beside_a_long_prompt(make_speaker, make_engine):
