@@ -1,6 +1,5 @@
 """What the runs of a sweep have come to, side by side: results.json, a report and figures."""
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -197,9 +196,7 @@ def write_record(record: Mapping[str, Any], run: PretrainRun, folder: str) -> No
     storage.write_text(storage.join(folder, RESULTS), json.dumps(record, indent=1))
     storage.write_text(storage.join(folder, REPORT), report)
     for name, figure in drawn.items():
-        image = io.BytesIO()
-        figure.savefig(image, dpi=110, format="png")
-        storage.write_bytes(storage.join(folder, name), image.getvalue())
+        storage.write_bytes(storage.join(folder, name), figures.png(figure))
     queue = private_folder(run).with_name(f"{record['name']}-tracking-queue")
     tracker = Tracker(open_parent(run.tracking, queue_dir=queue))
     tracker.log_dict(dict(record), RESULTS)

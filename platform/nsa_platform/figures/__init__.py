@@ -3,7 +3,9 @@
 Every function takes plain numbers and returns a matplotlib Figure; nothing here keeps state.
 """
 
+from nsa_platform.figures.canvas import png
 from nsa_platform.figures.evaluation import bars, needle_map, scores
+from nsa_platform.figures.mechanism import attention_held, block_attention
 from nsa_platform.figures.serving import decode_speeds, latencies, scaling
 from nsa_platform.figures.sweep import compared_losses, compared_positions
 from nsa_platform.figures.training import (
@@ -21,7 +23,9 @@ from nsa_platform.figures.training import (
 __all__ = [
     "Health",
     "Points",
+    "attention_held",
     "bars",
+    "block_attention",
     "compared_losses",
     "compared_positions",
     "decode_speeds",
@@ -31,6 +35,7 @@ __all__ = [
     "loss_by_position",
     "loss_curve",
     "needle_map",
+    "png",
     "scaling",
     "scores",
     "selected_distance",

@@ -1,5 +1,6 @@
 """What all figures share: colours, axes, heat maps, notes."""
 
+import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -80,6 +81,13 @@ def draw_baselines(axes: Axes, baselines: Mapping[str, float]) -> None:
         text = f"{name} {value:.2f}"
         across = axes.get_yaxis_transform()
         axes.text(0.99, value, text, transform=across, ha="right", va="bottom", color=INK)
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as an image file."""
+    image = io.BytesIO()
+    figure.savefig(image, dpi=110, format="png")
+    return image.getvalue()
 
 
 def note(axes: Axes, x: float, y: float, text: str, *, above: bool = False) -> None:

@@ -187,6 +187,8 @@ class NsaAttention(nn.Module):
                 config=config,
                 scale=self.scale,
             )
+            if step.probe.watch is not None:
+                step.probe.watch(self.layer_index, q, k_cmp, k_slc)
         folded = Inputs(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
         if partition.kin.size > 1 or self.runs_apart:
             out = self._attend_apart(folded, step)

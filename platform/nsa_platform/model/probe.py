@@ -5,6 +5,7 @@ until summary(). It costs a second pass over the compressed branch and keeps tor
 it belongs in validation.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,10 @@ class LayerHealth:
     had two blocks to choose from."""
 
 
+Watch = Callable[[int, Tensor, Tensor, Tensor], None]
+"""Layer, q [T, H, K], compressed keys [C, G, K] and selected keys [T, G, K], all rotated."""
+
+
 @dataclass(slots=True)
 class _Sums:
     gates: Tensor
@@ -47,8 +52,10 @@ class Probe:
     No dataclass: hooks around layers (FSDP's) hand on copies of those, and a copy's sums are lost.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, watch: Watch | None = None) -> None:
+        """watch: is shown the queries and keys of each layer that selects."""
         self.layers: dict[int, _Sums] = {}
+        self.watch = watch
 
     def tensors(self) -> list[Tensor]:
         """The running sums, layer by layer, to be added in place over the ranks of a job."""
