@@ -35,15 +35,37 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
-@dataclass(frozen=True)
+@dataclass
 class S3Server:
-    """A running S3 server with one keyed identity."""
+    """An S3 server with one keyed identity, which can be killed and started again."""
 
-    endpoint: str
+    port: int
     access_key: str
     secret_key: str
+    command: list[str]
+    folder: Path
     writer_key: str = "writer"
     """May read, write and list, but not make buckets; the secret is the same."""
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Return when it answers."""
+        log = self.folder / "weed.log"
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                self.command, stdout=output, stderr=output, cwd=self.folder
+            )
+        _wait_until_it_answers(self, self.process, log)
+
+    def kill(self) -> None:
+        """kill -9."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
 
     @property
     def environment(self) -> dict[str, str]:
@@ -95,12 +117,6 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A real SeaweedFS server on loopback that checks signatures; stopped at the end."""
     folder = tmp_path_factory.mktemp("weed")
     s3, master, volume, filer = free_ports(4)
-    server = S3Server(f"http://127.0.0.1:{s3}", "testing", "testingsecret")
-    identities = [
-        _identity("tests", server.access_key, server.secret_key, "Admin"),
-        _identity("writer", server.writer_key, server.secret_key),
-    ]
-    (folder / "s3.json").write_text(json.dumps({"identities": identities}))
     command = [
         *(str(Path(sys.executable).parent / "weed"), "server", f"-dir={folder}", "-s3"),
         *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer=true", f"-s3.config={folder}/s3.json"),
@@ -110,19 +126,22 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         # Services that would take a fixed port, so that two servers could not run side by side.
         *("-s3.port.iceberg=0", "-s3.port.lance=0"),
     ]
-    log = folder / "weed.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, cwd=folder)
-        try:
-            _wait_until_it_answers(server, process, log)
-            yield server
-        finally:
-            process.terminate()
+    server = S3Server(s3, "testing", "testingsecret", command, folder)
+    identities = [
+        _identity("tests", server.access_key, server.secret_key, "Admin"),
+        _identity("writer", server.writer_key, server.secret_key),
+    ]
+    (folder / "s3.json").write_text(json.dumps({"identities": identities}))
+    try:
+        server.start()
+        yield server
+    finally:
+        if server.process is not None:
+            server.process.terminate()
             try:
-                process.wait(3)
+                server.process.wait(3)
             except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+                server.kill()
 
 
 @pytest.fixture

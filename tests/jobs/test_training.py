@@ -5,12 +5,14 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,9 @@ from nsa_platform.model.weights import load_model
 from nsa_platform.tracking.library import MlflowClient
 from nsa_platform.train.adapters import ADAPTER_FILE
 from nsa_platform.train.samples import TABLE
-from nsa_platform.train.snapshots import snapshots
+from nsa_platform.train.snapshots import damage, snapshots
+from tests.conftest import S3Server
+from tests.mlflow_server import Server
 
 # Ray warns of its own deprecated settings when a trainer is built.
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -248,6 +252,67 @@ def test_a_killed_worker_on_object_storage(
     assert place.losses("killed") == straight
     assert place.client().get_run(place.run_id("killed")).info.status == "FINISHED"
     assert "config.json" in storage.list_names(f"{bucket}/killed/model")
+
+
+def test_killed_servers(place: Place, straight, tiny_shards, s3_server, capsys) -> None:
+    """Neither the store of the checkpoints nor that of the curves outlives the run's middle."""
+    bucket = s3_server.bucket("outage")
+    folder = place.folder / "mlflow-server"
+    folder.mkdir()
+    mlflow = Server(folder, Path(place.tracking.removeprefix("sqlite:///")))
+    mlflow.start()
+    served = replace(place, tracking=mlflow.config.uri)
+    command = ["--config", str(_staged(served, "outage", tiny_shards.path))]
+    command += ["--set", f"storage={bucket}"]
+
+    def kill_both_in_the_middle() -> None:
+        _wait_for(lambda: snapshots(f"{bucket}/outage/checkpoints"), "checkpoint")
+        _kill_until_missed(s3_server, mlflow)
+
+    killer = threading.Thread(target=kill_both_in_the_middle)
+    killer.start()
+    try:
+        pretrain.main(command)
+        killer.join()
+        # What the run could not deliver at its end, the same command does.
+        pretrain.main(command)
+        assert "outage is finished already" in capsys.readouterr().out
+        assert served.losses("outage") == straight
+        assert served.client().get_run(served.run_id("outage")).info.status == "FINISHED"
+    finally:
+        killer.join()
+        mlflow.kill()
+    last, *_ = snapshots(f"{bucket}/outage/checkpoints")
+    assert last.step == STEPS and damage(last) is None
+    storage.download_tree(f"{bucket}/outage/model", place.folder / "outage")
+    models = place.folder / "runs" / "straight" / "model", place.folder / "outage"
+    wanted, found = (load_model(each).state_dict() for each in models)
+    assert all(weight.equal(wanted[name]) for name, weight in found.items())
+
+
+def _kill_until_missed(*servers: S3Server | Server) -> None:
+    """kill -9 them all; each comes back when somebody has asked for it in vain."""
+    with ExitStack() as stack:
+        stand_ins = []
+        for server in servers:
+            server.kill()
+            stand_ins.append(stack.enter_context(_stand_in(server.port)))
+        for server, stand_in in zip(servers, stand_ins, strict=True):
+            stand_in.accept()[0].close()
+            stand_in.close()
+            server.start()
+
+
+def _stand_in(port: int) -> socket.socket:
+    """A listener where a server was, as soon as the last of its processes is gone."""
+
+    def bound() -> socket.socket | None:
+        with suppress(OSError):
+            return socket.create_server(("127.0.0.1", port))
+
+    listener = _wait_for(bound, f"free port {port}")
+    listener.settimeout(PATIENCE_S)
+    return listener
 
 
 def test_a_killed_driver(place: Place, straight, tiny_shards, capsys) -> None:

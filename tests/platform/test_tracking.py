@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,16 +27,14 @@ from nsa_platform.tracking import (
     open_run,
     register_model,
     source_run,
-    ui_command,
-    ui_environment,
 )
 from nsa_platform.tracking.handle import artifact_root, new_handle
 from nsa_platform.tracking.journal import Journal
 from nsa_platform.tracking.library import MlflowClient
 from nsa_platform.tracking.store import connect
+from tests.mlflow_server import Server, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 60
 
 
 @pytest.fixture(scope="module")
@@ -122,13 +120,6 @@ def kill_after(process: "subprocess.Popen[str]", step: int) -> int:
     said = [int(line) for line in process.stdout]
     process.wait()
     return max([step, *said])
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
 
 
 def free_port() -> int:
@@ -477,54 +468,11 @@ register_model(handle, {str(ROOT / "jobs" / "configs")!r}, "m", "champion")
     ]
 
 
-class Server:
-    """A real `mlflow server` on loopback that can be killed and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.config = TrackingConfig(uri=f"http://127.0.0.1:{free_port()}", experiment="served")
-        self._store = TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db")
-        self._log = folder / "server.log"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        port = int(self.config.uri.rpartition(":")[2])
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                ui_command(self._store, port=port),
-                env=ui_environment(),
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        wait_for(self._answers, f"the server did not start:\n{self._log.read_text()[-2000:]}")
-
-    def kill(self) -> None:
-        """kill -9 of the server and its worker, a process group of its own."""
-        if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
-
-    def _answers(self) -> bool:
-        assert self._process is not None and self._process.poll() is None, self._log.read_text()
-        with (
-            contextlib.suppress(OSError),
-            socket.create_connection(
-                ("127.0.0.1", int(self.config.uri.rpartition(":")[2])), timeout=1
-            ) as connection,
-        ):
-            connection.settimeout(2)
-            connection.sendall(b"GET /health HTTP/1.0\r\n\r\n")
-            return b" 200 " in connection.recv(100)
-        return False
-
-
 @pytest.fixture
 def server(tmp_path: Path, config: TrackingConfig) -> Iterator[Server]:
     """Not started yet. Its store is a copy of one that has its tables."""
-    server = Server(tmp_path)
     connect(config.uri, creates=True)
-    (tmp_path / "mlflow.db").write_bytes(Path(config.uri.removeprefix("sqlite:///")).read_bytes())
+    server = Server(tmp_path, Path(config.uri.removeprefix("sqlite:///")))
     try:
         yield server
     finally:
