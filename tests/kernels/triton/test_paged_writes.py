@@ -87,12 +87,12 @@ def check_fold(
         correct = make(groups, width, width, seed=seed + 2) / width**0.5
         return Phi(position, fold, correct if kind == "mlp" else None)
 
-    phis = (phi_of(widths[0], 3), phi_of(widths[1], 6))
-    tails = tuple(make(PAGES, PAGE, groups, width, seed=width) for width in widths)
-    caches = tuple(
-        torch.full((blocks, strides, groups, width), 7.0, dtype=dtype, device=device)
-        for width in widths
-    )
+    def cache_of(width: int) -> Tensor:
+        return torch.full((blocks, strides, groups, width), 7.0, dtype=dtype, device=device)
+
+    k_phi, v_phi = phi_of(widths[0], 3), phi_of(widths[1], 6)
+    k_tail, v_tail = (make(PAGES, PAGE, groups, width, seed=width) for width in widths)
+    before = (cache_of(widths[0]), cache_of(widths[1]))
     generator = torch.Generator().manual_seed(2)
     rows = torch.randperm(blocks * strides - 1, generator=generator)[:blocks] + 1
     rows[1::3] = 0
@@ -102,23 +102,23 @@ def check_fold(
         rows=rows.to(device), cos=cos, sin=sin,
     )  # fmt: skip
     for is_rotated in (True, False):
-        exact = [cache.double().cpu() for cache in caches]
-        told = NewBlocks(
-            new.tail_rows.cpu(), rows, cos.double().cpu(), sin.double().cpu(), is_rotated
-        )
+        exact = (before[0].double().cpu(), before[1].double().cpu())
+        got = (before[0].clone(), before[1].clone())
         fold_and_write(
-            tuple(in_float64(phi) for phi in phis),
-            tuple(tail.double().cpu() for tail in tails),
-            tuple(exact),
-            told,
+            (in_float64(k_phi), in_float64(v_phi)),
+            (k_tail.double().cpu(), v_tail.double().cpu()),
+            exact,
+            NewBlocks(
+                new.tail_rows.cpu(), rows, cos.double().cpu(), sin.double().cpu(), is_rotated
+            ),
             backend="torch",
         )
-        got = tuple(cache.clone() for cache in caches)
-        fold_and_write(phis, tails, got, replace(new, is_rotated=is_rotated), backend="triton")
-        for cache, wanted, before in zip(got, exact, caches, strict=True):
-            flat, known = cache.flatten(0, 1), wanted.flatten(0, 1)
-            assert_close(flat[1:], known[1:], f"{kind} rotated={is_rotated}")
-            assert torch.equal(flat[0], before.flatten(0, 1)[0])
+        told = replace(new, is_rotated=is_rotated)
+        fold_and_write((k_phi, v_phi), (k_tail, v_tail), got, told, backend="triton")
+        for cache, wanted in zip(got, exact, strict=True):
+            flat = cache.flatten(0, 1)
+            assert_close(flat[1:], wanted.flatten(0, 1)[1:], f"{kind} rotated={is_rotated}")
+            assert (flat[0] == 7.0).all()
 
 
 @pytest.mark.parametrize("case", [(1, 1, (16, 16), 1), (6, 2, (32, 16), 2), (20, 1, (48, 32), 3)])
