@@ -18,7 +18,12 @@ from nsa_kernels.triton_backend.paged_merge import merge_parts
 from nsa_kernels.triton_backend.paged_rows import Rows, locate_rows
 from nsa_kernels.triton_backend.paged_selected import paged_selected_sliding_forward_kernel
 from nsa_kernels.triton_backend.paged_span import paged_span_forward_kernel
-from nsa_kernels.triton_backend.tiles import LOG2_E, key_widths, value_widths
+from nsa_kernels.triton_backend.tiles import (
+    LOG2_E,
+    key_widths,
+    power_of_two_within,
+    value_widths,
+)
 from nsa_kernels.triton_backend.topn import top_blocks
 
 # Two programs for each processor of a large GPU; more parts only cost more merging.
@@ -56,9 +61,12 @@ class Parts(NamedTuple):
 
 
 def num_splits(num_keys: int, num_programs: int) -> int:
-    """Parts of num_keys keys (the most that can be) that keep a GPU busy with num_programs."""
+    """Parts of num_keys keys (the most that can be) that keep a GPU busy with num_programs.
+
+    A power of two: each number is a kernel of its own, and a server meets all of them.
+    """
     most = max(1, min(_MOST_SPLITS, num_keys // _LEAST_KEYS_PER_SPLIT))
-    return min(most, triton.cdiv(_WANTED_PROGRAMS, num_programs))
+    return power_of_two_within(min(most, triton.cdiv(_WANTED_PROGRAMS, num_programs)))
 
 
 def tile_rows(num_tokens: int, num_sequences: int, group_size: int) -> int:

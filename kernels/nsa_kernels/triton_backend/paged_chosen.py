@@ -111,7 +111,7 @@ def attend_list(
     return largest, total, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences", "M"])
 def paged_chosen_kernel(
     q,
     k_slc,

@@ -40,7 +40,7 @@ def block_shares(
     return share + tl.where(o_block > 0, before, 0.0), rest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences", "M"])
 def paged_compressed_kernel(
     q,
     k_cmp,

@@ -20,6 +20,7 @@ from nsa_kernels.triton_backend.tiles import (
     LOG2_E,
     early_start,
     key_widths,
+    power_of_two_within,
     register_limit,
     value_widths,
 )
@@ -178,8 +179,11 @@ def make_plan(
 
 
 def _num_splits(num_keys: int, tile: int, programs: int) -> int:
-    """Parts of num_keys keys that keep a GPU busy, whole tiles each."""
-    return max(1, min(_MOST_SPLITS, triton.cdiv(num_keys, tile), _WANTED_PROGRAMS // programs))
+    """Parts of num_keys keys that keep a GPU busy, whole tiles each; a power of two, as each number
+    is a kernel of its own.
+    """
+    most = min(_MOST_SPLITS, triton.cdiv(num_keys, tile), _WANTED_PROGRAMS // programs)
+    return power_of_two_within(max(1, most))
 
 
 def _constants(

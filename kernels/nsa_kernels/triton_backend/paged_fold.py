@@ -75,7 +75,7 @@ def fold_and_write(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def paged_fold_kernel(
     k_tail,
     v_tail,
@@ -158,7 +158,7 @@ def sum_parts(
     return b_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def paged_fold_write_kernel(
     parts,
     k_correct,

@@ -20,7 +20,7 @@ def shared_strides(offset, BLOCK_STRIDES: tl.constexpr, SELECTION_STRIDES: tl.co
     return tl.minimum(offset + BLOCK_STRIDES, SELECTION_STRIDES) - tl.maximum(offset, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def paged_importance_kernel(
     q,
     k_cmp,

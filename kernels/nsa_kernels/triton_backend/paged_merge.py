@@ -70,7 +70,7 @@ def part_weights(b_lse, o_branch, i_branch, b_gate):
     return tl.sum(b_p * (b_gate / tl.where(total == 0.0, 1.0, total))[:, None], 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences"])
 def paged_merge_kernel(
     partial_out,
     partial_lse,

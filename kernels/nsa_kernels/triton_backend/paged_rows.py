@@ -66,7 +66,7 @@ def find_new_tokens(
     return i_sequence, start + offset, context - length + offset, count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "B"])
 def locate_rows_kernel(
     cu_seqlens,
     context_lens,

@@ -12,7 +12,7 @@ from nsa_kernels.triton_backend.paged_parts import attend_keys, load_split, stor
 from nsa_kernels.triton_backend.tiles import visible_low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def paged_selected_sliding_forward_kernel(
     q,
     k_slc,

@@ -39,6 +39,11 @@ class Tiles:
     """How tl.dot multiplies fp32; 16-bit products are exact before they are added."""
 
 
+def power_of_two_within(number: int) -> int:
+    """The largest power of two that is not above a number from 1 on."""
+    return 1 << (number.bit_length() - 1)
+
+
 def split_width(width: int) -> tuple[int, int]:
     """(main, tail): powers of two that a tile of this width is read in; tail is 0 for none."""
     padded = triton.next_power_of_2(width)

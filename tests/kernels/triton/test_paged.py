@@ -138,6 +138,18 @@ def test_tokens_in_chunks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.equal(batch.attend(), whole)
 
 
+def test_a_server_meets_few_kernels() -> None:
+    """Whatever comes together in a step, keys are cut into a power of two of parts."""
+    met = set()
+    for tokens in range(1, 400):
+        for context in (64, 640, 7040, 65536):
+            met.add(paged_module.num_splits(context, tokens))
+            if decode_module.is_decode(tokens, -(-tokens // 16), context // 64, PAPER):
+                rest = (2, 16, 128, torch.bfloat16, context, PAPER)
+                met.update(decode_module.make_plan(tokens, -(-tokens // 16), *rest).splits)
+    assert met <= {1, 2, 4, 8, 16, 32, 64}
+
+
 @pytest.mark.usefixtures("way")
 def test_splits_of_the_keys_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = make_paged([1200, 30], [1, 1], config=PAPER, groups=1, heads_per_group=2)
