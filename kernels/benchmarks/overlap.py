@@ -6,6 +6,7 @@ The file holds arrays [T, G, n] of block numbers, one sequence each, -1 where th
 `select_blocks` returned in a trained model, say. What is printed sets the benchmark's `Sharing`.
 """
 
+import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,9 +46,11 @@ def measure_overlap(blocks: Tensor, config: NsaConfig, spans: tuple[int, ...] = 
         spans: numbers of neighbouring tokens whose unions are counted.
 
     Raises:
-        ValueError: fewer tokens than the longest span have a choice.
+        ValueError: another shape, or fewer tokens than the longest span have a choice.
     """
     n, size = config.num_selected_blocks, config.selection_block_size
+    if blocks.dim() != 3 or blocks.shape[2] != n:
+        raise ValueError(f"blocks must have shape [T, G, n={n}], got {list(blocks.shape)}")
     first = n * size
     chosen = blocks[first:].long()
     if len(chosen) < max(spans):
@@ -81,12 +84,16 @@ def _union(chosen: Tensor, span: int) -> float:
 
 
 def main() -> int:
-    if len(sys.argv) != 2:
-        print((__doc__ or "").strip(), file=sys.stderr)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("blocks", type=Path, help=".npz with arrays [T, G, n] of block numbers")
+    path, config = parser.parse_args().blocks, NsaConfig()
+    try:
+        with np.load(path) as file:
+            for name in file.files:
+                print(f"{name}: {measure_overlap(torch.from_numpy(file[name]), config)}")
+    except (OSError, ValueError) as error:
+        print(f"overlap: {path}: {error}", file=sys.stderr)
         return 2
-    with np.load(Path(sys.argv[1])) as file:
-        for name in file.files:
-            print(f"{name}: {measure_overlap(torch.from_numpy(file[name]), NsaConfig())}")
     return 0
 
 

@@ -1,8 +1,11 @@
 """Renders RESULTS.md and its pictures from the benchmark's records; no figure is written by hand.
 
-python kernels/benchmarks/report.py results/kernels.json
+    python kernels/benchmarks/report.py results/kernels.json
+
+Exit status: 0 written; 2 the file is not there or holds other records, and nothing was written.
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -15,6 +18,8 @@ OVERLAP = ROOT / "results" / "block_overlap.json"
 CONTEXT_PICTURE = "docs/kernels_context.png"
 DECODE_PICTURE = "docs/kernels_decode.png"
 DENSE = ("sdpa_flash", "sdpa_cudnn", "flash_attn_4", "full")
+PEERS = {"flash_attn_4": "flash-attn-4", "fla": "fla"}
+"""Kernels of others that are timed where they are installed, by the beginning of their ops."""
 WHOLE = {"nsa": "blocks at random", "nsa_real": "blocks shared as in a trained model"}
 
 Record = dict[str, Any]
@@ -81,8 +86,8 @@ def render(records: list[Record], trained: list[Record] | None = None) -> str:
         "Medians, L2 flushed between calls, one sequence, bf16. Outputs and gradients of every op",
         "agreed with the float64 reference before anything was timed. Blocks are chosen at random",
         "beside the forced ones, the hardest case, or, in ops named `_real`, shared by neighbours",
-        "as in a trained model (below). `sdpa_flash` and `sdpa_cudnn` are torch's dense kernels,",
-        "`full` is our own dense one.",
+        "as in the layers of a trained model that share most (below). `sdpa_flash` and",
+        "`sdpa_cudnn` are torch's dense kernels, `full` is our own dense one." + _absent(times),
         "",
         f"Ceilings measured in the same run: {ceilings['ceiling/matmul']:.0f} TFLOP/s in a bf16",
         f"product of matrices, {ceilings['ceiling/copy']:.2f} TB/s in a copy. The floor of an op",
@@ -105,11 +110,12 @@ def write_page(records: list[Record], path: Path = RESULTS, pictures: Path = ROO
     # Only who writes the page needs matplotlib.
     from benchmarks.pictures import draw_context, draw_decode
 
+    trained = json.loads(OVERLAP.read_text(encoding="utf-8")) if OVERLAP.exists() else []
+    page = render(records, trained)
     draw_context(records, pictures / CONTEXT_PICTURE)
     draw_decode(records, pictures / DECODE_PICTURE)
-    trained = json.loads(OVERLAP.read_text(encoding="utf-8")) if OVERLAP.exists() else []
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(render(records, trained), encoding="utf-8")
+    temporary.write_text(page, encoding="utf-8")
     temporary.rename(path)
 
 
@@ -124,6 +130,13 @@ def first_win(times: Times, op: str) -> str | None:
             break
         win = workload
     return win
+
+
+def _absent(times: Times) -> str:
+    """A sentence about the peers that were not there to be timed."""
+    ran = {op for _, op, _ in times.by_key}
+    absent = [name for op, name in PEERS.items() if not any(each.startswith(op) for each in ran)]
+    return f" Not installed there, so not compared: {', '.join(absent)}." if absent else ""
 
 
 def _shape(record: Record) -> tuple[Any, ...]:
@@ -302,5 +315,18 @@ def _decode(records: list[Record], ceilings: dict[str, float]) -> list[str]:
     ]
 
 
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("records", type=Path, help="what bench.py wrote")
+    path = parser.parse_args().records
+    try:
+        write_page(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        print(f"report: {path} holds no records of bench.py ({what})", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    write_page(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    sys.exit(main())

@@ -58,7 +58,10 @@ def check_query(q: Tensor) -> None:
 
 def check_like_query(name: str, tensor: Tensor, q: Tensor) -> None:
     """The tensor shares q's dtype and device."""
-    _expect(tensor.dtype == q.dtype, f"{name} has dtype {tensor.dtype}, q has {q.dtype}")
+    _expect(
+        tensor.dtype == q.dtype,
+        f"{name} has dtype {tensor.dtype}, q has {q.dtype}: they must be the same",
+    )
     _expect_device(name, tensor, q)
 
 
@@ -112,12 +115,12 @@ def check_gate_values(gates: Tensor) -> None:
     """Check the values of gates where reading them costs no device sync (on the CPU).
 
     Raises:
-        ValueError: one is negative.
+        ValueError: one is negative or no number.
     """
     if gates.device.type != "cpu" or not gates.numel():
         return
     least = float(gates.min())
-    _expect(not least < 0.0, f"gates must not be negative, as sigmoids are not; found {least:.3g}")
+    _expect(least >= 0.0, f"gates must not be negative, as sigmoids are not; found {least:.3g}")
 
 
 def check_int32(name: str, tensor: Tensor, q: Tensor) -> None:
@@ -278,6 +281,40 @@ def check_pages(
     for name, pool in zip(names, (k, v), strict=True):
         check_like_query(name, pool, q)
         _expect(pool.is_contiguous(), f"{name} must be contiguous: a cache is never copied")
+
+
+def check_rows(name: str, rows: Tensor, shape: tuple[int, ...], letters: str, pool: Tensor) -> None:
+    """Rows of a pool [pages, rows, G, W]: int64 beside it; values are read on the CPU only."""
+    check_shape(name, rows, letters, shape)
+    _expect(rows.dtype == torch.int64, f"{name} must be int64, got {rows.dtype}")
+    _expect_device(name, rows, pool)
+    _expect(rows.is_contiguous(), f"{name} must be contiguous")
+    if rows.device.type == "cpu" and rows.numel():
+        most = pool.shape[0] * pool.shape[1] - 1
+        lowest, highest = int(rows.min()), int(rows.max())
+        _expect(
+            lowest >= 0 and highest <= most,
+            f"{name} must lie in [0, {most}], the rows of its pool, got {lowest} to {highest}",
+        )
+
+
+def check_angles(cos: Tensor, sin: Tensor, count: int, letter: str, x: Tensor) -> None:
+    """Cosines and sines [count, K / 2] for x [.., K], in the dtype of sums."""
+    width = x.shape[-1]
+    _expect(width % 2 == 0, f"keys must have an even width to be rotated, got K={width}")
+    for name, angles in (("cos", cos), ("sin", sin)):
+        check_shape(name, angles, f"[{letter}, K / 2]", (count, width // 2))
+        wanted = accumulation_dtype(x.dtype)
+        _expect(angles.dtype == wanted, f"{name} must be {wanted}, got {angles.dtype}")
+        _expect_device(name, angles, x)
+        _expect(angles.is_contiguous(), f"{name} must be contiguous")
+
+
+def check_pool(name: str, pool: Tensor, sizes: tuple[int | None, ...], x: Tensor) -> None:
+    """A cache [pages, rows, G, W] like x that is written in place."""
+    check_shape(name, pool, "[pages, rows, G, W]", sizes)
+    check_like_query(name, pool, x)
+    _expect(pool.is_contiguous(), f"{name} must be contiguous: a cache is written in place")
 
 
 def check_room(block_indices: Tensor | None, q: Tensor, groups: int, config: NsaConfig) -> None:

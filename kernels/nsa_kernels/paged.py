@@ -36,6 +36,7 @@ def _attend(
     config = NsaConfig(*sizes)
     page = k_slc.shape[1]
     checks.check_offsets(cu_seqlens, q.shape[0])
+    checks.check_gate_values(gates)
     checks.check_contexts(context_lens, cu_seqlens, page_table, k_slc.shape[0], page)
     checks.check_window_pages(
         context_lens, cu_seqlens, window_page_table, k_win.shape[0], page, config

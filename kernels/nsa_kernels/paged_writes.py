@@ -41,16 +41,22 @@ def rotate_and_write(
     checks.check_query(q)
     if not 1 <= len(branches) <= 3:
         raise ValueError(f"branches must be one to three, got {len(branches)}")
-    angles = (q.shape[0], q.shape[2] // 2)
-    for name, tensor in (("cos", cos), ("sin", sin)):
-        checks.check_shape(name, tensor, "[T, K / 2]", angles)
-    groups, value_width = branches[0].values.shape[1:]
+    checks.check_angles(cos, sin, len(q), "T", q)
+    groups, value_width = _groups_and_width(branches[0])
+    checks.check_groups("values", groups, q)
     for branch in branches:
-        key_shape = (len(q), groups, q.shape[2])
-        checks.check_shape("keys", branch.keys, "[T, G, K]", key_shape)
-        checks.check_shape("values", branch.values, "[T, G, V]", (len(q), groups, value_width))
-        checks.check_shape("rows", branch.rows, "[T]", (len(q),))
-    run = backend_module(resolve_backend(q, backend)).rotate_and_write
+        keys, values = (len(q), groups, q.shape[2]), (len(q), groups, value_width)
+        checks.check_shape("keys", branch.keys, "[T, G, K]", keys)
+        checks.check_shape("values", branch.values, "[T, G, V]", values)
+        checks.check_like_query("keys", branch.keys, q)
+        checks.check_like_query("values", branch.values, q)
+        checks.check_pool("k_cache", branch.k_cache, (None, None, groups, q.shape[2]), q)
+        pool = (*branch.k_cache.shape[:2], groups, value_width)
+        checks.check_pool("v_cache", branch.v_cache, pool, q)
+        checks.check_rows("rows", branch.rows, (len(q),), "[T]", branch.k_cache)
+    chosen = resolve_backend(q, backend)
+    checks.check_limits(chosen, q, value_width, groups)
+    run = backend_module(chosen).rotate_and_write
     return run(q, branches, cos, sin)
 
 
@@ -73,12 +79,47 @@ def fold_and_write(
     Raises:
         ValueError: shapes do not fit together, or the backend cannot run.
     """
-    size = new.tail_rows.shape[1]
-    checks.check_shape("rows", new.rows, "[E]", new.tail_rows.shape[:1])
-    for phi, tail, cache in zip(phis, tails, caches, strict=True):
-        groups, width = tail.shape[2:]
-        checks.check_shape("cache", cache, "[P, page / d, G, W]", (None, None, groups, width))
-        if phi.fold is not None:
-            checks.check_shape("fold", phi.fold, "[G, l * W, W]", (groups, size * width, width))
-    run = backend_module(resolve_backend(tails[0], backend)).fold_and_write
-    run(phis, tails, caches, new)
+    (k_tail, v_tail), (k_cmp, v_cmp) = tails, caches
+    for name, tail in (("k_tail", k_tail), ("v_tail", v_tail)):
+        checks.check_pool(name, tail, (*k_tail.shape[:2], k_tail.shape[2], None), k_tail)
+    groups, widths = k_tail.shape[2], (k_tail.shape[3], v_tail.shape[3])
+    checks.check_pool("k_cmp", k_cmp, (None, None, groups, widths[0]), k_tail)
+    checks.check_pool("v_cmp", v_cmp, (*k_cmp.shape[:2], groups, widths[1]), k_tail)
+    checks.check_shape("tail_rows", new.tail_rows, "[E, l]", (None, None))
+    count, size = new.tail_rows.shape
+    checks.check_rows("tail_rows", new.tail_rows, (count, size), "[E, l]", k_tail)
+    checks.check_rows("rows", new.rows, (count,), "[E]", k_cmp)
+    checks.check_angles(new.cos, new.sin, count, "E", k_tail)
+    for name, phi, width in zip(("keys", "values"), phis, widths, strict=True):
+        _check_phi(f"phi of {name}", phi, phis[0], (groups, size, width), k_tail)
+    chosen = resolve_backend(k_tail, backend)
+    checks.check_limits(chosen, k_tail[0], widths[1], groups)
+    backend_module(chosen).fold_and_write(phis, tails, caches, new)
+
+
+def _groups_and_width(branch: NewRows) -> tuple[int, int]:
+    checks.check_shape("values", branch.values, "[T, G, V]", (None, None, None))
+    return branch.values.shape[1], branch.values.shape[2]
+
+
+def _check_phi(name: str, phi: Phi, first: Phi, sizes: tuple[int, int, int], like: Tensor) -> None:
+    """phi has what its kind needs, in the dtype of what it folds, and is of the first's kind."""
+    groups, size, width = sizes
+    if (phi.fold is None, phi.correct is None) != (first.fold is None, first.correct is None):
+        raise ValueError(f"{name}: both must be of one kind (mean, linear or mlp)")
+    if (phi.fold is None) != (phi.position is None) or (
+        phi.fold is None and phi.correct is not None
+    ):
+        raise ValueError(
+            f"{name}: give nothing (mean), position and fold (linear), or correct as well (mlp)"
+        )
+    for part, tensor, letters, shape in (
+        ("position", phi.position, "[G, l, W]", (groups, size, width)),
+        ("fold", phi.fold, "[G, l * W, W]", (groups, size * width, width)),
+        ("correct", phi.correct, "[G, W, W]", (groups, width, width)),
+    ):
+        if tensor is not None:
+            checks.check_shape(f"{name}: {part}", tensor, letters, shape)
+            checks.check_like_query(f"{name}: {part}", tensor, like)
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name}: {part} must be contiguous")

@@ -145,19 +145,66 @@ def test_compiled(widths: tuple[int, int], dtype: torch.dtype, device: str) -> N
         check_fold(kind, 2, widths, 19, dtype, device)
 
 
-def test_bad_shapes_are_named() -> None:
-    q = torch.zeros(2, 4, 16)
-    cos = torch.zeros(2, 8)
-    cache = torch.zeros(2, 4, 1, 16)
-    row = NewRows(q[:, :1], q[:, :1], cache, cache, torch.ones(2, dtype=torch.int64))
+def small_rows() -> tuple[Tensor, NewRows, Tensor]:
+    """q, a branch and angles that fit together."""
+    q, cache = torch.zeros(2, 4, 16), torch.zeros(2, 4, 1, 16)
+    keys = torch.zeros(2, 1, 16)
+    return q, NewRows(keys, keys, cache, cache.clone(), torch.tensor([1, 2])), torch.zeros(2, 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keys": torch.zeros(1, 1, 16)}, r"keys must have shape \[T, G, K\]"),
+        ({"keys": torch.zeros(2, 1, 16).half()}, "keys has dtype torch.float16"),
+        ({"values": torch.zeros(2, 16)}, r"values must have shape \[T, G, V\]"),
+        ({"values": torch.zeros(2, 3, 16)}, "G=3 key/value heads, which must divide the H=4"),
+        ({"k_cache": torch.zeros(2, 4, 2, 16)}, "k_cache must have shape"),
+        ({"v_cache": torch.zeros(2, 4, 1, 32)[..., ::2]}, "v_cache must be contiguous"),
+        ({"v_cache": torch.zeros(2, 4, 1, 16).double()}, "v_cache has dtype torch.float64"),
+        ({"rows": torch.zeros(2)}, "rows must be int64, got torch.float32"),
+        ({"rows": torch.tensor([1, 2, 3, 4])[::2]}, "rows must be contiguous"),
+        ({"rows": torch.tensor([1, 8])}, r"rows must lie in \[0, 7\].* got 1 to 8"),
+    ],
+    ids=lambda value: str(value)[:24] if isinstance(value, str) else "",
+)
+def test_rows_that_do_not_fit_are_named(changes: dict[str, Tensor], message: str) -> None:
+    q, rows, cos = small_rows()
+    rotate_and_write(q, [rows], cos, cos, backend="torch")
+    with pytest.raises(ValueError, match=message):
+        rotate_and_write(q, [replace(rows, **changes)], cos, cos)
+
+
+def test_angles_and_branches_that_do_not_fit_are_named() -> None:
+    q, rows, cos = small_rows()
     with pytest.raises(ValueError, match="one to three, got 0"):
         rotate_and_write(q, [], cos, cos)
-    with pytest.raises(ValueError, match=r"cos must have shape \[T, K / 2\]"):
-        rotate_and_write(q, [row], torch.zeros(2, 7), cos)
-    with pytest.raises(ValueError, match=r"keys must have shape \[T, G, K\]"):
-        rotate_and_write(q, [replace(row, keys=q[:1, :1])], cos, cos)
-    blocks = NewBlocks(
-        torch.zeros(1, 4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), cos, cos
-    )
-    with pytest.raises(ValueError, match=r"rows must have shape \[E\]"):
-        fold_and_write((Phi(), Phi()), (cache, cache), (cache, cache), blocks)
+    for angles, message in (
+        (torch.zeros(2, 7), r"cos must have shape \[T, K / 2\]"),
+        (torch.zeros(2, 16)[:, ::2], "cos must be contiguous"),
+        (cos.bfloat16(), "cos must be torch.float32, got torch.bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rotate_and_write(q, [rows], angles, cos)
+
+
+def test_blocks_that_do_not_fit_are_named() -> None:
+    cache, angles = torch.zeros(2, 4, 1, 16), torch.zeros(1, 8)
+    tokens, rows = torch.zeros(1, 4, dtype=torch.int64), torch.ones(1, dtype=torch.int64)
+    new = NewBlocks(tokens, rows, angles, angles)
+    position, fold, correct = torch.zeros(1, 4, 16), torch.zeros(1, 64, 16), torch.zeros(1, 16, 16)
+    linear, mlp = Phi(position, fold), Phi(position, fold, correct)
+    pair = (cache, cache.clone())
+    fold_and_write((mlp, mlp), pair, pair, new, backend="torch")
+    for phis, blocks, message in (
+        ((Phi(), Phi()), replace(new, rows=tokens[0]), r"rows must have shape \[E\]"),
+        ((Phi(), Phi()), replace(new, tail_rows=rows), r"tail_rows must have shape \[E, l\]"),
+        ((Phi(), Phi()), replace(new, cos=angles[:0]), r"cos must have shape \[E, K / 2\]"),
+        ((Phi(), linear), new, "phi of values: both must be of one kind"),
+        ((Phi(fold=fold), Phi(fold=fold)), new, "phi of keys: give nothing"),
+        ((replace(linear, fold=fold[:, :32]), linear), new, "phi of keys: fold must have shape"),
+        ((mlp, replace(mlp, correct=correct.half())), new, "phi of values: correct has dtype"),
+        ((replace(mlp, correct=correct.mT), mlp), new, "phi of keys: correct must be contiguous"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fold_and_write(phis, pair, pair, blocks)
