@@ -31,6 +31,7 @@ WITHOUT_DOTS = {
     "selected_backward_sum_kernel",
     "top_blocks_kernel",
     "locate_rows_kernel",
+    "paged_append_kernel",
     "paged_merge_kernel",
     "merge_softmax_kernel",
     "merge_sum_kernel",
