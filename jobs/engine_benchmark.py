@@ -277,8 +277,13 @@ def _stamp(
 
 def _draw(path: Path) -> int:
     """The picture of a record, beside it."""
-    record = json.loads(path.read_text(encoding="utf-8"))
-    points = [p for p in record["points"] if p.get("measure") == "decode" and "tokens_per_s" in p]
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        points = [p for p in record["points"] if "tokens_per_s" in p and p["measure"] == "decode"]
+    except OSError as error:
+        fail(f"--draw: {error}", status=EXIT_BAD_CONFIG)
+    except (ValueError, KeyError, TypeError):
+        fail(f"{path}: is no record of this benchmark", status=EXIT_BAD_CONFIG)
     if not points:
         fail(f"{path}: holds no decode speeds", status=EXIT_BAD_CONFIG)
     speeds: dict[tuple[str, int], dict[int, float]] = {}

@@ -147,8 +147,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         results = [json.loads(path.read_text(encoding="utf-8")) for path in options.records]
         write_page(results)
-    except (OSError, ValueError, KeyError) as error:
+    except OSError as error:
         fail(f"no such record: {error}")
+    except (ValueError, KeyError, TypeError) as error:
+        fail(f"no record of jobs.training_benchmark: {type(error).__name__}: {error}")
     print(PAGE)
 
 

@@ -187,6 +187,11 @@ def test_a_point_that_fails_is_recorded_and_the_next_is_measured(
         (["--set", "model.attention.kind=full"], "kind"),
         (["--set", "model.vocab_size=100"], "vocab_size=100"),
         (["--rate", "0"], "--rate: must be positive"),
+        (["--draw", "nowhere.json"], "No such file or directory: 'nowhere.json'"),
+        (
+            ["--draw", "results/kernels.json"],
+            "results/kernels.json: is no record of this benchmark",
+        ),
         (["--steps", "0"], "must be a whole number from 1 on"),
     ],
 )
