@@ -16,7 +16,7 @@ from socket import socket
 from tempfile import TemporaryDirectory
 
 import pytest
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, expect, sync_playwright
 
 from nsa_platform.tracking.store import connect
 
@@ -32,6 +32,7 @@ FLAGS = (
     "--disable-sync",
 )
 PATIENCE_S = 90
+expect.set_options(timeout=PATIENCE_S * 1000)
 
 
 def need_chromium() -> None:
