@@ -1,10 +1,12 @@
 """Native Sparse Attention as differentiable torch ops, in Triton and in plain torch."""
 
 from nsa_kernels.compressed import compressed_attention
+from nsa_kernels.few_rows import project
 from nsa_kernels.full import full_attention
 from nsa_kernels.new_rows import NewBlocks, NewRows, Phi, fold_blocks
 from nsa_kernels.paged import full_paged_attention, nsa_paged_attention
 from nsa_kernels.paged_writes import fold_and_write, rotate_and_write
+from nsa_kernels.projections import Projection, RmsNorm
 from nsa_kernels.selected import selected_attention
 from nsa_kernels.selection import select_blocks
 from nsa_kernels.shapes import NsaConfig, compressed_cu_seqlens, num_compressed_blocks
@@ -16,6 +18,8 @@ __all__ = [
     "NewRows",
     "NsaConfig",
     "Phi",
+    "Projection",
+    "RmsNorm",
     "compressed_attention",
     "compressed_cu_seqlens",
     "fold_and_write",
@@ -25,6 +29,7 @@ __all__ = [
     "nsa_attention",
     "nsa_paged_attention",
     "num_compressed_blocks",
+    "project",
     "rotate_and_write",
     "select_blocks",
     "selected_attention",

@@ -1,5 +1,6 @@
 """Every op in vectorised torch: any device, any width, any dtype, explicit backward."""
 
+from nsa_kernels.torch_backend.few_rows import project
 from nsa_kernels.torch_backend.mixing import mix_backward, mix_forward
 from nsa_kernels.torch_backend.paged import full_paged_attention, paged_attention
 from nsa_kernels.torch_backend.paged_writes import fold_and_write, rotate_and_write
@@ -27,6 +28,7 @@ __all__ = [
     "nsa_backward",
     "nsa_forward",
     "paged_attention",
+    "project",
     "rotate_and_write",
     "select_blocks",
     "selected_backward",

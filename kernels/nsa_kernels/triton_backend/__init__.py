@@ -1,5 +1,6 @@
 """The Triton kernels behind every op: plain tensors in, plain tensors out, no autograd."""
 
+from nsa_kernels.triton_backend.few_rows import project
 from nsa_kernels.triton_backend.importance import select_blocks
 from nsa_kernels.triton_backend.mixing import mix_backward, mix_forward
 from nsa_kernels.triton_backend.paged import full_paged_attention, paged_attention
@@ -31,6 +32,7 @@ __all__ = [
     "nsa_backward",
     "nsa_forward",
     "paged_attention",
+    "project",
     "rotate_and_write",
     "select_blocks",
     "selected_backward",

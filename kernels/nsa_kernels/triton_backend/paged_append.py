@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.new_rows import NewRows
+from nsa_kernels.triton_backend.tiles import await_launch, early_start, let_next_start
 
 # Heads of the query that a program turns.
 _QUERY_HEADS = 8
@@ -32,6 +33,7 @@ def rotate_and_write(q: Tensor, branches: Sequence[NewRows], cos: Tensor, sin: T
     sources = [_by_rows(t) for one in (first, second, third) for t in (one.keys, one.values)]
     query = _by_rows(q)
     query_tiles = triton.cdiv(num_heads, _QUERY_HEADS)
+    options = early_start(q.device)
     paged_append_kernel[(num_tokens, query_tiles + 2 * len(branches))](
         query, turned, *sources,
         *[t for one in (first, second, third) for t in (one.k_cache, one.v_cache)],
@@ -48,7 +50,9 @@ def rotate_and_write(q: Tensor, branches: Sequence[NewRows], cos: Tensor, sin: T
         IS_ROTATED_0=first.is_rotated,
         IS_ROTATED_1=second.is_rotated,
         IS_ROTATED_2=third.is_rotated,
+        STARTS_EARLY=bool(options),
         num_warps=1,
+        **options,
     )  # fmt: skip
     return turned
 
@@ -165,9 +169,12 @@ def paged_append_kernel(
     IS_ROTATED_0: tl.constexpr,
     IS_ROTATED_1: tl.constexpr,
     IS_ROTATED_2: tl.constexpr,
+    STARTS_EARLY: tl.constexpr,
 ):
     """One piece of one token: heads of the query first, then keys and values branch by branch."""
     QUERY_TILES: tl.constexpr = (H + TILE_H - 1) // TILE_H
+    let_next_start(STARTS_EARLY)
+    await_launch(STARTS_EARLY)
     i_token = tl.program_id(0).to(tl.int64)
     i_piece = tl.program_id(1)
     p_cos, p_sin = cos + i_token * (K // 2), sin + i_token * (K // 2)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from nsa_kernels.triton_backend.paged_parts import attend_keys, load_split, store_partial
 from nsa_kernels.triton_backend.paged_rows import find_new_tokens
-from nsa_kernels.triton_backend.tiles import let_next_start, visible_high
+from nsa_kernels.triton_backend.tiles import await_launch, let_next_start, visible_high
 
 
 @triton.jit
@@ -83,6 +83,8 @@ def paged_compressed_kernel(
     Key tiles hold TILE_S selection blocks; shares [T, H, N, TILE_S], rests and maxima [T, H, N]
     are written for those tiles that have a key, where queries choose at all.
     """
+    # In this order: the launch after this one reads the window without waiting for this one.
+    await_launch(STARTS_EARLY)
     let_next_start(STARTS_EARLY)
     TOKENS: tl.constexpr = TILE_ROWS // R_PADDED
     SELECTION_STRIDES: tl.constexpr = SELECTION_BLOCK // STRIDE

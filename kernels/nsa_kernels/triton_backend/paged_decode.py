@@ -238,6 +238,7 @@ def _compressed_parts(
         STRIDES_PADDED=triton.next_power_of_2(strides),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
+        **early_start(q.device),
     )  # fmt: skip
 
 

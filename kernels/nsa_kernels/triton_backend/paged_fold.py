@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.new_rows import NewBlocks, Phi
+from nsa_kernels.triton_backend.tiles import await_launch, early_start, let_next_start
 
 # Blocks of a tile: the least rows of a matrix product.
 _TILE_E = 16
@@ -52,6 +53,7 @@ def fold_and_write(
         2, splits, tiles * _TILE_E, 2 * num_groups, padded,
         dtype=torch.float32, device=k_tail.device,
     )  # fmt: skip
+    options = early_start(k_tail.device)
     sizes = {
         "G": num_groups,
         "SIZE": size,
@@ -61,17 +63,18 @@ def fold_and_write(
         "TILE_E": _TILE_E,
         "KIND": kind,
         "PRECISION": "ieee" if k_tail.dtype == torch.float32 else "tf32",
+        "STARTS_EARLY": bool(options),
+        "num_warps": 4,
+        **options,
     }
     paged_fold_kernel[(tiles, 2 * num_groups, splits * (padded // columns))](
         k_tail, v_tail, *positions, *folds, new.tail_rows, new.rows, parts, num_blocks,
         key_width, value_width, **sizes,
-        num_warps=4,
     )  # fmt: skip
     paged_fold_write_kernel[(tiles, 2 * num_groups)](
         parts, *corrects, new.rows, new.cos, new.sin, k_cmp, v_cmp, num_blocks,
         key_width, value_width, **sizes,
         IS_ROTATED=new.is_rotated,
-        num_warps=4,
     )  # fmt: skip
 
 
@@ -97,12 +100,15 @@ def paged_fold_kernel(
     TILE_E: tl.constexpr,
     KIND: tl.constexpr,
     PRECISION: tl.constexpr,
+    STARTS_EARLY: tl.constexpr,
 ):
     """Some columns of the products and sums of some tokens of a tile of blocks, of the keys or the
     values of a group.
 
     parts [2, SPLITS, blocks, 2 G, PADDED]: products with phi's matrix, and plain sums.
     """
+    let_next_start(STARTS_EARLY)
+    await_launch(STARTS_EARLY)
     i_tile = tl.program_id(0)
     i_group = tl.program_id(1) // 2
     i_split = tl.program_id(2) % SPLITS
@@ -179,12 +185,15 @@ def paged_fold_write_kernel(
     TILE_E: tl.constexpr,
     KIND: tl.constexpr,
     PRECISION: tl.constexpr,
+    STARTS_EARLY: tl.constexpr,
     IS_ROTATED: tl.constexpr,
 ):
     """Add the parts of a tile of blocks, correct, rotate the keys, and write them.
 
     Rounds to the caches' precision where new_rows.fold_blocks does.
     """
+    let_next_start(STARTS_EARLY)
+    await_launch(STARTS_EARLY)
     i_tile = tl.program_id(0)
     i_group = tl.program_id(1) // 2
     is_value = tl.program_id(1) % 2 == 1

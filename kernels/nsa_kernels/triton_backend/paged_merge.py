@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.triton_backend.tiles import await_launch
+from nsa_kernels.triton_backend.tiles import await_launch, let_next_start
 
 # Few rows are cut into columns, so that they still fill the GPU.
 _FEW_PROGRAMS = 264
@@ -94,6 +94,7 @@ def paged_merge_kernel(
     Without gates all parts are of one branch. row_positions and row_tokens say where a row belongs;
     without them rows are the packed tokens, of which those past the last sequence get 0.
     """
+    let_next_start(STARTS_EARLY)
     await_launch(STARTS_EARLY)
     i_row = tl.program_id(0).to(tl.int64)
     i_head = tl.program_id(1)

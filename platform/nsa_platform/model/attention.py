@@ -5,6 +5,7 @@ the op for whole sequences (PackedStep), or through the pages of a cache (PagedS
 can also be left to a policy from outside (PolicyStep).
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from nsa_kernels import (
     full_paged_attention,
     nsa_attention,
     nsa_paged_attention,
+    project,
     rotate_and_write,
     select_blocks,
     selected_attention,
@@ -33,7 +35,7 @@ from nsa_platform.config.model import (
 from nsa_platform.model.cache import FullLayerCache, LayerCache, NsaLayerCache
 from nsa_platform.model.compression import Compression, kernel_config
 from nsa_platform.model.exchange import heads_of_kin, to_heads, to_tokens
-from nsa_platform.model.layers import from_own_inputs, own_outputs
+from nsa_platform.model.layers import from_own_inputs, own_outputs, projection, rms_norm
 from nsa_platform.model.partition import WHOLE, Axis
 from nsa_platform.model.probe import observe_gates, observe_selection
 from nsa_platform.model.rotary import Rotation, attention_scale
@@ -98,37 +100,61 @@ class NsaAttention(nn.Module):
         self.compress_value = Compression(attention, width=attention.value_width)
         self.output = nn.Linear(heads * attention.value_width, config.width, bias=False)
 
-    def forward(self, x: Tensor, step: Step, cache: LayerCache | None = None) -> Tensor:
-        """x [T, D], already normed -> [T, D]. A PagedStep needs the layer's cache."""
-        if isinstance(step, PackedStep):
-            tensor = step.partition.tensor
-            out = self._attend_packed(self._rotated(self._project(x, tensor), step.rotation), step)
-            return from_own_inputs(self.output, out.flatten(1), tensor)
-        assert isinstance(step, PagedStep) and isinstance(cache, NsaLayerCache)
-        out = self._attend_paged(self._project(x, WHOLE.tensor), step, cache)
-        return self.output(out.flatten(1))
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """x [T, D], already normed -> [T, D], for whole sequences."""
+        assert isinstance(step, PackedStep)
+        tensor = step.partition.tensor
+        out = self._attend_packed(self._rotated(self._project(x, tensor), step.rotation), step)
+        return from_own_inputs(self.output, out.flatten(1), tensor)
+
+    def added_to(self, x: Tensor, norm: nn.RMSNorm, step: PagedStep, cache: LayerCache) -> Tensor:
+        """x + attention(norm(x)), x [T, D], for new tokens; what they leave goes to the cache."""
+        assert isinstance(cache, NsaLayerCache)
+        layers = [projection(self.query), projection(self.key_value)]
+        if self.gate is not None:
+            layers.append(replace(projection(self.gate), activation="sigmoid"))
+        q, keys_values, *gates = project(x, layers, norm=rms_norm(norm))
+        raw = self._arranged(q, keys_values, gates[0] if gates else None)
+        out = self._attend_paged(raw, step, cache)
+        return project(out.flatten(1), [projection(self.output)], residual=x)[0]
 
     def _project(self, x: Tensor, tensor: Axis) -> _Raw:
         """Projections of the heads that this worker of the tensor axis has."""
         config = self.config
-        groups = config.kv_heads // tensor.size
-        key_width, value_width = groups * config.key_width, groups * config.value_width
         branches = 3 if config.branch_kv == "separate" else 1
-
+        widths = [
+            config.kv_heads * width
+            for width in (config.key_width, config.value_width)
+            for _ in range(branches)
+        ]
         q = own_outputs(self.query, x, [config.query_heads * config.key_width], tensor)
+        gates = None
+        if self.gate is not None:
+            gates = torch.sigmoid(own_outputs(self.gate, x, [config.query_heads * 3], tensor))
+        keys_values = own_outputs(self.key_value, x, widths, tensor)
+        return self._arranged(q, keys_values, gates)
+
+    def _arranged(self, q: Tensor, keys_values: Tensor, gates: Tensor | None) -> _Raw:
+        """Projections [T, heads * width] as heads, with the norms of queries and keys.
+
+        gates: [T, heads * 3] after the sigmoid; None for a layer that has none.
+        """
+        config = self.config
+        branches = 3 if config.branch_kv == "separate" else 1
+        pair_width = branches * (config.key_width + config.value_width)
+        groups = keys_values.shape[1] // pair_width
+        key_width, value_width = groups * config.key_width, groups * config.value_width
         q = self.query_norm(q.unflatten(1, (-1, config.key_width)))
-        gates = self._gates(x, tensor)
         # Split once: the gradients of all parts then meet in one concatenation.
         num_raw = int(branches == 3 and config.compressed_rotary != "before")
-        widths = [key_width * tensor.size] * branches + [value_width * tensor.size] * branches
-        raw, keys, *values = own_outputs(self.key_value, x, widths, tensor).split(
+        raw, keys, *values = keys_values.split(
             [num_raw * key_width, (branches - num_raw) * key_width, *[value_width] * branches],
             dim=1,
         )
         keys = self.key_norm(keys.unflatten(1, (branches - num_raw, groups, config.key_width)))
         tail = self.key_norm(raw.unflatten(1, (groups, -1))) if num_raw else None
         values = [v.unflatten(1, (groups, -1)) for v in values] * (3 // branches)
-        return _Raw(q, gates, tail, keys, values)
+        return _Raw(q, self._mixing_gates(gates, q), tail, keys, values)
 
     def _rotated(self, raw: _Raw, rotation: Rotation) -> _Projected:
         """Only what a branch reads rotated is rotated, branch by branch, so that the op finds it
@@ -144,14 +170,10 @@ class NsaAttention(nn.Module):
         q = rotation.apply(raw.q)
         return _Projected(q, raw.gates, k_tail, v_tail, k_slc, v_slc, k_win, v_win)
 
-    def _gates(self, x: Tensor, tensor: Axis) -> Tensor:
+    def _mixing_gates(self, gates: Tensor | None, q: Tensor) -> Tensor:
         """[T, own heads, 3]: 0 for a branch that is left out, 1 for the others without gates."""
         config = self.config
-        if self.gate is None:
-            gates = x.new_ones(len(x), config.query_heads // tensor.size, 3)
-        else:
-            gates = own_outputs(self.gate, x, [config.query_heads * 3], tensor)
-            gates = torch.sigmoid(gates).unflatten(1, (-1, 3))
+        gates = q.new_ones(*q.shape[:2], 3) if gates is None else gates.unflatten(1, (-1, 3))
         if len(config.branches) == len(BRANCHES):
             return gates
         kept = [
@@ -284,47 +306,39 @@ class FullAttention(nn.Module):
         self.gate = nn.Linear(config.width, heads) if attention.gated else None
         self.output = nn.Linear(heads * attention.value_width, config.width, bias=False)
 
-    def forward(self, x: Tensor, step: Step, cache: LayerCache | None = None) -> Tensor:
-        """x [T, D], already normed -> [T, D]. A PagedStep needs the layer's cache."""
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """x [T, D], already normed -> [T, D], for whole sequences or a policy's."""
         config = self.config
         partition = step.partition if isinstance(step, PackedStep) else WHOLE
         tensor = partition.tensor
-        groups = config.kv_heads // tensor.size
-        key_width, value_width = groups * config.key_width, groups * config.value_width
-        q = own_outputs(self.query, x, [config.query_heads * config.key_width], tensor)
-        widths = [key_width * tensor.size, value_width * tensor.size]
-        keys, values = own_outputs(self.key_value, x, widths, tensor).split(
-            [key_width, value_width], dim=1
+        widths = [config.kv_heads * width for width in (config.key_width, config.value_width)]
+        q, k, v = self._arranged(
+            own_outputs(self.query, x, [config.query_heads * config.key_width], tensor),
+            own_outputs(self.key_value, x, widths, tensor),
         )
-        q = self.query_norm(q.unflatten(1, (-1, config.key_width)))
-        k = self.key_norm(keys.unflatten(1, (groups, config.key_width)))
-        v = values.unflatten(1, (groups, config.value_width))
         if isinstance(step, PolicyStep):
             out = step.attend(self.layer_index, q, k, v)
         else:
-            out = self._attend(q, k, v, step, cache)
-        return from_own_inputs(self.output, self._gate(out, x, step, tensor).flatten(1), tensor)
+            assert isinstance(step, PackedStep)
+            out = self._attend_packed(q, k, v, step)
+        if self.gate is not None:
+            gates = torch.sigmoid(own_outputs(self.gate, x, [config.query_heads], tensor))
+            if isinstance(step, PackedStep) and step.probe is not None:
+                observe_gates(step.probe, self.layer_index, gates[..., None])
+            out = out * gates[..., None]
+        return from_own_inputs(self.output, out.flatten(1), tensor)
 
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        step: PackedStep | PagedStep,
-        cache: LayerCache | None,
-    ) -> Tensor:
-        """Out [T, H, V] of queries and keys before rotation."""
-        rotation = step.rotation
-        if isinstance(step, PackedStep):
-            context = step.partition.context
-            q, k, v = to_heads((rotation.apply(q), rotation.apply(k), v), context)
-            out = full_attention(q, k, v, cu_seqlens=step.cu_seqlens, scale=self.scale)
-            return to_tokens(out, context)
+    def added_to(self, x: Tensor, norm: nn.RMSNorm, step: PagedStep, cache: LayerCache) -> Tensor:
+        """x + attention(norm(x)), x [T, D], for new tokens; what they leave goes to the cache."""
         assert isinstance(cache, FullLayerCache)
+        layers = [projection(self.query), projection(self.key_value)]
+        if self.gate is not None:
+            layers.append(replace(projection(self.gate), activation="sigmoid"))
+        q, keys_values, *gates = project(x, layers, norm=rms_norm(norm))
+        q, k, v = self._arranged(q, keys_values)
         rows = NewRows(k, v, cache.k, cache.v, step.token_rows)
-        q = rotate_and_write(q, [rows], rotation.cos, rotation.sin)
-        return full_paged_attention(
-            q,
+        out = full_paged_attention(
+            rotate_and_write(q, [rows], step.rotation.cos, step.rotation.sin),
             cache.k,
             cache.v,
             page_table=step.page_table,
@@ -332,12 +346,24 @@ class FullAttention(nn.Module):
             context_lens=step.context_lens,
             scale=self.scale,
         )
+        if gates:
+            out = out * gates[0][..., None]
+        return project(out.flatten(1), [projection(self.output)], residual=x)[0]
 
-    def _gate(self, out: Tensor, x: Tensor, step: Step, tensor: Axis) -> Tensor:
-        if self.gate is None:
-            return out
-        gates = own_outputs(self.gate, x, [self.config.query_heads], tensor)
-        gates = torch.sigmoid(gates)[..., None]  # [T, H, 1]
-        if isinstance(step, PackedStep) and step.probe is not None:
-            observe_gates(step.probe, self.layer_index, gates)
-        return out * gates
+    def _arranged(self, q: Tensor, keys_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [T, H, K], k [T, G, K] and v [T, G, V] of the projections [T, heads * width]."""
+        config = self.config
+        groups = keys_values.shape[1] // (config.key_width + config.value_width)
+        keys, values = keys_values.split(
+            [groups * config.key_width, groups * config.value_width], dim=1
+        )
+        q = self.query_norm(q.unflatten(1, (-1, config.key_width)))
+        k = self.key_norm(keys.unflatten(1, (groups, config.key_width)))
+        return q, k, values.unflatten(1, (groups, config.value_width))
+
+    def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, step: PackedStep) -> Tensor:
+        """Out [T, H, V] of queries and keys before rotation."""
+        rotation, context = step.rotation, step.partition.context
+        q, k, v = to_heads((rotation.apply(q), rotation.apply(k), v), context)
+        out = full_attention(q, k, v, cu_seqlens=step.cu_seqlens, scale=self.scale)
+        return to_tokens(out, context)

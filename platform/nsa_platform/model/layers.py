@@ -1,10 +1,12 @@
 """Linear layers that workers share, and SwiGLU, the dense feed-forward of a layer."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from nsa_kernels import Projection, RmsNorm, project
 from nsa_platform.model.exchange import summed
 from nsa_platform.model.lora import LoraLinear
 from nsa_platform.model.partition import WHOLE, Axis, Partition
@@ -38,6 +40,18 @@ def from_own_inputs(linear: nn.Linear, x: Tensor, axis: Axis) -> Tensor:
     return summed(part, axis)
 
 
+def projection(linear: nn.Linear) -> Projection:
+    """A linear layer as the op for few rows takes it."""
+    assert not isinstance(linear, LoraLinear), "adapters are merged before a model serves"
+    return Projection(linear.weight, linear.bias)
+
+
+def rms_norm(norm: nn.RMSNorm) -> RmsNorm:
+    """A norm as the op for few rows takes it."""
+    assert norm.eps is not None
+    return RmsNorm(norm.weight, norm.eps)
+
+
 class SwiGlu(nn.Module):
     """down(silu(gate(x)) * up(x)), with gate and up as one projection."""
 
@@ -53,3 +67,9 @@ class SwiGlu(nn.Module):
         both = own_outputs(self.gate_up, x, [self.hidden_width] * 2, tensor)
         gate, up = both.chunk(2, dim=-1)
         return from_own_inputs(self.down, nn.functional.silu(gate) * up, tensor)
+
+    def added_to(self, x: Tensor, norm: nn.RMSNorm) -> Tensor:
+        """x + forward(norm(x)), x [T, D], as few new tokens want it: two launches."""
+        gate_up = replace(projection(self.gate_up), activation="swiglu")
+        (hidden,) = project(x, [gate_up], norm=rms_norm(norm))
+        return project(hidden, [projection(self.down)], residual=x)[0]

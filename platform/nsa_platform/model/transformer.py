@@ -21,7 +21,7 @@ from nsa_platform.model.inputs import PackedInputs, PagedInputs, PolicyInputs
 from nsa_platform.model.layers import SwiGlu
 from nsa_platform.model.moe import MoeFeedForward
 from nsa_platform.model.partition import WHOLE
-from nsa_platform.model.step import PackedStep, PolicyStep, Step, packed_step, paged_step
+from nsa_platform.model.step import PackedStep, PagedStep, PolicyStep, packed_step, paged_step
 
 
 class Output(NamedTuple):
@@ -56,18 +56,23 @@ class Layer(nn.Module):
             else MoeFeedForward(config.width, config.moe)
         )
 
-    def forward(
-        self, x: Tensor, step: Step, cache: LayerCache | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, step: PackedStep | PolicyStep) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, D] -> x [T, D], this layer's balance loss, a scalar, and its experts' load, int64
         [experts], empty for a dense layer."""
-        return self.feed(self.attend(x, step, cache), step)
+        return self.feed(self.attend(x, step), step)
 
-    def attend(self, x: Tensor, step: Step, cache: LayerCache | None = None) -> Tensor:
+    def extend(self, x: Tensor, step: PagedStep, cache: LayerCache) -> Tensor:
+        """x [T, D] -> x [T, D] for new tokens of sequences that the cache holds."""
+        x = self.attention.added_to(x, self.attention_norm, step, cache)
+        if isinstance(self.ffn, SwiGlu):
+            return self.ffn.added_to(x, self.ffn_norm)
+        return x + self.ffn(self.ffn_norm(x))[0]
+
+    def attend(self, x: Tensor, step: PackedStep | PolicyStep) -> Tensor:
         """The first half: x [T, D] and what attention adds to it."""
-        return x + self.attention(self.attention_norm(x), step, cache)
+        return x + self.attention(self.attention_norm(x), step)
 
-    def feed(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+    def feed(self, x: Tensor, step: PackedStep | PolicyStep) -> tuple[Tensor, Tensor, Tensor]:
         """The second half: what forward returns, for x [T, D] after attention."""
         normed = self.ffn_norm(x)
         partition = step.partition if isinstance(step, PackedStep) else WHOLE
@@ -104,35 +109,37 @@ class Transformer(nn.Module):
             ValueError: PolicyInputs for a model without full attention.
         """
         x = self.embedding(ids)
-        step, caches = self._step(inputs, x.dtype)
+        if isinstance(inputs, PagedInputs):
+            return self._extend(x, inputs)
+        if isinstance(inputs, PackedInputs):
+            step = packed_step(inputs, self.config, dtype=x.dtype)
+        elif self.config.attention.kind == "full":
+            step = PolicyStep(inputs.attend)
+        else:
+            raise ValueError(
+                "policies over keys and values need a model with attention.kind=full, "
+                f"got {self.config.attention.kind}"
+            )
         balance_loss = torch.zeros((), dtype=torch.float32, device=x.device)
         loads: list[Tensor] = []
         # A probe is read and written in Python: compiled layers run uncompiled with one.
         is_probed = isinstance(step, PackedStep) and step.probe is not None
         with torch.compiler.set_stance("force_eager") if is_probed else nullcontext():
-            for layer, cache in zip(self.layers, caches, strict=True):
-                x, layer_loss, load = layer(x, step, cache)
+            for layer in self.layers:
+                x, layer_loss, load = layer(x, step)
                 balance_loss = balance_loss + layer_loss
                 if load.numel():
                     loads.append(load)
         expert_load = torch.stack(loads) if loads else ids.new_zeros(0, 0)
         return Output(self.norm(x), balance_loss, expert_load)
 
-    def _step(
-        self, inputs: PackedInputs | PagedInputs | PolicyInputs, dtype: torch.dtype
-    ) -> tuple[Step, list[LayerCache] | list[None]]:
-        """What the layers share, and the cache of each."""
-        none = [None] * len(self.layers)
-        if isinstance(inputs, PackedInputs):
-            return packed_step(inputs, self.config, dtype=dtype), none
-        if isinstance(inputs, PagedInputs):
-            return paged_step(inputs, self.config, dtype=dtype), inputs.caches
-        if self.config.attention.kind != "full":
-            raise ValueError(
-                "policies over keys and values need a model with attention.kind=full, "
-                f"got {self.config.attention.kind}"
-            )
-        return PolicyStep(inputs.attend), none
+    def _extend(self, x: Tensor, inputs: PagedInputs) -> Output:
+        """What new tokens give, x [T, D] after the embedding: no loss, no count of experts."""
+        step = paged_step(inputs, self.config, dtype=x.dtype)
+        for layer, cache in zip(self.layers, inputs.caches, strict=True):
+            assert isinstance(layer, Layer)
+            x = layer.extend(x, step, cache)
+        return Output(self.norm(x), x.new_zeros(()), step.cu_seqlens.new_zeros(0, 0))
 
     def steer_experts(self, load: Tensor) -> None:
         """Move the biases of the experts' choice after a step; nothing where there are none.

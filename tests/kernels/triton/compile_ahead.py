@@ -21,7 +21,15 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from nsa_kernels import NewBlocks, NewRows, NsaConfig, Phi, triton_backend
+from nsa_kernels import (
+    NewBlocks,
+    NewRows,
+    NsaConfig,
+    Phi,
+    Projection,
+    RmsNorm,
+    triton_backend,
+)
 from nsa_kernels.triton_backend import tiles
 
 TOKENS = 1024
@@ -197,6 +205,19 @@ def run_paged(shape: Shape, tokens: int) -> None:
     run(q, *caches, gates, table, table, *rest, CONFIG, scale)
     triton_backend.full_paged_attention(q, caches[2], caches[3], table, *rest, scale)
     write_paged(q, caches)
+    if tokens == 2:
+        project_few(q.flatten(1))
+
+
+def project_few(x: Tensor) -> None:
+    """The layers before and behind attention, for a decode step's x [T, D]."""
+    width = x.shape[1]
+    many, few = x.new_zeros(2 * width, width), x.new_zeros(96, width)
+    norm = RmsNorm(x.new_zeros(width), 1e-5)
+    layers = [Projection(many), Projection(few), Projection(few, few[:, 0], "sigmoid")]
+    triton_backend.project(x, layers, norm, None)
+    triton_backend.project(x, [Projection(many, None, "swiglu")], norm, None)
+    triton_backend.project(x, [Projection(many[:width])], None, x)
 
 
 def write_paged(q: Tensor, caches: list[Tensor]) -> None:

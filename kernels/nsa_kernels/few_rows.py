@@ -1,0 +1,103 @@
+"""Linear layers on few rows, as a decode step has them, with what lies before and behind in one
+launch: the norm of the input, bias, sigmoid or SwiGLU, the residual stream.
+
+With few rows a linear layer costs what reading its weights costs; launches and passes over small
+tensors between two of them cost as much again. Not differentiable.
+"""
+
+from collections.abc import Sequence
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from nsa_kernels import checks
+from nsa_kernels.dispatch import Backend, backend_module, resolve_backend
+from nsa_kernels.projections import Activation, Projection, RmsNorm
+
+MOST_ROWS = 64
+"""Up to so many rows the Triton backend has a kernel; more go through torch's matrix product."""
+MOST_PROJECTIONS = 3
+
+
+def project(
+    x: Tensor,
+    projections: Sequence[Projection],
+    *,
+    norm: RmsNorm | None = None,
+    residual: Tensor | None = None,
+    backend: Backend | None = None,
+) -> list[Tensor]:
+    """Each projection of x, or of its norm: activation(norm(x) weight^T + bias) + residual.
+
+    In the Triton backend up to 64 rows take one launch, in which a row's result does not depend on
+    the rows beside it, sums are fp32 and nothing between is rounded. It may read weights while the
+    launch before it still runs: work that changes them must have ended.
+
+    Args:
+        x: [T, D].
+        projections: one to three; swiglu only alone.
+        norm: of x, before them.
+        residual: [T, N], added to the result of a single projection.
+        backend: "triton" or "torch"; None leaves it to the device (see dispatch.py).
+
+    Returns:
+        [T, N] of each projection, N / 2 for swiglu, in x's dtype.
+
+    Raises:
+        ValueError: shapes do not fit together, or the backend cannot run.
+    """
+    checks.check_shape("x", x, "[T, D]", (None, None))
+    _check_dtype(x)
+    _check_projections(x, projections)
+    if norm is not None:
+        checks.check_shape("norm.weight", norm.weight, "[D]", (x.shape[1],))
+        _check_like("norm.weight", norm.weight, x)
+    if residual is not None:
+        if len(projections) > 1:
+            raise ValueError(f"residual needs a single projection, got {len(projections)}")
+        checks.check_shape("residual", residual, "[T, N]", (len(x), projections[0].width))
+        _check_like("residual", residual, x)
+    chosen = resolve_backend(x, backend)
+    if chosen == "triton" and x.dtype == torch.float64:
+        raise ValueError("the triton backend takes no float64, backend='torch' does")
+    # With many rows it is the product that costs, which torch's library does best.
+    run = backend_module("torch" if len(x) > MOST_ROWS else chosen).project
+    return run(x, projections, norm, residual)
+
+
+def _check_dtype(x: Tensor) -> None:
+    if x.dtype not in checks.DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in checks.DTYPES)
+        raise ValueError(f"x has dtype {x.dtype}; allowed are {allowed}")
+
+
+def _check_projections(x: Tensor, projections: Sequence[Projection]) -> None:
+    if not 1 <= len(projections) <= MOST_PROJECTIONS:
+        raise ValueError(f"projections must be one to three, got {len(projections)}")
+    for index, projection in enumerate(projections):
+        name, kind = f"projections[{index}]", projection.activation
+        if kind not in get_args(Activation):
+            raise ValueError(f"{name}.activation={kind!r} is not one of {get_args(Activation)}")
+        checks.check_shape(f"{name}.weight", projection.weight, "[N, D]", (None, x.shape[1]))
+        _check_like(f"{name}.weight", projection.weight, x)
+        count = len(projection.weight)
+        if projection.bias is not None:
+            checks.check_shape(f"{name}.bias", projection.bias, "[N]", (count,))
+            _check_like(f"{name}.bias", projection.bias, x)
+        if kind == "swiglu" and (len(projections) > 1 or count % 2):
+            raise ValueError(
+                f"{name}: swiglu needs an even number of rows and no other projection beside it, "
+                f"got {count} rows and {len(projections)} projections"
+            )
+
+
+def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
+    """The tensor shares x's dtype and device, and its rows lie side by side."""
+    if (tensor.dtype, tensor.device) != (x.dtype, x.device):
+        raise ValueError(
+            f"{name} is {tensor.dtype} on {tensor.device}, x is {x.dtype} on {x.device}: "
+            "they must be the same"
+        )
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous")

@@ -1,0 +1,251 @@
+"""Linear layers on few rows: each weight is read once, and with it all that lies around the layer.
+
+A program takes some rows of one weight and all rows of x, and walks the channels. The norm needs
+no pass of its own: the product is taken of x times the norm's weight, the squares of x are summed
+beside it, and the root divides the sum at the end.
+"""
+
+# Jitted functions and their launches have no types that a checker knows.
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_kernels.projections import Projection, RmsNorm
+from nsa_kernels.triton_backend.tiles import (
+    await_launch,
+    early_start,
+    let_next_start,
+)
+
+# About one program for each multiprocessor of a large GPU: more bytes are then under way in each.
+_WANTED_PROGRAMS = 128
+# What a matrix product takes at least.
+_LEAST_ROWS = _LEAST_OUTPUTS = _LEAST_CHANNELS = 16
+_MOST_OUTPUTS = 64
+_TILE_BYTES = 16 * 2**10
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Rows of x and of a weight in a tile, and channels of both."""
+
+    rows: int
+    outputs: int
+    channels: int
+
+
+def plan(
+    num_rows: int, width: int, outputs: Sequence[int], itemsize: int, *, is_swiglu: bool = False
+) -> Launch:
+    """The tiles for x [num_rows, width] and layers of so many outputs.
+
+    The widest tile of outputs that still gives each multiprocessor a program: x is read by every
+    program, from L2. SwiGLU takes two tiles of weights. A tile has 16 KB at most: then all programs
+    of a launch are on the GPU at once.
+    """
+    rows = max(_LEAST_ROWS, triton.next_power_of_2(num_rows))
+    tile = _LEAST_OUTPUTS if is_swiglu else _MOST_OUTPUTS
+    while tile > _LEAST_OUTPUTS and sum(triton.cdiv(n, tile) for n in outputs) < _WANTED_PROGRAMS:
+        tile //= 2
+    channels = min(256, _TILE_BYTES // (max(rows, tile) * itemsize), triton.next_power_of_2(width))
+    return Launch(rows, tile, max(_LEAST_CHANNELS, channels))
+
+
+def project(
+    x: Tensor,
+    projections: Sequence[Projection],
+    norm: RmsNorm | None,
+    residual: Tensor | None,
+) -> list[Tensor]:
+    """Each projection of x, or of its norm: one launch."""
+    num_rows, width = x.shape
+    outs = [x.new_empty(num_rows, one.width) for one in projections]
+    if num_rows == 0:
+        return outs
+    x = x.contiguous()
+    is_swiglu = projections[0].activation == "swiglu"
+    outputs = [one.width for one in projections]
+    launch = plan(num_rows, width, outputs, x.itemsize, is_swiglu=is_swiglu)
+    tiles = [triton.cdiv(n, launch.outputs) for n in outputs]
+    options = early_start(x.device)
+    few_rows_kernel[(sum(tiles),)](
+        x, x if norm is None else norm.weight, x if residual is None else residual,
+        *_threefold([one.weight for one in projections]),
+        *_threefold([x if one.bias is None else one.bias for one in projections]),
+        *_threefold(outs),
+        *_threefold(outputs),
+        *_threefold([int(one.bias is not None) for one in projections]),
+        *_threefold([int(one.activation == "sigmoid") for one in projections]),
+        tiles[0], sum(tiles[:2]), num_rows, 0.0 if norm is None else norm.eps,
+        D=width,
+        IS_SWIGLU=is_swiglu,
+        IS_NORMED=norm is not None,
+        IS_ADDED=residual is not None,
+        TILE_T=launch.rows,
+        TILE_N=launch.outputs,
+        TILE_D=launch.channels,
+        PRECISION=_precision(x.dtype),
+        STARTS_EARLY=bool(options),
+        num_warps=4,
+        num_stages=4 if options else 3,
+        **options,
+    )  # fmt: skip
+    return outs
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How products are taken; fp32 as tiles.fp32_tiles says."""
+    if dtype != torch.float32:
+        return "tf32"
+    return "tf32x3" if torch.version.hip is None else "ieee"
+
+
+def _threefold(values: list[Any]) -> list[Any]:
+    """Three values: layers that are not there repeat the first, no program takes them."""
+    return [*values, values[0], values[0]][:3]
+
+
+@triton.jit
+def load_weights(p_weight, m_out, o_channel, D: tl.constexpr, TILE_D: tl.constexpr):
+    """A tile [TILE_N, TILE_D] of a weight, whose channels are o_channel."""
+    if D % TILE_D == 0:
+        b_weight = tl.load(p_weight, m_out[:, None], 0.0)
+    else:
+        b_weight = tl.load(p_weight, m_out[:, None] & (o_channel < D)[None, :], 0.0)
+    return b_weight
+
+
+@triton.jit
+def load_input(
+    x,
+    norm_weight,
+    b_squares,
+    o_row,
+    m_row,
+    o_channel,
+    D: tl.constexpr,
+    TILE_D: tl.constexpr,
+    IS_NORMED: tl.constexpr,
+):
+    """A tile [TILE_D, TILE_T] of x, times the norm's weight; adds its squares to b_squares."""
+    if D % TILE_D == 0:
+        m_tile = m_row[None, :]
+    else:
+        m_tile = m_row[None, :] & (o_channel < D)[:, None]
+    b_x = tl.load(x + (o_row[None, :] * D + o_channel[:, None]), m_tile, 0.0)
+    if IS_NORMED:
+        b_exact = b_x.to(tl.float32)
+        b_squares += b_exact * b_exact
+        b_norm = tl.load(norm_weight + o_channel, o_channel < D, 0.0).to(tl.float32)
+        b_x = (b_exact * b_norm[:, None]).to(b_x.dtype)
+    return b_x, b_squares
+
+
+@triton.jit(
+    do_not_specialize=[
+        "width_0", "width_1", "width_2", "has_bias_0", "has_bias_1", "has_bias_2", "is_sigmoid_0",
+        "is_sigmoid_1", "is_sigmoid_2", "end_0", "end_1", "num_rows",
+    ]
+)  # fmt: skip
+def few_rows_kernel(
+    x,
+    norm_weight,
+    residual,
+    weight_0,
+    weight_1,
+    weight_2,
+    bias_0,
+    bias_1,
+    bias_2,
+    out_0,
+    out_1,
+    out_2,
+    width_0,
+    width_1,
+    width_2,
+    has_bias_0,
+    has_bias_1,
+    has_bias_2,
+    is_sigmoid_0,
+    is_sigmoid_1,
+    is_sigmoid_2,
+    end_0,
+    end_1,
+    num_rows,
+    norm_eps,
+    D: tl.constexpr,
+    IS_SWIGLU: tl.constexpr,
+    IS_NORMED: tl.constexpr,
+    IS_ADDED: tl.constexpr,
+    TILE_T: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STARTS_EARLY: tl.constexpr,
+):
+    """Some outputs of one layer for all rows of x. The layers' tiles lie one after the other."""
+    i_tile = tl.program_id(0)
+    weight, bias, out, width = weight_0, bias_0, out_0, width_0
+    has_bias, is_sigmoid = has_bias_0, is_sigmoid_0
+    i_own = i_tile
+    if i_tile >= end_1:
+        weight, bias, out, width = weight_2, bias_2, out_2, width_2
+        has_bias, is_sigmoid = has_bias_2, is_sigmoid_2
+        i_own = i_tile - end_1
+    elif i_tile >= end_0:
+        weight, bias, out, width = weight_1, bias_1, out_1, width_1
+        has_bias, is_sigmoid = has_bias_1, is_sigmoid_1
+        i_own = i_tile - end_0
+    o_out = i_own * TILE_N + tl.arange(0, TILE_N)
+    m_out = o_out < width
+    o_channel = tl.arange(0, TILE_D)
+    p_weight = weight + (o_out.to(tl.int64)[:, None] * D + o_channel[None, :])
+    p_up = p_weight + tl.full([], 1, tl.int64) * width * D
+    # Weights wait for nobody: the first tile comes while the launch before still runs.
+    b_weight = load_weights(p_weight, m_out, o_channel, D, TILE_D)
+    if IS_SWIGLU:
+        b_weight_up = load_weights(p_up, m_out, o_channel, D, TILE_D)
+    let_next_start(STARTS_EARLY)
+    await_launch(STARTS_EARLY)
+    o_row = tl.arange(0, TILE_T)
+    m_row = o_row < num_rows
+    b_squares = tl.zeros([TILE_D, TILE_T], tl.float32)
+    b_x, b_squares = load_input(
+        x, norm_weight, b_squares, o_row, m_row, o_channel, D, TILE_D, IS_NORMED
+    )
+    b_out = tl.dot(b_weight, b_x, input_precision=PRECISION)
+    if IS_SWIGLU:
+        b_up = tl.dot(b_weight_up, b_x, input_precision=PRECISION)
+    for first in range(TILE_D, D, TILE_D):
+        o_channel = first + tl.arange(0, TILE_D)
+        b_weight = load_weights(p_weight + first, m_out, o_channel, D, TILE_D)
+        b_x, b_squares = load_input(
+            x, norm_weight, b_squares, o_row, m_row, o_channel, D, TILE_D, IS_NORMED
+        )
+        b_out = tl.dot(b_weight, b_x, b_out, input_precision=PRECISION)
+        if IS_SWIGLU:
+            b_weight_up = load_weights(p_up + first, m_out, o_channel, D, TILE_D)
+            b_up = tl.dot(b_weight_up, b_x, b_up, input_precision=PRECISION)
+    if IS_NORMED:
+        b_root = tl.rsqrt(tl.sum(b_squares, 0) / D + norm_eps)[None, :]
+        b_out *= b_root
+        if IS_SWIGLU:
+            b_up *= b_root
+    b_out += tl.load(bias + o_out, m_out & (has_bias != 0), 0.0).to(tl.float32)[:, None]
+    if IS_SWIGLU:
+        b_up += tl.load(bias + width + o_out, m_out & (has_bias != 0), 0.0).to(tl.float32)[:, None]
+        b_out = b_out * tl.sigmoid(b_out) * b_up
+    if is_sigmoid != 0:
+        b_out = tl.sigmoid(b_out)
+    o_target = o_row[None, :] * width + o_out[:, None]
+    m_target = m_row[None, :] & m_out[:, None]
+    if IS_ADDED:
+        b_out += tl.load(residual + o_target, m_target, 0.0).to(tl.float32)
+    tl.store(out + o_target, b_out.to(out.dtype.element_ty), m_target)
