@@ -237,10 +237,12 @@ class CheckpointStore:
                 shutil.rmtree(place, ignore_errors=True)
 
     def _prepare(self, target: str, place: Path) -> None:
-        if self._world.is_first:
-            shutil.rmtree(place, ignore_errors=True)
-            if storage.is_remote(target):
-                self._insist(lambda: storage.delete_tree(target), target)
+        """Leave nothing of an earlier attempt. The others must not make the folder meanwhile."""
+        if not self._world.is_first:
+            return
+        shutil.rmtree(place, ignore_errors=True)
+        if storage.is_remote(target):
+            self._insist(lambda: storage.delete_tree(target), target)
         place.mkdir(parents=True, exist_ok=True)
 
     def _write_tensors(self, place: Path, tensors: Any, random: dict[str, Tensor]) -> None:

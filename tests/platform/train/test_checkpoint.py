@@ -51,11 +51,17 @@ class Pair:
         return torch.cat([p.detach().flatten().clone() for p in self.model.parameters()])
 
 
-def store(folder: Path | str, lines: list[str] | None = None, **config: object) -> CheckpointStore:
+def store(
+    folder: Path | str,
+    lines: list[str] | None = None,
+    *,
+    world: World = ALONE,
+    **config: object,
+) -> CheckpointStore:
     return CheckpointStore(
         str(folder),
         config=CheckpointConfig.model_validate(config),
-        world=ALONE,
+        world=world,
         say=(lines if lines is not None else []).append,
         retry_delays_s=(0.0,),
     )
@@ -276,6 +282,23 @@ def test_a_failed_write_is_said_and_training_goes_on(tmp_path: Path) -> None:
     checkpoints.close()
     assert checkpoints.failed_steps == [1]
     assert [each.step for each in snapshots(str(folder))] == [2]
+
+
+def test_only_the_first_worker_makes_the_folder(tmp_path: Path, monkeypatch) -> None:
+    """The first clears it beforehand: what another has made would vanish under its hands."""
+    second = World(rank=1, size=1, device=torch.device("cpu"))
+    seen: list[bool] = []
+    for world in (second, ALONE):
+        checkpoints, pair = store(tmp_path / "run", world=world), Pair(seed=1)
+
+        def look(place: Path, *_: object) -> None:
+            seen.append(place.exists())
+            place.mkdir(parents=True, exist_ok=True)
+
+        monkeypatch.setattr(checkpoints, "_write_tensors", look)
+        checkpoints.save(1, model=pair.model, optimizer=pair.optimizer, facts={"step": 1})
+        checkpoints.close()
+    assert seen == [False, True]
 
 
 def test_an_object_store_that_is_away_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
