@@ -1,27 +1,37 @@
 """Fixtures that several rooms share: a real S3 server, and small data made by the real code."""
 
+import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import sysconfig
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from pyarrow import fs
 
+from jobs import ports
 from jobs.ports import free_ports
 from nsa_platform.config.data import CorpusConfig, TokenizerConfig
 from nsa_platform.config.runs import PrepareDataRun
 from nsa_platform.data.preparation import prepare_here
 from tests.kernels.interpreted import import_kernels
+from tests.waiting import eventually
 
-START_TIMEOUT_S = 60
-
+# Every worker draws ports from a part of its own: what one has drawn and not bound yet, another
+# would draw too.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    ports.FIRST += 300 * (int(worker.removeprefix("gw")) % 9)
+    ports.LAST = ports.FIRST + 299
+# A busy machine is no failure.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 # At import: the conftest.py files and tests below import the kernels before any hook runs.
 import_kernels()
 # Started in the background a shell has the tests ignore Ctrl-C, and they hand that down to the
@@ -49,17 +59,27 @@ class S3Server:
     process: subprocess.Popen[bytes] | None = None
 
     @property
+    def _log(self) -> Path:
+        return self.folder / "weed.log"
+
+    @property
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
         """Return when it answers."""
-        log = self.folder / "weed.log"
-        with log.open("ab") as output:
+        with self._log.open("ab") as output:
             self.process = subprocess.Popen(
                 self.command, stdout=output, stderr=output, cwd=self.folder
             )
-        _wait_until_it_answers(self, self.process, log)
+        eventually(self._answers, "the S3 server answers", every_s=0.3)
+
+    def _answers(self) -> bool:
+        assert self.process is not None and self.process.poll() is None, self._log.read_text()
+        with contextlib.suppress(OSError):
+            self.bucket("ready")
+            return True
+        return False
 
     def kill(self) -> None:
         """kill -9."""
@@ -97,19 +117,6 @@ def _identity(name: str, access_key: str, secret_key: str, *more: str) -> dict[s
         "credentials": [{"accessKey": access_key, "secretKey": secret_key}],
         "actions": ["Read", "Write", "List", "Tagging", *more],
     }
-
-
-def _wait_until_it_answers(server: S3Server, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while True:
-        try:
-            server.bucket("ready")
-            return
-        except OSError as error:
-            if process.poll() is not None or time.monotonic() > deadline:
-                tail = log.read_text(errors="replace")[-2000:]
-                raise RuntimeError(f"the S3 server does not answer: {error}\n{tail}") from error
-            time.sleep(0.3)
 
 
 @pytest.fixture(scope="session")

@@ -6,22 +6,12 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from jobs.ports import free_ports
 from nsa_platform.config.train import TrackingConfig
 from nsa_platform.tracking import ui_command, ui_environment
-
-PATIENCE_S = 60
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
+from tests.waiting import eventually
 
 
 class Server:
@@ -45,7 +35,7 @@ class Server:
                 stderr=log,
                 start_new_session=True,
             )
-        wait_for(self._answers, f"the server did not start:\n{self._log.read_text()[-2000:]}")
+        eventually(self._answers, "the server answers")
 
     def kill(self) -> None:
         """kill -9 of the server and its worker, a process group of its own."""

@@ -9,13 +9,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx2
 import psutil
@@ -23,24 +22,10 @@ import yaml
 from openai import OpenAI
 
 from jobs.ports import free_ports
+from tests.waiting import PATIENCE_S, eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL_ID = "tiny"
-# Processes start one after another, on a machine that other tests use too.
-PATIENCE_S = 180
-
-Found = TypeVar("Found")
-
-
-def eventually(look: Callable[[], Found], *, within_s: float = PATIENCE_S, what: str) -> Found:
-    """What `look` finds as soon as it is true; fails after the time."""
-    deadline = time.monotonic() + within_s
-    while True:
-        found = look()
-        if found:
-            return found
-        assert time.monotonic() < deadline, f"{what}: still {found!r} after {within_s} s"
-        time.sleep(0.05)
 
 
 @dataclass
@@ -63,7 +48,8 @@ class Serving:
 
     @cached_property
     def client(self) -> OpenAI:
-        return OpenAI(base_url=f"{self.address}/v1", api_key="none", max_retries=0, timeout=120)
+        address = f"{self.address}/v1"
+        return OpenAI(base_url=address, api_key="none", max_retries=0, timeout=PATIENCE_S)
 
     @contextmanager
     def connection(self, path: str, body: dict[str, Any]) -> Iterator[None]:
@@ -92,7 +78,8 @@ class Serving:
     def deploy(self, **deployment_config: Any) -> None:
         """Deploy the model with other options of Ray Serve; returns before it is done."""
         self.config["deployment_config"].update(deployment_config)
-        reply = httpx2.put(f"{self.dashboard}/api/serve/applications/", json=self.tree, timeout=30)
+        address = f"{self.dashboard}/api/serve/applications/"
+        reply = httpx2.put(address, json=self.tree, timeout=PATIENCE_S)
         assert reply.status_code == 200, reply.text
 
     @property
@@ -101,18 +88,18 @@ class Serving:
 
     def application(self) -> dict[str, Any]:
         """What `serve status` knows of the application."""
-        reply = httpx2.get(f"{self.dashboard}/api/serve/applications/", timeout=30)
+        reply = httpx2.get(f"{self.dashboard}/api/serve/applications/", timeout=PATIENCE_S)
         return reply.json()["applications"].get("llm", {})
 
     def wait_until_running(self) -> None:
-        eventually(lambda: self.application().get("status") == "RUNNING", what="application runs")
+        eventually(lambda: self.application().get("status") == "RUNNING", "the application runs")
 
     def replicas(self) -> set[str]:
         """Names of the engines that report metrics."""
         return set(re.findall(r'nsa:kv_pages_used\{engine="(\w+)"', self.metrics()))
 
     def metrics(self) -> str:
-        return httpx2.get(f"{self.address}/metrics", timeout=30).text
+        return httpx2.get(f"{self.address}/metrics", timeout=PATIENCE_S).text
 
     def metric(self, name: str) -> float:
         """A metric, summed over replicas."""
@@ -124,7 +111,7 @@ class Serving:
 
     def exported(self) -> str:
         """What Ray's exporter shows of this node."""
-        return httpx2.get(f"http://127.0.0.1:{self.exporter_port}/metrics", timeout=30).text
+        return httpx2.get(f"http://127.0.0.1:{self.exporter_port}/metrics", timeout=PATIENCE_S).text
 
     def kill_replica(self) -> None:
         """kill -9 of a process that holds the model."""
@@ -177,7 +164,7 @@ def serving(model: Path, folder: Path) -> Iterator[Serving]:
             running = Serving(
                 http, f"http://127.0.0.1:{dashboard}", exporter, head, environment, folder
             )
-            eventually(lambda: _answers(running.dashboard), what="dashboard")
+            eventually(lambda: _answers(running.dashboard), "the dashboard answers")
             _deploy(running, model)
             yield running
             running.client.close()
@@ -194,7 +181,7 @@ def _stop(head: "subprocess.Popen[bytes]") -> None:
     for process in started:
         if process.is_running():
             process.kill()
-    head.wait(timeout=60)
+    head.wait(PATIENCE_S)
 
 
 def _answers(address: str) -> bool:

@@ -20,7 +20,7 @@ from nsa_platform.config.serve import EngineConfig
 from nsa_platform.model.weights import load_model
 from nsa_platform.serve.generator import Generator
 from tests.deployments.conftest import MODEL_ID, local_app
-from tests.deployments.running import eventually
+from tests.waiting import PATIENCE_S, eventually
 
 CLIENTS = 200
 SECONDS = 15.0
@@ -45,7 +45,7 @@ def listening(app: FastAPI) -> Iterator[str]:
             yield f"http://127.0.0.1:{line.getsockname()[1]}"
         finally:
             server.should_exit = True
-            thread.join(timeout=30)
+            thread.join(PATIENCE_S)
             assert not thread.is_alive()
 
 
@@ -94,8 +94,8 @@ def test_two_hundred_clients_lose_nothing_and_leave_nothing(model_folder: Path) 
     wanted = [list(generator.stream(prompt, LONGEST)) for prompt in prompts()]
 
     async def crowd(address: str) -> Counter[str]:
-        limits = httpx2.Limits(max_connections=None)
-        async with httpx2.AsyncClient(base_url=address, timeout=120, limits=limits) as client:
+        settings: Any = {"timeout": PATIENCE_S, "limits": httpx2.Limits(max_connections=None)}
+        async with httpx2.AsyncClient(base_url=address, **settings) as client:
             ends_s = time.monotonic() + SECONDS
             clients = (one_client(client, number, ends_s, wanted) for number in range(CLIENTS))
             return sum(await asyncio.gather(*clients), Counter[str]())
@@ -103,8 +103,8 @@ def test_two_hundred_clients_lose_nothing_and_leave_nothing(model_folder: Path) 
     with local_app(model_folder, CROWDED) as (app, backend), listening(app) as address:
         found = asyncio.run(crowd(address))
         stats = backend.engine.stats
-        eventually(lambda: stats().num_running + stats().num_waiting == 0, what="all have ended")
-        eventually(lambda: stats().pages_used == 0, within_s=10, what="pages in use")
+        eventually(lambda: stats().num_running + stats().num_waiting == 0, "all have ended")
+        eventually(lambda: stats().pages_used == 0, "pages in use")
         assert stats().window_pages_used == 0
         backend.engine.engine.check()
         backend.engine.check_health()

@@ -1,7 +1,6 @@
 """What a server must refuse gets OpenAI's error shape, and the next request works."""
 
 import json
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ from fastapi.testclient import TestClient
 
 from nsa_platform.config.serve import EngineConfig
 from tests.deployments.conftest import MODEL_ID, local_app
+from tests.waiting import eventually
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -191,10 +191,7 @@ def test_a_full_queue_is_a_429(model_folder):
             streamed = post(client, path, {**body, "stream": True})
             assert streamed.status_code == 429
             # What was refused halfway is out of the queue after the step at hand.
-            deadline = time.monotonic() + 10
-            while post(client, *completion()).status_code != 200:
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
+            eventually(lambda: post(client, *completion()).status_code == 200, "room in the queue")
             rejections = 'nsa:admission_rejections_total{engine="here",model_name="tiny",reason='
             assert rejections + '"overloaded"}' in client.get("/metrics").text
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import PATIENCE_S
+
 ROOT = Path(__file__).resolve().parents[2]
 WAITING = """
 import time
@@ -14,7 +16,7 @@ from jobs.cli import interruptible
 from jobs.cluster import connect
 with interruptible(), connect(num_cpus=1):
     print("connected", flush=True)
-    time.sleep(300)
+    time.sleep(3000)
 """
 
 
@@ -30,6 +32,6 @@ def test_whoever_is_told_to_stop_ends_with_130() -> None:
         assert job.stdout is not None
         assert job.stdout.readline() == "connected\n"
         job.send_signal(signal.SIGTERM)
-        _, errors = job.communicate(timeout=60)
+        _, errors = job.communicate(timeout=PATIENCE_S)
     assert job.returncode == 130
     assert errors == "error: interrupted; the same command goes on from here\n"

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from nsa_platform.config.runs import PrepareDataRun
 from nsa_platform.data.corpus import CorpusError
 from nsa_platform.data.plan import Progress
 from nsa_platform.data.preparation import prepare_here
+from tests.waiting import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -230,10 +230,12 @@ def test_a_killed_driver_goes_on(cluster: str, tmp_path: Path) -> None:
         command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     staging = tmp_path / "out" / "_staging"
-    deadline = time.monotonic() + 120
-    while not list(staging.glob("*.npz")):
-        assert first.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+
+    def has_a_part() -> bool:
+        assert first.poll() is None
+        return any(staging.glob("*.npz"))
+
+    eventually(has_a_part, "a part is done")
     first.send_signal(signal.SIGKILL)
     first.wait()
     assert not (tmp_path / "out" / "train" / "manifest.json").exists()

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +20,9 @@ from jobs import stack, submit
 from jobs.postgres import find_programs
 from jobs.services import Service, ServiceError, end_all, family_of, is_alive
 from nsa_platform import storage
+from tests.waiting import PATIENCE_S, eventually
 
 ROOT = Path(__file__).resolve().parents[2]
-START_TIMEOUT_S = 120
-STOP_TIMEOUT_S = 180
 # Ray's client asks aiohttp for its log stream in a way that aiohttp has come to deprecate.
 pytestmark = pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning")
 
@@ -50,15 +48,17 @@ class RunningStack:
         family = family_of(self.process.pid)
         assert len(family) > 8, self.said
         self.process.send_signal(number)
-        self.process.wait(STOP_TIMEOUT_S)
+        self.process.wait(PATIENCE_S)
         return [each for each in family if is_alive(each)]
 
     def _wait(self) -> dict[str, str]:
         file = self.folder / "environment.sh"
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not file.exists():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.said
-            time.sleep(0.2)
+
+        def is_written() -> bool:
+            assert self.process.poll() is None, self.said
+            return file.exists()
+
+        eventually(is_written, "the stack runs", every_s=0.2)
         show = f"set -a; . {file}; {sys.executable} -c 'import json, os; "
         show += "print(json.dumps(dict(os.environ)))'"
         shell = subprocess.run(["sh", "-c", show], capture_output=True, text=True, check=True)

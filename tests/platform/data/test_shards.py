@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +30,7 @@ from nsa_platform.data.manifest import (
 )
 from nsa_platform.data.shard_file import concatenate_rows, file_sha256, read_shard
 from nsa_platform.data.shards import ShardSet, ShardWriter, open_split
+from tests.waiting import eventually
 
 TOKENIZER = TokenizerRecord(fingerprint="ab" * 32, vocab_size=5000, eos_id=0, pad_id=3)
 
@@ -239,10 +239,7 @@ def test_remote_shards_are_fetched_once_and_ahead(s3_environment: Any, tmp_path:
     remote_loader = Loader(open_split(config, "train"), config)
     local_loader = Loader(open_split(same, "train"), same)
     first = remote_loader.next_step(1)
-    deadline = time.monotonic() + 10
-    while len(cached(tmp_path / "cache")) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert len(cached(tmp_path / "cache")) == 2, "the next shard is on its way before its turn"
+    eventually(lambda: len(cached(tmp_path / "cache")) == 2, "the next shard comes before its turn")
     assert first[0].ids.tolist() == local_loader.next_step(1)[0].ids.tolist()
     for _ in range(2 * local_loader.rows_per_epoch):
         left, right = remote_loader.next_step(1)[0], local_loader.next_step(1)[0]

@@ -12,8 +12,8 @@ from nsa_platform.serve.async_engine import AsyncEngine, EngineDead
 from nsa_platform.serve.engine import Engine
 from nsa_platform.serve.generator import Generator
 from nsa_platform.serve.request import SamplingParams
+from tests.waiting import PATIENCE_S
 
-DEADLINE_S = 20.0
 LONG = {"max_tokens": 100, "temperature": 0.0, "ignore_eos": True}
 
 
@@ -37,7 +37,7 @@ def serve(model, toy_tokenizer):
         async def main() -> None:
             engine.start()
             try:
-                await asyncio.wait_for(body(engine), DEADLINE_S)
+                await asyncio.wait_for(body(engine), PATIENCE_S)
             finally:
                 await engine.close()
 
@@ -49,7 +49,7 @@ def serve(model, toy_tokenizer):
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.002)

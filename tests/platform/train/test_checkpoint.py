@@ -5,7 +5,6 @@ import math
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from nsa_platform.train.snapshots import (
     snapshots,
 )
 from nsa_platform.train.stored_files import storage_is_away
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.usefixtures("process_group")
 
@@ -356,12 +356,12 @@ def test_killed_in_the_middle_of_a_write(tmp_path: Path) -> None:
     )
     process.start()
     assert process.pid is not None
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
+
+    def is_writing_another() -> bool:
         is_writing = any(name.endswith(".partial") for name in os.listdir(folder))
-        if is_writing and len(snapshots(str(folder))) >= 2:
-            break
-        time.sleep(0.002)
+        return is_writing and len(snapshots(str(folder))) >= 2
+
+    eventually(is_writing_another, "a write after two snapshots", every_s=0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     found = snapshots(str(folder))

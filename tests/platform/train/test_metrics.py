@@ -1,7 +1,7 @@
 """Clock, throughput, history and health: numbers by hand."""
 
 import json
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,19 +15,23 @@ SPARSE = LayerHealth({"cmp": 0.5, "slc": 0.25, "win": 0.75}, [0.5, 0.0, 0.5], 0.
 FULL = LayerHealth({"full": 1.0}, [], None)
 
 
-def test_the_clock_leaves_pauses_out() -> None:
+def test_the_clock_leaves_pauses_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [7.0]
+    monkeypatch.setattr(
+        "nsa_platform.train.metrics.time", SimpleNamespace(perf_counter=lambda: now[0])
+    )
     clock = StepClock()
     for _ in range(2):
         with clock.data():
-            time.sleep(0.01)
-        time.sleep(0.02)
+            now[0] += 0.25
+        now[0] += 0.5
         clock.tick()
     with clock.pause():
-        time.sleep(0.3)
-    step_s, data_s = clock.read()
-    assert 0.03 <= step_s < 0.15
-    assert 0.01 <= data_s < step_s
-    assert clock.read()[1] == 0.0
+        now[0] += 4.0
+    assert clock.read() == (0.75, 0.25)
+    now[0] += 2.0
+    clock.tick()
+    assert clock.read() == (2.0, 0.0)
 
 
 def test_throughput() -> None:
