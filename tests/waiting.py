@@ -10,7 +10,7 @@ PATIENCE_S = 300
 Found = TypeVar("Found")
 
 
-def eventually(look: Callable[[], Found], what: str, *, every_s: float = 0.05) -> Found:
+def eventually(look: Callable[[], Found | None], what: str, *, every_s: float = 0.05) -> Found:
     """What `look` finds as soon as it is true; fails when patience is over."""
     deadline = time.monotonic() + PATIENCE_S
     while not (found := look()):

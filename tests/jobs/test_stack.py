@@ -24,7 +24,10 @@ from tests.waiting import PATIENCE_S, eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 # Ray's client asks aiohttp for its log stream in a way that aiohttp has come to deprecate.
-pytestmark = pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning"),
+    pytest.mark.timeout(6 * PATIENCE_S),
+]
 
 
 class RunningStack:

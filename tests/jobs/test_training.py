@@ -34,7 +34,11 @@ from tests.mlflow_server import Server
 from tests.waiting import PATIENCE_S, eventually
 
 # Ray warns of its own deprecated settings when a trainer is built.
-pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.timeout(6 * PATIENCE_S),
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 24

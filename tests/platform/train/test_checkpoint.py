@@ -56,7 +56,7 @@ def store(
     lines: list[str] | None = None,
     *,
     world: World = ALONE,
-    **config: object,
+    **config: Any,
 ) -> CheckpointStore:
     return CheckpointStore(
         str(folder),
@@ -67,7 +67,7 @@ def store(
     )
 
 
-def save_steps(folder: Path | str, steps: int, **config: object) -> tuple[Pair, list[torch.Tensor]]:
+def save_steps(folder: Path | str, steps: int, **config: Any) -> tuple[Pair, list[torch.Tensor]]:
     """Snapshots after each of `steps` steps; the weights at each."""
     pair, states = Pair(seed=1), []
     lines: list[str] = []
