@@ -39,6 +39,12 @@ import_kernels()
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests turn warnings into errors, but for this one of MLflow's (tracking/library.py)."""
+    ignored = "ignore:The ``noload`` loader strategy is deprecated"
+    config.addinivalue_line("filterwarnings", ignored)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that start a cluster are slow: they come first, lest a worker ends with one alone."""
     slow = {item.path for item in items if item.get_closest_marker("cluster")}

@@ -15,9 +15,11 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
+# MLflow 3.17 maps its tables with a loader that SQLAlchemy 2.1 calls deprecated. It imports them
+# when a process first opens a SQLite store, in whatever thread: filters are not a thread's own.
+warnings.filterwarnings("ignore", "The ``noload`` loader strategy is deprecated")
+
 with warnings.catch_warnings():
-    # MLflow 3.17 maps its tables with a loader that SQLAlchemy 2.1 calls deprecated. The store is
-    # imported here, in the main thread, because filters of warnings are not a thread's own.
     warnings.simplefilter("ignore")
     from mlflow import MlflowClient
     from mlflow.artifacts import download_artifacts
@@ -34,7 +36,6 @@ with warnings.catch_warnings():
     )
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.exceptions import MlflowException
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
     from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
     from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
     from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
@@ -58,7 +59,6 @@ __all__ = [
     "Param",
     "Run",
     "RunTag",
-    "SqlAlchemyStore",
     "ViewType",
     "download_artifacts",
 ]
