@@ -24,6 +24,9 @@ from nsa_platform.data.preparation import prepare_here
 from tests.kernels.interpreted import import_kernels
 from tests.waiting import eventually
 
+# Files without a cluster that take half a minute and more.
+SLOW = ("test_compile_ahead", "test_loop", "test_mesh", "test_paged", "test_parallel", "test_ops")
+
 # Every worker draws ports from a part of its own: what one has drawn and not bound yet, another
 # would draw too.
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
@@ -46,8 +49,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start a cluster are slow: they come first, lest a worker ends with one alone."""
+    """Slow files come first, lest a worker ends with one alone: with a cluster, and SLOW ones."""
     slow = {item.path for item in items if item.get_closest_marker("cluster")}
+    slow |= {item.path for item in items if item.path.stem in SLOW}
     items.sort(key=lambda item: item.path not in slow)
 
 

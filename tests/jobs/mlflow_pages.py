@@ -12,12 +12,12 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from socket import socket
 from tempfile import TemporaryDirectory
 
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
+from jobs.ports import free_ports
 from nsa_platform.tracking.store import connect
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,9 +51,7 @@ def pages_of(store_uri: str) -> Iterator[str]:
     if store_uri.startswith("http"):
         yield store_uri
         return
-    with socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     address = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "jobs.experiments", "--uri", store_uri, "--port", str(port)]
     with TemporaryDirectory() as folder, Path(folder, "log").open("w+") as log:

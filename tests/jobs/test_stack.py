@@ -23,6 +23,7 @@ from nsa_platform import storage
 from tests.waiting import PATIENCE_S, eventually
 
 ROOT = Path(__file__).resolve().parents[2]
+ANY_PORTS = ("--dashboard-port=0", "--mlflow-port=0", "--s3-port=0")
 # Ray's client asks aiohttp for its log stream in a way that aiohttp has come to deprecate.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning"),
@@ -37,7 +38,7 @@ class RunningStack:
         self.folder = folder
         self._output = folder.with_name(f"{folder.name}.log")
         command = [sys.executable, "-m", "jobs.stack", "--folder", str(folder), "--num-cpus=3"]
-        command += ["--dashboard-port=0", "--mlflow-port=0", "--s3-port=0"]
+        command += ANY_PORTS
         with self._output.open("wb") as output:
             self.process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
         self.environment = self._wait()
@@ -115,13 +116,11 @@ def test_pretrain_sft_generate_on_a_stack_that_is_started_twice(
         assert submit.main([*pretraining(tiny_shards, first.environment), *nothing]) == 1
         said = capfd.readouterr().out
         assert f"{tmp_path}/nothing" in said and "FAILED" in said
-        again = subprocess.run(
-            [sys.executable, "-m", "jobs.stack", "--folder", str(first.folder), "--s3-port=0",
-             "--dashboard-port=0", "--mlflow-port=0"],
-            cwd=ROOT, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert again.returncode == 2
-        assert f"a stack runs there already, process {first.process.pid}" in again.stderr
+        with pytest.raises(SystemExit) as again:
+            stack.main(["--folder", str(first.folder), *ANY_PORTS])
+        assert again.value.code == 2
+        said = capfd.readouterr().err
+        assert f"a stack runs there already, process {first.process.pid}" in said
     finally:
         left = first.end(signal.SIGTERM)
     assert left == [] and first.process.returncode == 0

@@ -139,6 +139,8 @@ def cluster(s3_server) -> Iterator[None]:
         for name, value in s3_server.environment.items():
             patch.setenv(name, value)
         patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        # No node is drained here: a process less for each run.
+        patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         patch.delenv("RAY_ADDRESS", raising=False)
         with connect(num_cpus=2):
             yield
