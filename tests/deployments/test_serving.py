@@ -178,6 +178,8 @@ def test_a_replica_that_is_killed_ends_its_stream_with_an_error(serving):
 
 
 def test_rays_exporter_shows_what_dashboards_ask_for(serving):
+    # Gates are sampled once in 256 steps, and the replica may be new.
+    text_of(stream_of(serving, **LONG))
     # Counters and histograms that only a mishap moves are not shown before it.
     rare = re.compile(r"preemptions|prefix_cache_hits")
     wanted = {
