@@ -135,12 +135,14 @@ class RouterSettings(Strict):
 
 
 class RayActorOptions(Strict):
-    """What one replica takes from the cluster."""
+    """What one replica takes from the cluster. Where ranks share its model, each of them takes
+    these CPUs, this memory and these resources."""
 
     num_cpus: NonNegativeFloat | None = None
     """null: 1."""
     num_gpus: NonNegativeFloat | None = None
-    """null: 1 if accelerator_type is given, else 0. The model runs on the GPU exactly if > 0."""
+    """null: one for each rank if accelerator_type is given, else 0. The model runs on GPUs exactly
+    if > 0."""
     memory: PositiveFloat | None = None
     """Bytes that Ray reserves."""
     resources: dict[str, NonNegativeFloat] | None = None
@@ -214,10 +216,17 @@ class LLMConfig(Strict):
         return "LLMServer-" + "".join(letters)
 
     @property
+    def num_ranks(self) -> int:
+        """Processes that compute the model of one replica together."""
+        return self.engine_kwargs.tensor_parallel_size
+
+    @property
     def num_gpus(self) -> float:
-        """GPUs of one replica."""
+        """GPUs of one replica, over all its ranks."""
         asked = self.deployment_config.ray_actor_options.num_gpus
-        return asked if asked is not None else float(self.accelerator_type is not None)
+        if asked is not None:
+            return asked
+        return float(self.num_ranks) if self.accelerator_type is not None else 0.0
 
     @model_validator(mode="after")
     def _an_accelerator_is_a_gpu(self) -> Self:
@@ -225,6 +234,15 @@ class LLMConfig(Strict):
             raise ValueError(
                 f"accelerator_type={self.accelerator_type!r} needs "
                 "deployment_config.ray_actor_options.num_gpus > 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _each_rank_has_a_gpu(self) -> Self:
+        if self.num_ranks > 1 and self.num_gpus not in (0, self.num_ranks):
+            raise ValueError(
+                f"engine_kwargs.tensor_parallel_size={self.num_ranks} needs as many GPUs, one for "
+                f"each rank, and deployment_config.ray_actor_options.num_gpus={self.num_gpus:g}"
             )
         return self
 

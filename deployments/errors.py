@@ -115,8 +115,10 @@ def install_handlers(app: FastAPI) -> None:
         assert isinstance(error, ApiError)
         return error.failure.response()
 
-    def on_validation(_: Request, error: Exception) -> Response:
+    def on_validation(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
+        if isinstance(error.body, bytes):
+            return _not_sent_as_json(request.headers.get("content-type")).response()
         return _from_validation(error.errors()).response()
 
     def on_http(_: Request, error: Exception) -> Response:
@@ -140,6 +142,16 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, on_http)
 
 
+def _not_sent_as_json(content_type: str | None) -> Failure:
+    """A body that was not read: only what says that it is JSON is."""
+    came = "no Content-Type" if content_type is None else f"Content-Type: {_shown(content_type)}"
+    return Failure(
+        400,
+        f"The body must come with Content-Type: application/json, got {came}",
+        code="invalid_content_type",
+    )
+
+
 def _from_validation(problems: Sequence[Any]) -> Failure:
     """400 that names each wrong field, what came and the rule; `param` is the first of them."""
     first = problems[0]
@@ -161,12 +173,14 @@ def _param(problem: Any) -> str | None:
     for index, part in enumerate(parts):
         if part in SHAPES:
             return ".".join(parts[: index + 1])
-    if problem["type"] == "unknown_field":
+    if problem["type"] in ("unknown_field", "conflict"):
         parts.append(problem["ctx"]["name"])
     return ".".join(parts) or None
 
 
 def _line(problem: Any) -> str:
+    if problem["type"] == "conflict":
+        return problem["msg"]
     name = _param(problem) or "body"
     shape = SHAPES.get(name.rpartition(".")[2])
     if shape is not None and problem["type"] != "missing":

@@ -37,6 +37,11 @@ def _writable(text: str) -> str:
     return text
 
 
+def conflict(name: str, reason: str) -> PydanticCustomError:
+    """To raise where fields do not go together, of which `name` is the one to change."""
+    return PydanticCustomError("conflict", "{reason}", {"name": name, "reason": reason})
+
+
 Unsupported = Annotated[None, BeforeValidator(_refuse)]
 """A field of OpenAI's that would change the answer, and that this server does not know."""
 

@@ -51,10 +51,33 @@ def deployment_options(config: LLMConfig) -> dict[str, Any]:
     options = settings.model_dump(exclude={"ray_actor_options"}, exclude_none=True)
     resources = _actor_options(settings.ray_actor_options)
     if config.num_gpus > 0:
-        resources["num_gpus"] = config.num_gpus
+        resources["num_gpus"] = config.num_gpus / config.num_ranks
     if config.accelerator_type is not None:
         resources["accelerator_type"] = config.accelerator_type
+    if config.num_ranks > 1:
+        options |= _placement(config, resources.pop("label_selector", None))
     return {**options, "name": config.deployment_name, "ray_actor_options": resources}
+
+
+def _placement(config: LLMConfig, labels: dict[str, str] | None) -> dict[str, Any]:
+    """One bundle for each rank, all on one node, where sums between them are fast."""
+    settings = config.deployment_config.ray_actor_options
+    bundle = {
+        "CPU": 1.0 if settings.num_cpus is None else settings.num_cpus,
+        "GPU": config.num_gpus / config.num_ranks,
+        "memory": settings.memory or 0.0,
+        **(settings.resources or {}),
+    }
+    if config.accelerator_type is not None:
+        bundle[f"accelerator_type:{config.accelerator_type}"] = 0.001
+    bundle = {name: amount for name, amount in bundle.items() if amount}
+    options: dict[str, Any] = {
+        "placement_group_bundles": [bundle] * config.num_ranks,
+        "placement_group_strategy": "STRICT_PACK",
+    }
+    if labels is not None:
+        options["placement_group_bundle_label_selector"] = [labels] * config.num_ranks
+    return options
 
 
 def _ingress_options(settings: IngressSettings) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from deployments.config import LLMConfig, ModelLoadingConfig
+from deployments.followers import Followers
 from nsa_platform import storage
 from nsa_platform.data import tokenizer as tokenizer_files
 from nsa_platform.serve.engine import Engine
-from nsa_platform.serve.loading import load_engine
+from nsa_platform.serve.loading import check_model, load_engine
 from nsa_platform.tracking import fetch_model, is_model_reference
 
 TRACKING_VARIABLE = "MLFLOW_TRACKING_URI"
@@ -22,8 +23,10 @@ class StartError(RuntimeError):
     """A model cannot be served. One line: which model, and what is wrong with what."""
 
 
-def start_engine(config: LLMConfig) -> tuple[Engine, Path]:
+def start_engine(config: LLMConfig, followers: Followers | None = None) -> tuple[Engine, Path]:
     """The engine of a model on this process's device, and the model's local folder.
+
+    followers: the other ranks of a model that several compute; they are started.
 
     Raises:
         StartError: anything is missing, unreachable, foreign or does not fit together.
@@ -32,11 +35,16 @@ def start_engine(config: LLMConfig) -> tuple[Engine, Path]:
     try:
         folder = find_model(loading)
         with _with_tokenizer(folder, loading.tokenizer_source) as whole:
-            engine = load_engine(whole, config.engine_kwargs, _device(config))
+            check_model(whole, config.engine_kwargs)
+            device = device_of(config)
+            ranks = None if followers is None else followers.meet(folder)
+            engine = load_engine(whole, config.engine_kwargs, device, ranks)
         engine.calibrate()
         return engine, folder
     except (ValueError, OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        # One rank's failure ends what the others are at: its own reason is the one to tell.
+        told = None if followers is None else followers.problem()
+        reason = " ".join((told or str(error)).split())
         raise StartError(f"model {loading.model_id!r} cannot be served: {reason}") from None
 
 
@@ -77,7 +85,8 @@ def _with_tokenizer(folder: Path, source: str | None) -> Iterator[Path]:
         yield Path(temporary)
 
 
-def _device(config: LLMConfig) -> str:
+def device_of(config: LLMConfig) -> str:
+    """Where each rank of the model computes. Raises ValueError if there is no such device."""
     if config.num_gpus == 0:
         return "cpu"
     if not torch.cuda.is_available():

@@ -24,7 +24,9 @@ WHOLE_S = (
 )
 TOKENS = (1, 10, 50, 100, 500, 1000, 5000, 10_000, 50_000, 100_000, 500_000, 1_000_000)
 AGES = (64, 256, 1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384)
 GATES = ("branch", "layer")
+CACHE = ("block_size", "cache_dtype", "enable_prefix_caching", "num_gpu_blocks")
 CHOICES = (1, 2, 5, 10, 20, 50, 128)
 
 
@@ -65,6 +67,7 @@ _ALL = (
     Family("kv_pages_total", "gauge", "Pages of the cache."),
     Family("kv_window_pages_used", "gauge", "Pages of the sliding window's pool in use."),
     Family("kv_window_pages_total", "gauge", "Pages of the sliding window's pool."),
+    Family("cache_config_info", "gauge", "Sizes of the cache, as labels; always 1.", CACHE),
     Family("prompt_tokens", "counter", "Prompt tokens of requests that have begun to answer."),
     Family("generation_tokens", "counter", "Tokens generated."),
     Family("computed_tokens", "counter", "Tokens that went through the model."),
@@ -80,6 +83,7 @@ _ALL = (
         "From the start of a selected block to the query, of sampled tokens.",
         AGES,
     ),
+    _histogram("iteration_tokens_total", "Tokens of a step, of all its requests.", STEP_TOKENS),
     _histogram("time_to_first_token_seconds", "From arrival to the first token.", FIRST_TOKEN_S),
     _histogram("inter_token_latency_seconds", "From a token to the next.", NEXT_TOKEN_S),
     _histogram(

@@ -1,6 +1,6 @@
 """What one replica counts about its engine and its requests."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -30,6 +30,22 @@ COUNTERS = {
     "engine_steps": "steps_total",
 }
 """Of metrics that the engine itself keeps, the fields of its stats."""
+
+
+class Source(Protocol):
+    """What counts for itself: AsyncEngine, but for tests."""
+
+    def stats(self) -> EngineStats:
+        """What it holds and has done so far."""
+        ...
+
+    def cache_config(self) -> Mapping[str, str]:
+        """Sizes of its cache, by the labels of cache_config_info."""
+        ...
+
+    def take_step_tokens(self) -> Sequence[int]:
+        """Tokens of each step since this was asked last."""
+        ...
 
 
 class Sink(Protocol):
@@ -74,13 +90,13 @@ class Meter:
 
     def __init__(
         self,
-        stats: Callable[[], EngineStats],
+        source: Source,
         *,
         model: str,
         replica: str,
         sinks: Sequence[Sink] = (),
     ) -> None:
-        self._stats = stats
+        self._source = source
         self._labels = dict(zip(LABELS, (model, replica), strict=True))
         self._prometheus = PrometheusSink()
         self._sinks: tuple[Sink, ...] = (self._prometheus, *sinks)
@@ -130,9 +146,12 @@ class Meter:
 
     def publish(self) -> None:
         """Take down what the engine holds and has done since the last time."""
-        stats = self._stats()
+        stats = self._source.stats()
         for name, field in GAUGES.items():
             self._record(name, getattr(stats, field))
+        self._record("cache_config_info", 1, **self._source.cache_config())
+        for num_tokens in self._source.take_step_tokens():
+            self._record("iteration_tokens_total", num_tokens)
         self._record("kv_cache_usage_perc", stats.pages_used / max(1, stats.pages_total))
         for name, field in COUNTERS.items():
             total = getattr(stats, field)

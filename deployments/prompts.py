@@ -70,7 +70,7 @@ def chat_prompt(
     for text in texts if keep is None else ():
         _check_bytes(text, limits, "messages")
     turns = [
-        {"role": message.role, "content": text}
+        {"role": "system" if message.role == "developer" else message.role, "content": text}
         for message, text in zip(messages, texts, strict=True)
     ]
     try:

@@ -15,6 +15,7 @@ from deployments.fields import (
     Text,
     TokenId,
     Unsupported,
+    conflict,
 )
 from deployments.structured import ResponseFormat, StructuredOutputs
 
@@ -142,11 +143,14 @@ class Generation(Body):
     @model_validator(mode="after")
     def _goes_together(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream=true")
+            raise conflict("stream_options", "stream_options needs stream=true")
         if self.prompt_logprobs is not None and self.stream:
-            raise ValueError("prompt_logprobs cannot be combined with stream=true")
+            raise conflict("prompt_logprobs", "prompt_logprobs cannot be combined with stream=true")
         if self.structured_outputs is not None and self.response_format is not None:
-            raise ValueError("response_format and structured_outputs mean the same: give one")
+            raise conflict(
+                "structured_outputs",
+                "response_format and structured_outputs mean the same: give one",
+            )
         return self
 
 
@@ -160,8 +164,8 @@ class TextPart(Body):
 class ChatMessage(Body):
     """One turn of a chat."""
 
-    role: Literal["system", "user", "assistant"]
-    """Who speaks; system only as the first."""
+    role: Literal["system", "developer", "user", "assistant"]
+    """Who speaks; system, whose newer name is developer, only as the first."""
     content: Text | Annotated[list[TextPart], Field(min_length=1)]
     """What is said."""
     name: Unsupported = None
@@ -208,12 +212,13 @@ class ChatCompletionRequest(Generation):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs=true")
+            raise conflict("top_logprobs", "top_logprobs needs logprobs=true")
         given = (self.max_tokens, self.max_completion_tokens)
         if None not in given and given[0] != given[1]:
-            raise ValueError(
+            raise conflict(
+                "max_tokens",
                 f"max_tokens={given[0]} and max_completion_tokens={given[1]} mean the same: "
-                "give one"
+                "give one",
             )
         _check_turn(self.add_generation_prompt, self.continue_final_message)
         return self
@@ -244,7 +249,7 @@ class CompletionRequest(Generation):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens=0 needs echo=true")
+            raise conflict("max_tokens", "max_tokens=0 needs echo=true")
         return self
 
 
@@ -269,7 +274,7 @@ class TokenizeRequest(Body):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give prompt or messages, and not both")
+            raise conflict("prompt", "give prompt or messages, and not both")
         _check_turn(self.add_generation_prompt, self.continue_final_message)
         return self
 
@@ -285,4 +290,6 @@ class DetokenizeRequest(Body):
 
 def _check_turn(add_generation_prompt: bool | None, continue_final_message: bool | None) -> None:
     if continue_final_message and add_generation_prompt is not False:
-        raise ValueError("continue_final_message needs add_generation_prompt=false")
+        raise conflict(
+            "continue_final_message", "continue_final_message needs add_generation_prompt=false"
+        )

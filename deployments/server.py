@@ -9,6 +9,7 @@ from ray import serve
 
 from deployments.backend import Piece
 from deployments.config import LLMConfig
+from deployments.followers import Followers
 from deployments.loading import start_engine
 from deployments.metrics import Meter
 from deployments.prompts import limits_of
@@ -29,23 +30,27 @@ PUBLISH_EVERY_S = 2.0
 
 
 class LLMServer:
-    """One engine and the requests it is working on.
+    """One engine and the requests it is working on, with the other ranks of its model.
 
     Raises:
         StartError: the model cannot be loaded; Ray Serve shows the line as reason.
     """
 
     def __init__(self, config: LLMConfig) -> None:
-        engine, folder = start_engine(config)
+        self._followers = Followers(config) if config.num_ranks > 1 else None
+        engine, folder = start_engine(config, self._followers)
         self._engine = AsyncEngine(engine)
         self._engine.start()
         self._meter = Meter(
-            self._engine.stats,
+            self._engine,
             model=config.model_id,
             replica=serve.get_replica_context().replica_id.unique_id,
             sinks=(RaySink(),),
         )
-        self._publishing = asyncio.get_running_loop().create_task(self._publish())
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._publish())]
+        if self._followers is not None:
+            self._tasks.append(loop.create_task(self._watch(self._followers)))
         self._service = OpenAiService(
             self._engine,
             engine.tokenizer,
@@ -133,8 +138,15 @@ class LLMServer:
             self._meter.publish()
             await asyncio.sleep(PUBLISH_EVERY_S)
 
+    async def _watch(self, followers: Followers) -> None:
+        """Without one of its ranks the engine can do nothing, and may wait for it for ever."""
+        self._engine.fail(RuntimeError(await followers.ended()))
+
     async def __del__(self) -> None:
         if hasattr(self, "_service"):
-            self._publishing.cancel()
+            for task in self._tasks:
+                task.cancel()
             self._service.close()
             await self._engine.close()
+            if self._followers is not None:
+                self._followers.end()

@@ -1,7 +1,8 @@
-"""Plan: what one GPU can serve of a model. Nothing is started, no GPU is needed.
+"""Plan: what a replica can serve of a model. Nothing is started, no GPU is needed.
 
     python -m jobs.plan --config jobs/configs/pretrain/nsa_1b.yaml --gpu H100 --context 131072
     python -m jobs.plan --config deployments/configs/nsa_150m.yaml --gpu H100 --context 8192
+    python -m jobs.plan --config ... --gpu H100 --context 1048576 --tensor-parallel-size 2
 
 Reads the model of a training run's YAML, or the model and the engine's sizes of a deployment's.
 Speeds are bounds by the GPU's memory and arithmetic, not promises.
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         model, engine = read_sizes(options.config, options.overrides)
+        num_ranks = options.tensor_parallel_size or engine.tensor_parallel_size
         plan = plan_serving(
             model,
             GPUS[options.gpu],
@@ -41,11 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_num_seqs=engine.max_num_seqs,
             memory_share=engine.gpu_memory_utilization,
             blocks_per_page=blocks_per_page_of(model, engine),
+            num_ranks=num_ranks,
         )
     except (ConfigError, ExportError, ValueError, OSError) as error:
         fail(str(error), status=EXIT_BAD_CONFIG)
     console = Console(highlight=False)
-    console.print(_table(plan, f"{model.name}, {options.context:,} tokens, one {options.gpu}"))
+    gpus = f"{num_ranks} x {options.gpu}" if num_ranks > 1 else f"one {options.gpu}"
+    console.print(_table(plan, f"{model.name}, {options.context:,} tokens, {gpus}"))
+    if num_ranks > 1:
+        console.print("Memory is that of each GPU; all of them serve the same sequences.")
     if options.context > model.max_context:
         console.print(
             f"The model is meant for {model.max_context:,} tokens: serve it with "
@@ -102,6 +108,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--config", type=Path, required=True, metavar="X.yaml", help="a run or a deployment")
     add("--gpu", choices=sorted(GPUS), required=True, help="whose memory and speed count")
     add("--context", type=int, required=True, help="tokens of a sequence, prompt and output")
+    add(
+        "--tensor-parallel-size",
+        type=int,
+        metavar="N",
+        help="GPUs that compute the model together; by default as the deployment says, or one",
+    )
     add(
         "--set",
         action="append",

@@ -89,7 +89,7 @@ class LocalBackend:
         self.engine = AsyncEngine(engine)
         self.engine.start()
         self.models: Mapping[str, str] = {MODEL_ID: str(folder)}
-        self.meter = Meter(self.engine.stats, model=MODEL_ID, replica="here")
+        self.meter = Meter(self.engine, model=MODEL_ID, replica="here")
         self.service = OpenAiService(
             self.engine,
             engine.tokenizer,

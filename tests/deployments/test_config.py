@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import yaml
+from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.config import LLMConfig, read_args
 from deployments.config_file import ServeFile
 from deployments.llm import build_openai_app, deployment_options
 from deployments.serve import main, reason_of
+from deployments.server import LLMServer
 from nsa_platform.config.base import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "deployments" / "configs").glob("*.yaml"))
@@ -64,6 +66,14 @@ def scaled(**settings: Any) -> dict[str, Any]:
                 deployment_config={"ray_actor_options": {"num_gpus": 0}},
             ),
             "accelerator_type='H100' needs",
+        ),
+        (
+            args(
+                engine_kwargs={"tensor_parallel_size": 4},
+                deployment_config={"ray_actor_options": {"num_gpus": 2}},
+            ),
+            "engine_kwargs.tensor_parallel_size=4 needs as many GPUs, one for each rank, and "
+            "deployment_config.ray_actor_options.num_gpus=2",
         ),
         ({"llm_configs": args()["llm_configs"] * 2}, "model_ids m, m differ in no letter"),
     ],
@@ -140,6 +150,30 @@ def test_options_reach_ray_serve():
     router = settings.request_router_config
     assert router.get_request_router_class().__name__ == "PrefixCacheRouter"
     assert router.request_router_kwargs == {"max_imbalance": 3}
+
+
+def test_ranks_lie_side_by_side_on_one_node():
+    def options(**config: Any) -> dict[str, Any]:
+        engine = {"tensor_parallel_size": 2}
+        tree = {"model_loading_config": LOADING, "engine_kwargs": engine, **config}
+        found = deployment_options(LLMConfig.parse(tree))
+        # Ray Serve's own checks: the replica fits into the first bundle.
+        serve.deployment(LLMServer).options(**found)
+        return found
+
+    found = options(
+        accelerator_type="H100",
+        deployment_config={
+            "ray_actor_options": {"num_cpus": 3, "label_selector": {"zone": "a"}},
+        },
+    )
+    bundle = {"CPU": 3, "GPU": 1, "accelerator_type:H100": 0.001}
+    assert found["placement_group_bundles"] == [bundle, bundle]
+    assert found["placement_group_strategy"] == "STRICT_PACK"
+    assert found["placement_group_bundle_label_selector"] == [{"zone": "a"}] * 2
+    actor = {"num_cpus": 3, "num_gpus": 1, "accelerator_type": "H100"}
+    assert found["ray_actor_options"] == actor
+    assert options()["placement_group_bundles"] == [{"CPU": 1}] * 2
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -34,7 +34,7 @@ def schema(tree: dict[str, Any]) -> dict[str, Any]:
 
 REFUSED = [
     (chat(messages=[]), "messages", "at least 1 item"),
-    (chat(messages=says("tool", "x")), "messages.0.role", "'system', 'user' or 'assistant'"),
+    (chat(messages=says("tool", "x")), "messages.0.role", "'developer', 'user' or 'assistant'"),
     (chat(messages=says("user", None)), "messages.0.content", "must be text or a list"),
     (chat(messages=says("user", [{"type": "image_url"}])), "messages.0.content", "images"),
     (chat(messages=says("user", "x", tool_calls=[])), "messages.0.tool_calls", "not supported"),
@@ -51,17 +51,21 @@ REFUSED = [
     (chat(structured_outputs={"grammar": "start: x"}), None, "unknown name"),
     (
         chat(response_format={"type": "json_object"}, structured_outputs={"regex": "a"}),
-        None,
+        "structured_outputs",
         "response_format and structured_outputs mean the same",
     ),
     (chat(response_format=schema({}), ignore_eos=True), "ignore_eos", "with a grammar"),
     (chat(chat_template="{{ messages }}"), "chat_template", "not supported"),
-    (chat(continue_final_message=True), None, "needs add_generation_prompt=false"),
-    (chat(top_logprobs=3), None, "top_logprobs needs logprobs"),
+    (
+        chat(continue_final_message=True),
+        "continue_final_message",
+        "needs add_generation_prompt=false",
+    ),
+    (chat(top_logprobs=3), "top_logprobs", "top_logprobs needs logprobs"),
     (chat(logprobs=True, top_logprobs=21), "top_logprobs", "less than or equal to 20"),
-    (chat(max_completion_tokens=3), None, "mean the same"),
+    (chat(max_completion_tokens=3), "max_tokens", "mean the same"),
     (chat(temprature=1), "temprature", "did you mean 'temperature'"),
-    (chat(stream_options={"include_usage": True}), None, "needs stream=true"),
+    (chat(stream_options={"include_usage": True}), "stream_options", "needs stream=true"),
     (chat(stream="yes"), "stream", "valid boolean"),
     (completion(prompt=""), "prompt", "is empty"),
     (completion(prompt=[]), "prompt", "must be text, a list of token ids"),
@@ -93,16 +97,20 @@ REFUSED = [
     (completion(logit_bias={"512": 1}), "logit_bias", "must lie in [0, 512)"),
     (completion(logit_bias={"x": 1}), "logit_bias.x.[key]", "match pattern"),
     (completion(logprobs=21), "logprobs", "less than or equal to 20"),
-    (completion(max_tokens=0), None, "max_tokens=0 needs echo=true"),
+    (completion(max_tokens=0), "max_tokens", "max_tokens=0 needs echo=true"),
     (completion(allowed_token_ids=[512]), "allowed_token_ids", "must lie in [0, 512)"),
     (completion(allowed_token_ids=[]), "allowed_token_ids", "at least 1 item"),
     (completion(bad_words=[""]), "bad_words.0", "at least 1 item"),
-    (completion(prompt_logprobs=1, stream=True), None, "cannot be combined with stream"),
+    (
+        completion(prompt_logprobs=1, stream=True),
+        "prompt_logprobs",
+        "cannot be combined with stream",
+    ),
     (completion(truncate_prompt_tokens=0), "truncate_prompt_tokens", "greater than or equal to 1"),
     (completion(best_of=2), "best_of", "not supported"),
     (completion(suffix="x"), "suffix", "not supported"),
-    (("/tokenize", {}), None, "give prompt or messages"),
-    (("/tokenize", {"prompt": "x", "messages": USER}), None, "give prompt or messages"),
+    (("/tokenize", {}), "prompt", "give prompt or messages"),
+    (("/tokenize", {"prompt": "x", "messages": USER}), "prompt", "give prompt or messages"),
     (("/detokenize", {"tokens": [512]}), "tokens", "must lie in [0, 512)"),
 ]
 
@@ -151,6 +159,20 @@ def test_bodies_that_are_no_request(client, path, content):
     response = client.post(path, content=content, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
     assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("content_type", [None, "text/plain", "application/x-www-form-urlencoded"])
+def test_a_body_that_is_not_said_to_be_json(client, content_type):
+    path, body = chat()
+    headers = {} if content_type is None else {"Content-Type": content_type}
+    response = client.post(path, content=json.dumps(body), headers=headers)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["code"] == "invalid_content_type"
+    assert "Content-Type: application/json" in error["message"]
+    assert (content_type or "no Content-Type") in error["message"]
+    # What came is not quoted: it may be a prompt.
+    assert "Hello" not in error["message"]
 
 
 def test_all_wrong_fields_are_named(client):

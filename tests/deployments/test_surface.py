@@ -225,6 +225,27 @@ def test_the_parts_of_an_answer_s_time_are_counted(openai_client, client):
     assert parts["prefill"] + parts["decode"] == pytest.approx(inference, abs=1e-6)
 
 
+def test_the_tokens_of_steps_and_the_cache_s_sizes_are_told(model_folder):
+    with local_app(model_folder) as (app, backend), TestClient(app) as client:
+        body = {"model": MODEL_ID, "prompt": [306] * 60, "max_tokens": 5, "ignore_eos": True}
+        assert client.post("/v1/completions", json=body).status_code == 200
+        text = client.get("/metrics").text
+        found = re.findall(r"^nsa:iteration_tokens_total_(\w+)\{.*\} (\S+)$", text, re.MULTILINE)
+        assert ("count", "5.0") in found and ("sum", "64.0") in found
+        (cache,) = re.findall(r"^nsa:cache_config_info\{(.*)\} 1\.0$", text, re.MULTILINE)
+        pages = backend.engine.engine.cache.book.num_pages
+        for label in ('block_size="8"', 'cache_dtype="float32"', f'num_gpu_blocks="{pages}"'):
+            assert label in cache
+
+
+def test_developer_is_another_name_of_system(client):
+    def ids(role: str) -> list[int]:
+        messages = [{"role": role, "content": "Add."}, *QUESTION]
+        return client.post("/tokenize", json={"messages": messages}).json()["tokens"]
+
+    assert ids("developer") == ids("system") != ids("user")
+
+
 def test_gates_and_ages_of_selected_blocks_are_sampled(model_folder):
     with local_app(model_folder) as (app, backend), TestClient(app) as client:
         engine = backend.engine.engine

@@ -60,6 +60,23 @@ def test_memory_decides_how_many(model):
     assert twice.num_sequences > 1.7 * found.num_sequences
 
 
+def test_gpus_that_share_a_model_hold_a_part_each(model, capsys):
+    sizes = {"context": 131072, "max_num_seqs": 1000}
+    one, two = (plan_serving(model, GPUS["H100"], num_ranks=number, **sizes) for number in (1, 2))
+    assert two.sequence.total == one.sequence.total // 2
+    # Embedding and norms are whole on each.
+    assert one.weight_bytes / 2 < two.weight_bytes < 0.55 * one.weight_bytes
+    assert two.num_fitting > 2 * one.num_fitting
+    assert two.ttft_s < 0.55 * one.ttft_s
+    flags = ["--config", str(NSA_1B), "--gpu", "H100", "--context", "131072"]
+    assert plan.main([*flags, "--tensor-parallel-size", "2"]) == 0
+    assert "2 x H100" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        plan.main([*flags, "--tensor-parallel-size", "4"])
+    assert end.value.code == 2
+    assert "tensor_parallel_size=4 must divide the model's kv_heads=2" in capsys.readouterr().err
+
+
 def test_speeds_are_bounds_by_bytes_and_products(model):
     gpu = Gpu(79 << 30, 1e12, 1e15)
     found = plan_serving(model, gpu, context=131072, max_num_seqs=8)

@@ -79,3 +79,13 @@ class GenerateRun(Strict):
     """Rows that one worker takes at a time and that a killed run does not have to repeat."""
     tracking_uri: ServiceLocation = "sqlite:///runs/mlflow.db"
     """MLflow store that knows a checkpoint of models:/."""
+
+    @model_validator(mode="after")
+    def _a_worker_is_one_rank(self) -> Self:
+        size = self.engine.tensor_parallel_size
+        if size > 1:
+            raise ValueError(
+                f"engine.tensor_parallel_size={size} must be 1: a worker of batch inference has "
+                "the whole model"
+            )
+        return self

@@ -25,8 +25,12 @@ class ModelOverrides(Strict):
 
 
 class EngineConfig(Strict):
-    """Sizes of one engine: one model on one device. Names are those of vLLM's engine flags."""
+    """Sizes of one engine: one model on one device, or on several that share it. Names are those of
+    vLLM's engine flags."""
 
+    tensor_parallel_size: PositiveInt = 1
+    """Ranks that compute the model together, on a GPU each: key/value heads are dealt to them with
+    their query heads, hidden units too. It must divide both."""
     max_model_len: PositiveInt | None = None
     """Tokens of one request, prompt and output together; null: the model's max_context."""
     hf_overrides: ModelOverrides = ModelOverrides()

@@ -35,7 +35,7 @@ from nsa_platform.config.model import (
 from nsa_platform.model.cache import FullLayerCache, LayerCache, NsaLayerCache
 from nsa_platform.model.compression import Compression, kernel_config
 from nsa_platform.model.exchange import heads_of_kin, to_heads, to_tokens
-from nsa_platform.model.layers import from_own_inputs, own_outputs, projection, rms_norm
+from nsa_platform.model.layers import added, from_own_inputs, own_outputs, projection, rms_norm
 from nsa_platform.model.partition import WHOLE, Axis
 from nsa_platform.model.probe import observe_gates, observe_selection
 from nsa_platform.model.rotary import Rotation, attention_scale
@@ -116,7 +116,7 @@ class NsaAttention(nn.Module):
         q, keys_values, *gates = project(x, layers, norm=rms_norm(norm))
         raw = self._arranged(q, keys_values, gates[0] if gates else None)
         out = self._attend_paged(raw, step, cache)
-        return project(out.flatten(1), [projection(self.output)], residual=x)[0]
+        return added(self.output, out.flatten(1), x)
 
     def _project(self, x: Tensor, tensor: Axis) -> _Raw:
         """Projections of the heads that this worker of the tensor axis has."""
@@ -348,7 +348,7 @@ class FullAttention(nn.Module):
         )
         if gates:
             out = out * gates[0][..., None]
-        return project(out.flatten(1), [projection(self.output)], residual=x)[0]
+        return added(self.output, out.flatten(1), x)
 
     def _arranged(self, q: Tensor, keys_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, H, K], k [T, G, K] and v [T, G, V] of the projections [T, heads * width]."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nsa_kernels import Projection, RmsNorm, project
-from nsa_platform.model.exchange import summed
+from nsa_platform.model.exchange import summed, total
 from nsa_platform.model.lora import LoraLinear
 from nsa_platform.model.partition import WHOLE, Axis, Partition
 
@@ -52,6 +52,27 @@ def rms_norm(norm: nn.RMSNorm) -> RmsNorm:
     return RmsNorm(norm.weight, norm.eps)
 
 
+class RowParallelLinear(nn.Linear):
+    """A linear layer without bias of whose inputs each rank has some: x [..., own inputs] ->
+    [..., D], summed over ranks."""
+
+    def __init__(self, own_inputs: int, width: int, axis: Axis) -> None:
+        super().__init__(own_inputs, width, bias=False)
+        self.axis = axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        return total(nn.functional.linear(x, self.weight), self.axis)
+
+
+def added(linear: nn.Linear, x: Tensor, residual: Tensor) -> Tensor:
+    """residual + linear(x), [T, D], for few rows. Where ranks share its inputs, the first one's
+    part of the sum has the residual."""
+    if not isinstance(linear, RowParallelLinear):
+        return project(x, [projection(linear)], residual=residual)[0]
+    own = residual if linear.axis.rank == 0 else None
+    return total(project(x, [projection(linear)], residual=own)[0], linear.axis)
+
+
 class SwiGlu(nn.Module):
     """down(silu(gate(x)) * up(x)), with gate and up as one projection."""
 
@@ -72,4 +93,4 @@ class SwiGlu(nn.Module):
         """x + forward(norm(x)), x [T, D], as few new tokens want it: two launches."""
         gate_up = replace(projection(self.gate_up), activation="swiglu")
         (hidden,) = project(x, [gate_up], norm=rms_norm(norm))
-        return project(hidden, [projection(self.down)], residual=x)[0]
+        return added(self.down, hidden, x)

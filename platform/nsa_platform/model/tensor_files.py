@@ -5,8 +5,10 @@ which, as transformers writes large models.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -44,6 +46,13 @@ class TensorFiles:
         """One tensor on the CPU, as it was stored. Raises KeyError for an unknown name."""
         with safe_open(self._owners[name], framework="pt") as file:
             return file.get_tensor(name)
+
+    def parts(self, name: str, dim: int, ranges: Sequence[slice]) -> Tensor:
+        """Some ranges of a tensor along axis `dim`, one after the other; nothing else is held."""
+        with safe_open(self._owners[name], framework="pt") as file:
+            stored = file.get_slice(name)
+            before = (slice(None),) * dim
+            return torch.cat([stored[(*before, each)] for each in ranges], dim)
 
     def _read_header(self, path: Path) -> None:
         if not path.is_file():

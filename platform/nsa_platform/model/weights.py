@@ -25,7 +25,9 @@ from torch import Tensor
 from nsa_platform.config.base import ConfigError
 from nsa_platform.config.model import ModelConfig
 from nsa_platform.model.identity import IDENTITY_KEY, identity_of
+from nsa_platform.model.partition import WHOLE, Axis
 from nsa_platform.model.tensor_files import WEIGHTS_FILE, TensorFileError, TensorFiles, weight_paths
+from nsa_platform.model.tensor_parallel import cut_of, rank_model
 from nsa_platform.model.transformer import Transformer
 
 CONFIG_FILE = "config.json"
@@ -146,14 +148,17 @@ def load_model(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    tensor: Axis = WHOLE.tensor,
 ) -> Transformer:
     """The exported model on a device, weights cast to dtype.
 
     Args:
         config: what to make of the weights; None: the exported model's own.
+        tensor: the ranks that compute the model together; this one reads its share alone.
 
     Raises:
         ExportError: a file is missing, broken or foreign, or the tensors do not fit the config.
+        ValueError: the model cannot be dealt to so many ranks.
     """
     config = config or load_config(folder)
     try:
@@ -163,9 +168,14 @@ def load_model(
     stored = {name.removeprefix(PREFIX): name for name in files.shapes}
     shapes = {name: files.shapes[origin] for name, origin in stored.items()}
     _check_tensors(shapes, config, str(files.paths[0]))
-    state = {name: files.tensor(origin).to(device, dtype) for name, origin in stored.items()}
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = rank_model(config, tensor)
+    state = {}
+    for name, origin in stored.items():
+        cut = None if tensor.size == 1 else cut_of(name, shapes[name], config)
+        value = (
+            files.tensor(origin) if cut is None else files.parts(origin, cut.dim, cut.own(tensor))
+        )
+        state[name] = value.to(device, dtype)
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(True).eval()
 

@@ -89,6 +89,14 @@ class AsyncEngine:
         with self._changed:
             return self._stats
 
+    def cache_config(self) -> dict[str, str]:
+        """Sizes of the cache, by vLLM's names."""
+        return self.engine.cache.description()
+
+    def take_step_tokens(self) -> list[int]:
+        """Tokens of each step since this was asked last; of very many the newest."""
+        return self.engine.totals.take_step_tokens()
+
     def generate(
         self,
         prompt_ids: Sequence[int],
@@ -131,6 +139,13 @@ class AsyncEngine:
         self.check_health()
         with self._changed:
             self._tell(_Forget())
+
+    def fail(self, error: Exception) -> None:
+        """Give up because of an error, also of one outside of the thread, which may wait for what
+        will not come. All open streams raise EngineDead now."""
+        reason = EngineDead(f"the engine failed: {error!r}")
+        reason.__cause__ = error
+        self._end(reason, error)
 
     async def close(self) -> None:
         """End the thread after the step at hand; open streams raise EngineDead."""
@@ -179,17 +194,21 @@ class AsyncEngine:
 
     def _run(self) -> None:
         """The thread: until it is closed, or a step fails."""
-        reason, failure = EngineDead("the engine was closed"), None
         try:
             while self._obey():
                 self._deliver(self.engine.step())
         except Exception as error:
             log.exception("the engine failed; it serves no more requests")
-            reason = EngineDead(f"the engine failed: {error!r}")
-            reason.__cause__ = failure = error
+            self.fail(error)
+        else:
+            self._end(EngineDead("the engine was closed"), None)
+
+    def _end(self, reason: EngineDead, failure: Exception | None) -> None:
+        """Take no more requests, and tell those that are open why."""
         with self._changed:
-            self._failure, self._is_closing = failure, True
+            self._failure, self._is_closing = self._failure or failure, True
             streams, self._streams = list(self._streams.values()), {}
+            self._changed.notify()
         for stream in streams:
             stream.put(reason)
 

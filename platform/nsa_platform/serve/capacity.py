@@ -7,7 +7,9 @@ import torch
 
 from nsa_platform.config.model import ModelConfig
 from nsa_platform.config.serve import EngineConfig
+from nsa_platform.model.cost import count_parameters
 from nsa_platform.serve.kv_cache import KvCache, page_size_of
+from nsa_platform.serve.ranks import Ranks
 from nsa_platform.serve.scheduler import Limits
 
 CPU_MEMORY_SHARE = 0.25
@@ -57,9 +59,14 @@ def limits_of(config: EngineConfig) -> Limits:
 
 
 def make_cache(
-    model: ModelConfig, config: EngineConfig, *, device: torch.device, dtype: torch.dtype
+    model: ModelConfig,
+    config: EngineConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: Ranks | None = None,
 ) -> KvCache:
-    """Reserve the cache.
+    """Reserve the cache. Ranks of one model call it together: they all get as many pages.
 
     Raises:
         ValueError: a size does not fit the model, or the memory holds no request of any length.
@@ -74,21 +81,64 @@ def make_cache(
                 f"{budget / 2**20:.0f} MiB of memory for the cache hold not even a page for each "
                 f"of max_num_seqs={config.max_num_seqs} requests"
             )
+    if ranks is not None:
+        num_tokens = ranks.least(num_tokens)
     return _cache(model, config, num_tokens, device=device, dtype=dtype)
 
 
-def memory_budget(config: EngineConfig, device: torch.device) -> float:
-    """Bytes that the cache may take."""
+def memory_budget(config: EngineConfig, device: torch.device, *, weight_bytes: int = 0) -> float:
+    """Bytes that the cache may take; below 0 if there is no room for weights that are to come.
+
+    weight_bytes: of weights that are not there yet.
+    """
+    share = config.gpu_memory_utilization if device.type == "cuda" else CPU_MEMORY_SHARE
+    return (_free_bytes(device) - weight_bytes) * share
+
+
+def check_memory(
+    model: ModelConfig, config: EngineConfig, *, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Tell, before weights are loaded, that they or the cache will not fit on a device.
+
+    model: the share of one rank, which this device is to hold.
+
+    Raises:
+        ValueError: they do not fit; with the numbers, and what to change.
+    """
+    weight_bytes = count_parameters(model).total * dtype.itemsize
+    budget = memory_budget(config, device, weight_bytes=weight_bytes)
+    weights = f"weights take {_gib(weight_bytes)} of the {_gib(_free_bytes(device))} that are free"
+    smaller = f"a larger tensor_parallel_size than {config.tensor_parallel_size}"
+    if budget <= 0:
+        raise ValueError(f"the {weights}: use {smaller} or a device with more memory")
+    most, wanted = model_len_of(model, config), config.num_kv_tokens
+    num_fitting = _tokens_in(budget, model, config, dtype=dtype)
+    held = f"the {weights}, and the {_gib(budget)} for the cache hold {max(0, num_fitting)} tokens"
+    if wanted is not None and wanted > num_fitting:
+        raise ValueError(f"{held}: num_kv_tokens={wanted} must be lower, or use {smaller}")
+    if wanted is None and num_fitting < most:
+        raise ValueError(
+            f"{held}, less than one request of max_model_len={most}: lower max_model_len or "
+            f"max_num_seqs={config.max_num_seqs}, or use {smaller}"
+        )
+
+
+def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] * config.gpu_memory_utilization
-    return psutil.virtual_memory().available * CPU_MEMORY_SHARE
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
 
 
 def _tokens_in(
     budget: float, model: ModelConfig, config: EngineConfig, *, dtype: torch.dtype
 ) -> int:
-    """Tokens that a cache of this many bytes holds; below 1 if it holds none."""
-    most = config.max_num_seqs * model_len_of(model, config)
+    """Tokens that a cache of this many bytes holds; below 1 if it holds none. No more is looked at
+    than anybody asks for."""
+    most = config.num_kv_tokens or config.max_num_seqs * model_len_of(model, config)
 
     def num_bytes(num_tokens: int) -> int:
         # Tensors on the meta device have sizes and take no memory.

@@ -9,12 +9,15 @@ token whose page is scratch: nobody reads what they write.
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from nsa_platform.config.serve import EngineConfig
 from nsa_platform.model.inputs import PagedInputs
 from nsa_platform.model.transformer import Transformer
+from nsa_platform.serve.capacity import model_len_of
 from nsa_platform.serve.kv_cache import KvCache
 from nsa_platform.serve.pages import ABSENT
 
@@ -70,6 +73,25 @@ class DecodeGraphs:
             for num_pages in reversed(self._lengths):
                 shape = num_sequences, num_pages
                 self._shapes[shape] = self._captured(*shape)
+
+    @classmethod
+    def of(
+        cls,
+        model: Transformer,
+        cache: KvCache,
+        config: EngineConfig,
+        *,
+        context_lens: Sequence[int] | None = None,
+    ) -> Self:
+        """The shapes that an engine's configuration asks for, for contexts of up to so many tokens
+        each; None: short ones and longer ones to max_model_len."""
+        book = cache.book
+        max_pages = min(book.num_pages, -(-model_len_of(model.config, config) // book.page_size))
+        lengths = capture_lengths(max_pages)
+        if context_lens is not None:
+            lengths = [min(max_pages, -(-length // book.page_size)) for length in context_lens]
+        sizes = config.cudagraph_capture_sizes or capture_sizes(config.max_num_seqs)
+        return cls(model, cache, sizes=sizes, lengths=lengths)
 
     def shape_for(self, num_sequences: int, num_pages: int) -> tuple[int, int] | None:
         """The captured shape for a step of so many sequences and columns of its page table; None if

@@ -22,9 +22,10 @@ from nsa_platform.serve.admission import Admission, next_end_s, queued_tokens
 from nsa_platform.serve.batch_sampler import BatchSampler, Choices, Sampled, needs_output
 from nsa_platform.serve.calibration import measured_steps
 from nsa_platform.serve.capacity import limits_of, make_cache, model_len_of
-from nsa_platform.serve.decode_graphs import DecodeGraphs, capture_lengths, capture_sizes
+from nsa_platform.serve.decode_graphs import DecodeGraphs
 from nsa_platform.serve.detokenizer import Detokenizer, StopStrings
 from nsa_platform.serve.grammar import Grammars
+from nsa_platform.serve.ranks import Ranks
 from nsa_platform.serve.request import (
     FinishReason,
     Output,
@@ -36,6 +37,7 @@ from nsa_platform.serve.sampler import seed_of
 from nsa_platform.serve.scheduler import Scheduler, Step
 from nsa_platform.serve.stats import EngineStats
 from nsa_platform.serve.step_cost import CostModel, StepWork
+from nsa_platform.serve.totals import Totals
 
 
 @dataclass(slots=True)
@@ -62,8 +64,16 @@ class _Flight:
 class Engine:
     """Continuous batching for one model on one device."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        config: EngineConfig,
+        ranks: Ranks | None = None,
+    ) -> None:
         """Reserve the cache on the model's device, in its dtype.
+
+        ranks: those that compute the model together, of which this is the first.
 
         Raises:
             ValueError: a size of the configuration does not fit the model or the memory, or the
@@ -79,13 +89,15 @@ class Engine:
         self.vocab_size = model.config.vocab_size
         self.max_model_len = model_len_of(model.config, config)
         weight = model.embedding.weight
-        self.cache = make_cache(model.config, config, device=weight.device, dtype=weight.dtype)
+        self.cache = make_cache(
+            model.config, config, device=weight.device, dtype=weight.dtype, ranks=ranks
+        )
         self.cost = CostModel()
         self.scheduler = Scheduler(self.cache.book, limits_of(config), self.cost)
         self.admission = Admission(
             self.scheduler, max_num_queued=config.max_num_queued, max_ttft_s=config.max_ttft_s
         )
-        self.runner = ModelRunner(model, self.cache)
+        self.runner = ModelRunner(model, self.cache, ranks)
         self.grammars = Grammars(tokenizer, vocab_size=self.vocab_size)
         self.sampler = BatchSampler(self.grammars)
         self._live: dict[str, _Live] = {}
@@ -94,9 +106,7 @@ class Engine:
         self._runs_ahead = config.runs_ahead(is_on_gpu=weight.is_cuda)
         self._flight: _Flight | None = None
         self._landed_s = 0.0
-        self._prompt_tokens = self._generation_tokens = self._computed_tokens = 0
-        self._prefix_queries = self._prefix_hits = 0
-        self._preemptions = self._steps = 0
+        self.totals = Totals()
 
     @property
     def max_num_requests(self) -> int:
@@ -245,16 +255,8 @@ class Engine:
     def capture(self, *, context_lens: Sequence[int] | None = None) -> None:
         """Make ready the fixed shapes in which steps of decodes run, CUDA graphs on a GPU: for
         contexts of up to so many tokens each; None: short ones and longer ones to max_model_len."""
-        book = self.cache.book
-        max_pages = min(book.num_pages, -(-self.max_model_len // book.page_size))
-        lengths = capture_lengths(max_pages)
-        if context_lens is not None:
-            lengths = [min(max_pages, -(-length // book.page_size)) for length in context_lens]
-        self.runner.graphs = DecodeGraphs(
-            self.runner.model,
-            self.cache,
-            sizes=self.config.cudagraph_capture_sizes or capture_sizes(self.config.max_num_seqs),
-            lengths=lengths,
+        self.runner.graphs = DecodeGraphs.of(
+            self.runner.model, self.cache, self.config, context_lens=context_lens
         )
 
     def reset_prefix_cache(self) -> None:
@@ -286,13 +288,13 @@ class Engine:
             pages_total=book.num_pages,
             window_pages_used=0 if window is None else window.num_used,
             window_pages_total=0 if window is None else window.num_pages - 1,
-            prompt_tokens_total=self._prompt_tokens,
-            generation_tokens_total=self._generation_tokens,
-            prefix_cache_queries_total=self._prefix_queries,
-            prefix_cache_hits_total=self._prefix_hits,
-            computed_tokens_total=self._computed_tokens,
-            preemptions_total=self._preemptions,
-            steps_total=self._steps,
+            prompt_tokens_total=self.totals.prompt_tokens,
+            generation_tokens_total=self.totals.generation_tokens,
+            prefix_cache_queries_total=self.totals.prefix_queries,
+            prefix_cache_hits_total=self.totals.prefix_hits,
+            computed_tokens_total=self.totals.computed_tokens,
+            preemptions_total=self.totals.preemptions,
+            steps_total=self.totals.steps,
             selection=self.runner.selection.last(),
         )
 
@@ -309,7 +311,9 @@ class Engine:
         if logits is not None:
             num_unknown = int(unknown_ids is not None)
             choices = self.sampler.choose(logits, requests, num_unknown=num_unknown)
-        self._count(step)
+        self.totals.add_step(step)
+        for request in step.begun:
+            request.queue_s = time.monotonic() - request.arrived_s
         self.scheduler.settle(step)
         return _Flight(step, step.work, requests, choices, launched_s)
 
@@ -334,8 +338,7 @@ class Engine:
         self._landed_s = now_s
         pairs = zip(flight.requests, sampled, strict=True) if sampled else ()
         living = [(request, token) for request, token in pairs if self._is_live(request)]
-        self._generation_tokens += len(living)
-        self._prompt_tokens += sum(len(r.prompt_ids) for r, _ in living if not r.output_ids)
+        self.totals.add_tokens([request for request, _ in living])
         return [self._advance(self._live[r.request_id], token) for r, token in living]
 
     def _is_live(self, request: Request) -> bool:
@@ -389,12 +392,3 @@ class Engine:
         self.runner.prompt_scores.forget(request)
         self.runner.block_reads.forget(request)
         del self._live[request.request_id]
-
-    def _count(self, step: Step) -> None:
-        self._steps += 1
-        self._preemptions += step.num_preempted
-        self._computed_tokens += step.num_tokens
-        self._prefix_queries += sum(len(request.prompt_ids) for request in step.begun)
-        self._prefix_hits += sum(request.num_cached_tokens for request in step.begun)
-        for request in step.begun:
-            request.queue_s = time.monotonic() - request.arrived_s

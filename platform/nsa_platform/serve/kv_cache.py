@@ -100,6 +100,16 @@ class KvCache:
             for tensor in layer.page_tensors() + layer.window_tensors()
         )
 
+    def description(self) -> dict[str, str]:
+        """Its sizes, by vLLM's names: a block is a page there."""
+        dtype = self.layers[0].page_tensors()[0].dtype
+        return {
+            "block_size": str(self.page_size),
+            "cache_dtype": str(dtype).removeprefix("torch."),
+            "enable_prefix_caching": str(self.book.enable_prefix_caching),
+            "num_gpu_blocks": str(self.book.num_pages),
+        }
+
     def extend(self, sequences: Sequence[SequencePages], num_new: Sequence[int]) -> PagedInputs:
         """Give each sequence its next tokens' places, and return the inputs of that step.
 

@@ -1,13 +1,16 @@
-"""What one GPU can serve of a model, from its configuration alone: memory, places, speed limits.
+"""What a GPU, or several that share a model, can serve of it, from its configuration alone: memory,
+places, speed limits.
 
 Speeds are bounds that nothing can beat: every product at the GPU's peak, every byte once at its
-full bandwidth, nothing between them. What an engine reaches is measured, not planned.
+full bandwidth, nothing between them, no message between GPUs. What an engine reaches is measured,
+not planned.
 """
 
 from dataclasses import dataclass
 
 from nsa_platform.config.model import ModelConfig, NsaAttentionConfig
 from nsa_platform.model.cost import CacheBytes, cache_bytes, count_parameters, flops_per_token
+from nsa_platform.model.tensor_parallel import share_of
 from nsa_platform.serve.kv_cache import page_size_of
 
 ELEMENT_BYTES = 2
@@ -41,13 +44,13 @@ GPUS = {
 
 @dataclass(frozen=True, slots=True)
 class ServingPlan:
-    """What one GPU holds, and how fast it could be at best."""
+    """What each GPU of a replica holds, and how fast the replica could be at best."""
 
     weight_bytes: int
     budget_bytes: int
     """Left for the cache; below 0: the weights do not fit."""
     sequence: CacheBytes
-    """Cache of one sequence of the whole context, in whole pages."""
+    """Of one sequence of the whole context, in whole pages, what each GPU has of it."""
     num_fitting: int
     """Sequences of the whole context that the cache holds."""
     num_sequences: int
@@ -78,6 +81,7 @@ def plan_serving(
     max_num_seqs: int,
     memory_share: float = 0.9,
     blocks_per_page: int = 1,
+    num_ranks: int = 1,
 ) -> ServingPlan:
     """Work it out; nothing is built or read.
 
@@ -85,12 +89,15 @@ def plan_serving(
         context: tokens of one sequence, prompt and output together.
         max_num_seqs: sequences that run at once at most.
         memory_share: of what the weights leave, what the cache may take.
+        num_ranks: GPUs that compute the model together (tensor_parallel_size).
 
     Raises:
-        ValueError: context or max_num_seqs is not positive.
+        ValueError: context or max_num_seqs is not positive, or the model cannot be dealt to so
+            many GPUs.
     """
     if context < 1 or max_num_seqs < 1:
         raise ValueError(f"context={context} and max_num_seqs={max_num_seqs} must be positive")
+    model = share_of(model, num_ranks)
     parameters = count_parameters(model)
     weight_bytes = parameters.total * ELEMENT_BYTES
     free = gpu.memory_bytes - WORKSPACE_BYTES - weight_bytes

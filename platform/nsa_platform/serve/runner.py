@@ -13,17 +13,22 @@ from nsa_platform.serve.block_reads import BlockReads
 from nsa_platform.serve.decode_graphs import DecodeGraphs
 from nsa_platform.serve.kv_cache import KvCache
 from nsa_platform.serve.prompt_scores import PromptScores
+from nsa_platform.serve.ranks import Ranks, StepKind
 from nsa_platform.serve.scheduler import Step
 from nsa_platform.serve.selection_sample import SelectionSampler
 from nsa_platform.serve.transfer import on_device
 
 
 class ModelRunner:
-    """Puts the tokens of a step through the model, on the cache's device."""
+    """Puts the tokens of a step through the model, on the cache's device.
 
-    def __init__(self, model: Transformer, cache: KvCache) -> None:
+    Where several ranks compute the model, each has a runner; all but the first follow().
+    """
+
+    def __init__(self, model: Transformer, cache: KvCache, ranks: Ranks | None = None) -> None:
         self.model = model
         self.cache = cache
+        self.ranks = ranks
         self.prompt_scores = PromptScores(model.logits)
         attention = model.config.attention
         is_sparse = isinstance(attention, NsaAttentionConfig)
@@ -73,15 +78,37 @@ class ModelRunner:
     def decode(self, ids: Tensor, inputs: PagedInputs) -> Tensor:
         """Scores of the next token [B, vocab] for B sequences with one new token each, int64 ids
         [B]. They stay as they are until the next step."""
-        scores = None if self.graphs is None else self.graphs.run(ids, inputs)
-        if scores is None:
-            scores = self.model.logits(self.forward(ids, inputs))
-        return scores
+        if self.ranks is not None:
+            self.ranks.tell(StepKind.DECODE, ids, inputs)
+        return self._decode(ids, inputs)
 
     @torch.no_grad()
     def forward(self, ids: Tensor, inputs: PagedInputs) -> Tensor:
         """Hidden states [T, width] of new tokens, int64 ids [T], whose places are written."""
-        return self.model(ids, inputs).hidden
+        if self.ranks is not None:
+            kind = StepKind.FORWARD if inputs.observed is None else StepKind.OBSERVED
+            self.ranks.tell(kind, ids, inputs)
+        return self._forward(ids, inputs)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Compute what the first rank computes until it ends; for all ranks but the first."""
+        assert self.ranks is not None
+        while (told := self.ranks.receive(self.cache.layers)) is not None:
+            if told.kind is StepKind.DECODE:
+                self._decode(told.ids, told.inputs)
+            else:
+                self._forward(told.ids, told.inputs)
+
+    def _decode(self, ids: Tensor, inputs: PagedInputs) -> Tensor:
+        scores = None if self.graphs is None else self.graphs.run(ids, inputs)
+        return self.model.logits(self._forward(ids, inputs)) if scores is None else scores
+
+    def _forward(self, ids: Tensor, inputs: PagedInputs) -> Tensor:
+        hidden = self.model(ids, inputs).hidden
+        if self.ranks is not None and inputs.observed is not None:
+            self.ranks.whole(inputs.observed)
+        return hidden
 
     @torch.no_grad()
     def scores(self, hidden: Tensor, rows: Sequence[int]) -> Tensor:

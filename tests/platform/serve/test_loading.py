@@ -2,17 +2,23 @@
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from nsa_platform.config.serve import EngineConfig
 from nsa_platform.data.tokenizer import train_tokenizer
-from nsa_platform.model.weights import FINGERPRINT_KEY, ExportError, export_model
+from nsa_platform.model.cost import count_parameters
+from nsa_platform.model.weights import FINGERPRINT_KEY, ExportError, export_model, load_config
+from nsa_platform.serve.capacity import CPU_MEMORY_SHARE
 from nsa_platform.serve.generator import Generator
+from nsa_platform.serve.kv_cache import KvCache
 from nsa_platform.serve.loading import load_engine
 from nsa_platform.serve.request import SamplingParams
 
@@ -132,3 +138,28 @@ def test_other_kernels_or_another_configuration_are_noticed(folder, caplog):
     rewrite_config(folder, computed_by={})
     load_engine(folder, strict, "cpu")
     assert not caplog.records
+
+
+def test_what_does_not_fit_is_told_before_weights_are_read(folder, monkeypatch):
+    (folder / "model.safetensors").unlink()
+    weight_bytes = 4 * count_parameters(load_config(folder)).total
+
+    def reason(available: float, **sizes: Any) -> str:
+        found = SimpleNamespace(available=available)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: found)
+        with pytest.raises(ValueError) as caught:
+            load_engine(folder, EngineConfig(max_num_seqs=2, **sizes), "cpu")
+        return str(caught.value)
+
+    assert "use a larger tensor_parallel_size than 1" in reason(weight_bytes - 1)
+    cache_bytes = KvCache(
+        load_config(folder), num_tokens=100, max_new_tokens=128, max_sequences=2,
+        max_step_tokens=2048, enable_prefix_caching=True, device="meta",
+    ).num_bytes()  # fmt: skip
+    tight = weight_bytes + cache_bytes / CPU_MEMORY_SHARE
+    text = reason(tight)
+    assert "less than one request of max_model_len=128" in text
+    assert 96 <= int(re.findall(r"hold (\d+) tokens", text)[0]) < 128
+    assert "num_kv_tokens=5000 must be lower" in reason(tight, num_kv_tokens=5000)
+    # What fits is looked for.
+    assert "model.safetensors: does not exist" in reason(2 * tight)
