@@ -202,7 +202,8 @@ def _changes(
 def _written_now(described: dict[str, Any]) -> dict[str, Any]:
     """What an older version has described, with the defaults of keys that it did not have yet."""
     sections = {"model": ModelConfig, "data": LoaderConfig, "train": TrainConfig}
-    now = described | {
+    now = {"packing_rule": f"{described['data'].get('packing', 'split')}/1", **described}
+    now |= {
         name: root.parse(described[name]).model_dump(mode="json") for name, root in sections.items()
     }
     if "earlier" in described:

@@ -208,8 +208,21 @@ def test_checkpoints_of_a_version_with_fewer_keys(tmp_path: Path, tiny_shards) -
     (described,) = inspect(run, origin).described
     described["model"]["attention"].pop("qk_norm")
     described["train"].pop("compile")
+    described.pop("packing_rule")
     _checkpoint(tmp_path, described)
     assert inspect(run, origin).changes == []
+
+
+def test_rows_that_an_older_version_laid_out_otherwise(tmp_path: Path, tiny_shards) -> None:
+    data = {"path": str(tiny_shards.path), "context_length": 32, "packing": "whole"}
+    run = PretrainRun.load(config(tmp_path, tiny_shards.path, data=data))
+    origin = find_origin(run)
+    (described,) = inspect(run, origin).described
+    _checkpoint(tmp_path, described)
+    assert inspect(run, origin).changes == []
+    described.pop("packing_rule")
+    _checkpoint(tmp_path, described)
+    assert inspect(run, origin).changes == ["packing_rule was 'whole/1', is 'whole/2'"]
 
 
 @pytest.fixture

@@ -20,6 +20,9 @@ OPEN_ROWS = 1024
 """Whole packing looks for room in this many unfinished rows."""
 WINDOW = 1024
 """Whole packing looks at so many documents of the stream at once, the longest first."""
+RULES = {"split": "split/1", "whole": "whole/2"}
+"""Names of how each kind of packing lays out rows, with a number that grows when that changes: then
+a row's number means another row."""
 KEPT_ORDERS = 4
 
 

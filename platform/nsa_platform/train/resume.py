@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
+from nsa_platform.data.packing import RULES
+
 # Sections of a run that a checkpoint remembers.
 SECTIONS = ("model", "data", "train", "cluster")
 
@@ -42,6 +44,7 @@ def describe_run(
     """
     described = {name: run[name] for name in SECTIONS}
     described |= {"data_digest": data_digest, "start": start}
+    described["packing_rule"] = RULES[run["data"]["packing"]]
     alone = [{k: v for k, v in each.items() if k != "earlier"} for each in earlier]
     return described | ({"earlier": alone} if alone else {})
 

@@ -41,6 +41,12 @@ def test_allowed_changes_are_said() -> None:
     ]
 
 
+def test_rows_of_another_version_are_said() -> None:
+    now = described({"data.packing": "whole"})
+    saved = now | {"packing_rule": "whole/1"}
+    assert check_resumable(saved, now) == ["packing_rule was 'whole/1', is 'whole/2'"]
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
