@@ -59,7 +59,7 @@ class Attempt:
         )
         return cls(run, origin, inputs, handle)
 
-    def task(self, events: Events) -> Task:
+    def task(self, events: Events | None) -> Task:
         """What a worker is told."""
         run, inputs = self.run, self.inputs
         tracking = {"uri": run.tracking.uri, "run_id": self.handle.run_id}

@@ -10,6 +10,7 @@ from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
 from jobs.progress import TrainingProgress
+from jobs.validations import Validations
 from nsa_platform.train.task import Outcome
 
 POLL_S = 0.3
@@ -33,52 +34,72 @@ class Fitting:
         trainer: TorchTrainer,
         events: Queue,
         progress: TrainingProgress,
+        validations: Validations,
         concluded: Callable[[int, Outcome], None] | None = None,
     ) -> None:
         """events: what the workers and the controller tell (failures.py) comes from here.
 
-        concluded: told the number of a task and its outcome as soon as it is done.
+        validations: of the tasks' checkpoints, beside the training.
+        concluded: told the number of a task and its outcome as soon as it is done and validated.
         """
         self._trainer = trainer
         self._events = events
         self._progress = progress
+        self._validations = validations
+        self._ended: dict[int, Outcome] = {}
+        """Tasks that are done, of which checkpoints are still being validated."""
         self._concluded = concluded
         self._controller: Any = None
-        self._result: Any = None
+        self._has_said_so = False
+        self._outcomes: dict[int, Outcome] = {}
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._fit, name="fit", daemon=True)
 
     @property
-    def is_running(self) -> bool:
+    def is_fitting(self) -> bool:
         """Whether fit() has begun and not ended."""
         return self._thread.is_alive()
+
+    @property
+    def is_validating(self) -> bool:
+        """Whether fit() has ended well, and checkpoints are still being validated."""
+        return self._error is None and bool(self._ended)
 
     def start(self) -> None:
         """Begin; nothing is shown before poll() is called."""
         self._thread.start()
 
     def poll(self) -> None:
-        """Show and hand on what was told since the last call.
+        """Show and hand on what was told since the last call, and have checkpoints validated.
 
         Raises:
             HopelessRun: a worker has said that trying again is useless.
         """
         for event in self._news():
             self._show(event)
+        self._validations.poll()
+        for number in [each for each in self._ended if self._validations.are_over(each)]:
+            outcome = self._validations.concluded(number, self._ended.pop(number))
+            self._outcomes[number] = outcome
+            if self._concluded is not None:
+                self._concluded(number, outcome)
+        if self.is_validating and not self.is_fitting and not self._has_said_so:
+            self._has_said_so = True
+            self._progress.line("all steps are done; their checkpoints are still validated")
 
     def outcomes(self) -> list[Outcome]:
-        """Of all tasks, when fit() has ended.
+        """Of all tasks, when fit() has ended and their checkpoints are validated.
 
         Raises:
             TrainingFailedError: as fit() does.
         """
         if self._error is not None:
             raise self._error
-        return self._result.return_value
+        return [self._outcomes[number] for number in sorted(self._outcomes)]
 
     def _fit(self) -> None:
         try:
-            self._result = self._trainer.fit()
+            self._trainer.fit()
         # Whatever ends the training is raised again by the thread that waits for it.
         except BaseException as error:
             self._error = error
@@ -97,14 +118,18 @@ class Fitting:
             self._progress.line(event["line"])
         elif "begins" in event:
             self._progress.begin(event["begins"], event["steps"])
+        elif "awaited" in event:
+            self._validations.look(event["number"])
         elif "outcome" in event:
-            if self._concluded is not None:
-                self._concluded(event["number"], event["outcome"])
+            self._ended[event["number"]] = event["outcome"]
+            self._validations.look(event["number"])
         else:
             self._progress.step(event["step"], event["metrics"])
 
     def stop(self) -> None:
-        """End the controller, and with it its workers, unless fit() has ended by itself."""
+        """End the controller, and with it its workers, unless fit() has ended by itself; and the
+        validations."""
+        self._validations.stop()
         for _ in range(int(CONTROLLER_S / POLL_S)):
             if self._controller is not None or not self._thread.is_alive():
                 break
@@ -129,9 +154,10 @@ def fit(fittings: Sequence[Fitting]) -> list[list[Outcome]]:
         while is_running:
             time.sleep(POLL_S)
             # What is told before the end is still to be shown after it.
-            is_running = any(each.is_running for each in fittings)
+            is_running = any(each.is_fitting for each in fittings)
             for each in fittings:
                 each.poll()
+            is_running |= any(each.is_validating for each in fittings)
     finally:
         for each in fittings:
             each.stop()

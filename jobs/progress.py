@@ -94,6 +94,10 @@ class TrainingProgress:
             return
         self._printed_s = time.monotonic()
 
+    def validated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show what the validation of a step's checkpoint has found."""
+        self.line(f"{self._prefix}step {step}/{self._steps} | {_valid(metrics)}")
+
     def _remaining(self, step: int, metrics: Mapping[str, float]) -> str:
         seconds = round((self._steps - step) * metrics.get("train/step_s", 0.0))
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

@@ -15,6 +15,8 @@ from nsa_platform import figures, storage
 from nsa_platform.config.runs import PretrainRun, SweepRun
 from nsa_platform.model.cost import count_parameters
 from nsa_platform.tracking import Tracker, open_parent, origin_tags
+from nsa_platform.train.history import History
+from nsa_platform.train.snapshot_validation import read_validations
 from nsa_platform.train.snapshots import newest_facts
 
 RESULTS = "results.json"
@@ -65,7 +67,8 @@ def record_of(config: SweepRun, trials: Sequence[Trial]) -> dict[str, Any]:
 def _trial_record(trial: Trial) -> dict[str, Any]:
     assert trial.finished is not None
     facts = newest_facts(storage.join(run_folder(trial.run), "checkpoints")) or {}
-    history = facts.get("history", {})
+    history = History.from_dict(facts["history"]) if facts else History()
+    history.add_validations(read_validations(run_folder(trial.run)))
     # Of the last step; an attempt that found nothing left to do has seen none.
     metrics = facts.get("metrics", {}) | trial.finished["metrics"]
     return {
@@ -78,9 +81,9 @@ def _trial_record(trial: Trial) -> dict[str, Any]:
         "tokens": facts.get("tokens"),
         "seconds": trial.finished["seconds"],
         "metrics": metrics,
-        "train": history.get("train", []),
-        "valid": history.get("valid", []),
-        "health": history.get("health", []),
+        "train": history.train,
+        "valid": history.valid,
+        "health": history.health,
     }
 
 

@@ -18,7 +18,7 @@ from jobs.fitting import HopelessRun, fit
 from jobs.lock import alone
 from jobs.progress import TrainingProgress
 from jobs.sweep_record import Trial, record_of, write_record
-from jobs.trainer import make_fitting, say_if_too_small
+from jobs.trainer import make_fitting, num_validators, say_if_too_small
 from jobs.training_inputs import Inputs, find_origin, inspect, private_folder, read_finished
 from nsa_platform import storage
 from nsa_platform.config.base import ConfigError
@@ -115,7 +115,8 @@ class Sweep:
         lanes = min(self.config.at_once, len(todo))
         cluster = todo[0][0].run.cluster
         begun = [_Lane(self, todo[first::lanes]) for first in range(lanes)]
-        cpus = lanes * cluster.num_workers * cluster.cpus_per_worker
+        runs = [trial.run for trial, _ in todo]
+        cpus = lanes * (cluster.num_workers + num_validators(runs)) * cluster.cpus_per_worker
         try:
             with connect(num_cpus=cpus), ExitStack() as shown:
                 # Live lines of several groups would overwrite each other.
@@ -124,7 +125,7 @@ class Sweep:
                 for lane in begun:
                     progress = TrainingProgress(0, plain, with_names=True)
                     shown.enter_context(progress)
-                    say_if_too_small(cluster, progress)
+                    say_if_too_small(runs, progress)
                     fittings.append(
                         make_fitting(
                             lane.attempts,

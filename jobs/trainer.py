@@ -14,8 +14,9 @@ from jobs.failures import ControllerTeller, FailureTeller
 from jobs.fitting import Fitting
 from jobs.progress import TrainingProgress
 from jobs.termination import ResizeSaver, TerminationHeeder
+from jobs.validations import Validations
 from nsa_platform import storage
-from nsa_platform.config.train import ClusterConfig
+from nsa_platform.config.runs import PretrainRun, SftRun
 from nsa_platform.train.task import Outcome
 from nsa_platform.train.worker import train_worker
 
@@ -60,13 +61,15 @@ def make_fitting(
         ),
         torch_config=TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
     )
-    return Fitting(trainer, events, progress, concluded)
+    validations = Validations(attempts, say=progress.line, validated=progress.validated)
+    return Fitting(trainer, events, progress, validations, concluded)
 
 
-def say_if_too_small(cluster: ClusterConfig, progress: TrainingProgress) -> None:
-    """A line for each resource that the cluster lacks: the run waits until it has it."""
-    have = ray.cluster_resources()
-    workers = cluster.min_workers or cluster.num_workers
+def say_if_too_small(runs: Sequence[PretrainRun | SftRun], progress: TrainingProgress) -> None:
+    """A line for each resource that the cluster lacks: the runs, which want the same cluster, wait
+    until it has it."""
+    have, cluster = ray.cluster_resources(), runs[0].cluster
+    workers = (cluster.min_workers or cluster.num_workers) + num_validators(runs)
     need = {"CPU": workers * cluster.cpus_per_worker}
     if cluster.use_gpu:
         need["GPU"] = workers
@@ -76,3 +79,8 @@ def say_if_too_small(cluster: ClusterConfig, progress: TrainingProgress) -> None
                 f"the cluster has {have.get(name, 0):g} {name}, the run needs {amount}: it waits "
                 "until there are enough (Ctrl-C stops it)"
             )
+
+
+def num_validators(runs: Sequence[PretrainRun | SftRun]) -> int:
+    """Workers besides those that train, which validate while those train on."""
+    return int(any(run.train.validation == "asynchronous" for run in runs))

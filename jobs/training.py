@@ -13,7 +13,7 @@ from jobs.cluster import connect
 from jobs.fitting import HopelessRun, fit
 from jobs.lock import alone
 from jobs.progress import TrainingProgress
-from jobs.trainer import make_fitting, say_if_too_small
+from jobs.trainer import make_fitting, num_validators, say_if_too_small
 from jobs.training_inputs import Origin, inspect, private_folder, read_finished, run_folder
 from nsa_platform.config.runs import PretrainRun, SftRun
 from nsa_platform.tracking import RunHandle, Tracker
@@ -79,11 +79,12 @@ def _train(attempt: Attempt, console: Console) -> Outcome:
 
 def _fit(attempt: Attempt) -> Outcome:
     run, cluster = attempt.run, attempt.run.cluster
+    workers = cluster.num_workers + num_validators([run])
     with (
-        connect(num_cpus=cluster.num_workers * cluster.cpus_per_worker),
+        connect(num_cpus=workers * cluster.cpus_per_worker),
         TrainingProgress(run.in_stages()[-1].last_step) as progress,
     ):
-        say_if_too_small(cluster, progress)
+        say_if_too_small([run], progress)
         fitting = make_fitting([attempt], folder=run_folder(run), progress=progress)
         return fit([fitting])[0][0]
 

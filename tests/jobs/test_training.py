@@ -122,7 +122,14 @@ class Place:
 
     def losses(self, name: str) -> list[tuple[int, float]]:
         """(step, train/loss) in the order in which the points were recorded."""
-        history = self.client().get_metric_history(self.run_id(name), "train/loss")
+        return self._curve(name, "train/loss")
+
+    def validations(self, name: str) -> list[tuple[int, float]]:
+        """The same of valid/loss."""
+        return self._curve(name, "valid/loss")
+
+    def _curve(self, name: str, metric: str) -> list[tuple[int, float]]:
+        history = self.client().get_metric_history(self.run_id(name), metric)
         return [(point.step, point.value) for point in history]
 
 
@@ -142,7 +149,8 @@ def cluster(s3_server) -> Iterator[None]:
         # No node is drained here: a process less for each run.
         patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         patch.delenv("RAY_ADDRESS", raising=False)
-        with connect(num_cpus=2):
+        # Two train, one validates.
+        with connect(num_cpus=3):
             yield
 
 
@@ -154,11 +162,13 @@ def straight(place: Place, cluster: None, tiny_shards) -> list[tuple[int, float]
     return place.losses("straight")
 
 
-def _staged(place: Place, name: str, data: Path, **tracking: Any) -> Path:
+def _staged(
+    place: Place, name: str, data: Path, *, validation: str = "inline", **tracking: Any
+) -> Path:
     """A run of STEPS steps: the second half has longer rows, which the workers share."""
     needle = {"lengths": [256], "depths": [0.0, 1.0]}
     changes = {
-        "train": {"steps": STEPS // 2, "needle": needle},
+        "train": {"steps": STEPS // 2, "needle": needle, "validation": validation},
         "stages": STAGES,
         "tracking": tracking,
     }
@@ -311,8 +321,10 @@ def _stand_in(port: int) -> socket.socket:
     return listener
 
 
-def test_a_killed_driver(place: Place, straight, tiny_shards, capsys) -> None:
-    config = _staged(place, "orphan", tiny_shards.path)
+def test_a_killed_driver_and_a_killed_validation(
+    place: Place, straight, tiny_shards, capsys
+) -> None:
+    config = _staged(place, "orphan", tiny_shards.path, validation="asynchronous")
     command = [sys.executable, "-m", "jobs.pretrain", "--config", str(config)]
     log = place.folder / "orphan.log"
     with log.open("wb") as output:
@@ -326,10 +338,40 @@ def test_a_killed_driver(place: Place, straight, tiny_shards, capsys) -> None:
         driver.wait()
         eventually(lambda: not any(worker.is_running() for worker in workers), "end of the workers")
     first_id = place.run_id("orphan")
+    lost = Path(folder) / "step-00000001"
+    lost.mkdir()
+    marker = {"step": 1, "files": {}, "metrics": {}, "awaits_validation": True}
+    (lost / "COMPLETE").write_text(json.dumps(marker))
+    killed: list[int] = []
+    killer = threading.Thread(target=_kill_a_validation, args=[killed])
+    killer.start()
     pretrain.main(["--config", str(config)])
-    assert "goes on from the checkpoint of step" in capsys.readouterr().out
+    killer.join()
+    assert killed
+    output = capsys.readouterr().out
+    assert "goes on from the checkpoint of step" in output
+    assert "checkpoint of step 1 was not validated, training goes on: CheckpointError" in output
     assert place.run_id("orphan") == first_id
     assert place.losses("orphan") == straight
+    wanted, found = (place.validations(name) for name in ("straight", "orphan"))
+    assert [step for step, _ in found] == [12, 24]
+    # The workers shared rows in the second half: float32 in another order.
+    assert found[0] == wanted[0]
+    assert found[1][1] == pytest.approx(wanted[1][1], rel=1e-5)
+    assert [each.step for each in snapshots(folder)] == [24, 20]
+    assert "held-out" in output.splitlines()[-3]
+
+
+def _kill_a_validation(killed: list[int]) -> None:
+    """The first that is at work; another process does it again."""
+
+    def at_work() -> list[psutil.Process]:
+        children = psutil.Process().children(recursive=True)
+        return [each for each in children if "ray::validation" in " ".join(_command(each))]
+
+    process = eventually(at_work, "validation")[0]
+    process.kill()
+    killed.append(process.pid)
 
 
 def test_fine_tuning_starts_from_the_registered_model(
@@ -409,7 +451,7 @@ def test_a_sweep_trains_all_its_runs_on_workers_that_stay(
         "variants": [
             {"name": "one", "seeds": [0, 1]},
             {"name": "lost", "overrides": ["train.optimizer.learning_rate=1.0e+30"]},
-            {"name": "same"},
+            {"name": "same", "overrides": ["train.validation=asynchronous"]},
         ],
     }
     config = place.folder / "compared.yaml"
@@ -430,8 +472,11 @@ def test_a_sweep_trains_all_its_runs_on_workers_that_stay(
         ("one", 1),
         ("same", 0),
     ]
+    # Nor does what a validation finds depend on who validates, and when.
     assert record["summary"][2]["differences"]["valid/loss"]["mean"] == 0.0
-    assert record["trials"][0]["train"][-1] == [4 * 512, losses["one-seed0"][-1][1]]
+    one, _, same = record["trials"]
+    assert (same["valid"], same["health"]) == (one["valid"], one["health"])
+    assert one["train"][-1] == [4 * 512, losses["one-seed0"][-1][1]]
     assert {path.name for path in folder.iterdir()} == {
         "results.json",
         "report.md",

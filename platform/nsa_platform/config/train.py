@@ -128,6 +128,10 @@ class TrainConfig(Strict):
     validate_every_steps: PositiveInt = 100
     validation_tokens: PositiveInt = 65536
     """Held-out tokens of one validation."""
+    validation: Literal["inline", "asynchronous"] = "inline"
+    """inline: the workers validate and then train on. asynchronous: they train on, and a worker
+    besides, which must hold the whole model, validates their checkpoints one after the other, with
+    the same result."""
     samples: SamplesConfig = SamplesConfig()
     needle: NeedleCurveConfig = NeedleCurveConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -143,6 +147,16 @@ class TrainConfig(Strict):
                 f"checkpoint.export=best needs checkpoint.keep_best={checkpoint.keep_best} of at "
                 f"least 1 and checkpoint.every_steps={checkpoint.every_steps} as a multiple of "
                 f"validate_every_steps={every}: only validated checkpoints compare"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_validated_is_saved(self) -> Self:
+        saved, validated = self.checkpoint.every_steps, self.validate_every_steps
+        if self.validation == "asynchronous" and validated % saved:
+            raise ValueError(
+                f"validation=asynchronous reads checkpoints: validate_every_steps={validated} must "
+                f"be a multiple of checkpoint.every_steps={saved}"
             )
         return self
 

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,25 +22,22 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from nsa_platform import storage
 from nsa_platform.config.train import CheckpointConfig
-from nsa_platform.model.lora import is_adapted
 from nsa_platform.retry import DELAYS_S, first_line, retried
 from nsa_platform.train import random_state
 from nsa_platform.train.parallel import World
 from nsa_platform.train.snapshots import (
+    AWAITS,
     FACTS,
     MARKER,
     CheckpointError,
     Snapshot,
+    awaiting_validation,
     best,
     damage,
     marker_text,
@@ -49,10 +47,13 @@ from nsa_platform.train.snapshots import (
     snapshot_name,
     snapshots,
 )
+from nsa_platform.train.state import state_options, state_tensors
 from nsa_platform.train.stored_files import storage_is_away, stored_reader
 
 # One worker may retry uploads for long while the others wait for it.
 PATIENCE = datetime.timedelta(hours=2)
+# How often storage is asked whether validations are done.
+POLL_S = 1.0
 
 Value = TypeVar("Value")
 
@@ -61,7 +62,8 @@ class CheckpointStore:
     """The snapshots of one run.
 
     Every worker holds one and calls `save`, `wait` and `load` at the same points. `say` gets one
-    line whenever something happens that a person should know; only the first worker's is used.
+    line whenever something happens that a person should know, `awaited` the step of each snapshot
+    that is whole and awaits validation; only the first worker's are used.
     The default process group must be initialised, also for one worker.
     """
 
@@ -72,6 +74,7 @@ class CheckpointStore:
         config: CheckpointConfig,
         world: World,
         say: Callable[[str], None],
+        awaited: Callable[[int], None] = lambda step: None,
         retry_delays_s: Sequence[float] = DELAYS_S,
     ) -> None:
         self.folder = folder
@@ -81,6 +84,7 @@ class CheckpointStore:
         self._config = config
         self._world = world
         self._say = say if world.is_first else _ignore
+        self._awaited = awaited
         self._retry_delays_s = tuple(retry_delays_s)
         # Its own group: the background's messages must not mix with the training's.
         group = dist.new_group(backend="gloo", timeout=PATIENCE)
@@ -99,12 +103,14 @@ class CheckpointStore:
     ) -> None:
         """Take a copy of the state and write it; returns when the copy is taken.
 
+        Of the facts `metrics` and `awaits_validation` stand in the snapshot's marker, too.
+
         The previous snapshot must have been written before the next is taken, so this waits for
         it. A snapshot that cannot be written is said and listed in `failed_steps`; it never stops
         the training.
         """
         self.wait()
-        staged = _copied(_tensors(model, optimizer))
+        staged = _copied(state_tensors(model, optimizer))
         random = random_state.taken(self._world)
         self._pending = (
             step,
@@ -151,15 +157,23 @@ class CheckpointStore:
     def load_best(
         self, *, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> dict[str, Any] | None:
-        """Fill model and optimizer from the best snapshot by best_metric.
+        """Fill model and optimizer from the best snapshot by best_metric, when none awaits its
+        validation any more.
 
         Returns its facts, or None if no snapshot with that metric can be read.
 
         Raises:
             StorageError: the storage cannot be reached.
         """
+        if self._from_first(self._is_waited_for):
+            self._say("the best checkpoint is known when all are validated")
+            while self._from_first(self._is_waited_for):
+                time.sleep(POLL_S)
         found = self._from_first(lambda: best(self._whole_snapshots(), self._config, self.begun))
         return self._load_first(found, model=model, optimizer=optimizer)
+
+    def _is_waited_for(self) -> bool:
+        return bool(awaiting_validation(self.folder))
 
     def _load_first(
         self, found: list[Snapshot], *, model: nn.Module, optimizer: torch.optim.Optimizer
@@ -197,7 +211,7 @@ class CheckpointStore:
     def _load(
         self, snapshot: Snapshot, *, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> dict[str, Any]:
-        tensors = _tensors(model, optimizer)
+        tensors = state_tensors(model, optimizer)
         load(
             tensors,
             storage_reader=stored_reader(snapshot.uri),
@@ -210,7 +224,7 @@ class CheckpointStore:
             optimizer,
             model_state_dict=tensors["model"],
             optim_state_dict=optimizer_state,
-            options=_options(model),
+            options=state_options(model),
         )
         random_state.restore(snapshot.uri, self._world)
         return self._from_first(lambda: read_facts(snapshot))
@@ -230,7 +244,7 @@ class CheckpointStore:
                 or self._agree(lambda: self._write_tensors(place, tensors, random))
                 or self._agree(lambda: self._write_facts(place, facts))
                 or self._agree(lambda: self._upload(place, target))
-                or self._commit(step, place, target, metrics=facts.get("metrics", {}))
+                or self._commit(step, place, target, facts=facts)
             )
         finally:
             if remote:
@@ -267,16 +281,18 @@ class CheckpointStore:
         retried(action, what, say=self._say, delays_s=self._retry_delays_s)
 
     def _commit(
-        self, step: int, place: Path, target: str, *, metrics: Mapping[str, float]
+        self, step: int, place: Path, target: str, *, facts: Mapping[str, Any]
     ) -> str | None:
         """Put the marker, make the folder visible, delete old snapshots: on the first worker."""
         own = {path.name: path.stat().st_size for path in place.iterdir() if path.is_file()}
         files = {name: size for part in self._gather(own) for name, size in part.items()}
+        awaits_validation = facts.get(AWAITS, False)
 
         def commit() -> None:
             if not self._world.is_first:
                 return
-            marker = marker_text(step, files, metrics)
+            metrics = facts.get("metrics", {})
+            marker = marker_text(step, files, metrics, awaits_validation=awaits_validation)
             if storage.is_remote(target):
                 place_of_marker = storage.join(target, MARKER)
                 self._insist(lambda: storage.write_bytes(place_of_marker, marker), target)
@@ -288,6 +304,8 @@ class CheckpointStore:
 
         problem = self._agree(commit)
         if problem is None and self._world.is_first:
+            if awaits_validation:
+                self._awaited(step)
             self._prune(step)
         return problem
 
@@ -328,21 +346,6 @@ class CheckpointStore:
         if isinstance(answer, Exception):
             raise answer
         return answer
-
-
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Weights and the optimizer's moments by parameter name.
-
-    The optimizer's settings (learning rate, decay) are not state: they follow the configuration.
-    Beside adapters frozen weights are not state either: they follow the model of the start.
-    """
-    model_state, optimizer_state = get_state_dict(model, optimizer, options=_options(model))
-    return {"model": model_state, "optimizer": optimizer_state["state"]}
-
-
-def _options(model: nn.Module) -> StateDictOptions:
-    adapted = is_adapted(model)
-    return StateDictOptions(ignore_frozen_params=adapted, strict=not adapted)
 
 
 def _copied(tensors: dict[str, Any]) -> Any:

@@ -26,17 +26,19 @@ class History:
     samples: list[tuple[int, list[Sample]]] = field(default_factory=list)
     """(step, what was answered)."""
 
-    def add_samples(self, step: int, samples: list[Sample]) -> None:
-        """What was answered at one more validation."""
-        self.samples.append((step, samples))
-        if len(self.samples) > MOST_TABLES:
-            self.samples = self.samples[::2]
-
     def add_train(self, tokens: int, loss: float) -> None:
         """One more point of the training loss."""
         self.train.append((tokens, loss))
         if len(self.train) > MOST_POINTS:
             self.train = self.train[::2]
+
+    def add_validations(self, other: "History") -> None:
+        """Take over what another history has of validations; of the same ones, the other's."""
+        self.valid = sorted((dict(self.valid) | dict(other.valid)).items())
+        self.health = sorted((dict(self.health) | dict(other.health)).items())
+        self.samples = sorted((dict(self.samples) | dict(other.samples)).items())
+        if len(self.samples) > MOST_TABLES:
+            self.samples = self.samples[::2]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

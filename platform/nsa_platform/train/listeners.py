@@ -17,9 +17,13 @@ class Listeners:
     say: Callable[[str], None]
     """Told a line that a person should read."""
     tracker: Tracker | None = None
+    awaited: Callable[[int], None] = lambda step: None
+    """Told the step of each checkpoint that is whole and awaits validation."""
 
     def tell(self, step: int, metrics: Metrics) -> None:
-        """Metrics of a step."""
+        """Metrics of a step, if there are any."""
+        if not metrics:
+            return
         if self.tracker is not None:
             self.tracker.log_metrics(metrics, step)
         self.report(step, metrics)

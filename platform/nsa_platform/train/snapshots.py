@@ -2,7 +2,8 @@
 
     <run>/checkpoints/step-00000100/     one snapshot
         COMPLETE                         written last: {"step": 100, "files": {name: bytes},
-                                         "metrics": {name: value}}
+                                         "metrics": {name: value}}; while a validation has still
+                                         to read it, also "awaits_validation": true
         state.json                       facts: step, tokens, loader, MLflow run, configuration
         .metadata  __0_0.distcp ...      tensors, by torch.distributed.checkpoint
         rng-00000.pt ...                 random state of each worker
@@ -24,6 +25,7 @@ from nsa_platform.config.train import CheckpointConfig
 
 MARKER = "COMPLETE"
 FACTS = "state.json"
+AWAITS = "awaits_validation"
 
 _NAME = re.compile(r"step-(\d{8,})$")
 _ANY_NAME = re.compile(r"step-(\d{8,})(\.partial)?$")
@@ -79,10 +81,53 @@ def damage(snapshot: Snapshot) -> str | None:
     return None
 
 
-def marker_text(step: int, files: Mapping[str, int], metrics: Mapping[str, float]) -> bytes:
+def marker_text(
+    step: int,
+    files: Mapping[str, int],
+    metrics: Mapping[str, float],
+    *,
+    awaits_validation: bool = False,
+) -> bytes:
     """Content of the marker: the files that must be there with their sizes, metrics of the step."""
-    tree = {"step": step, "files": dict(files), "metrics": dict(metrics)}
+    tree: dict[str, Any] = {"step": step, "files": dict(files), "metrics": dict(metrics)}
+    if awaits_validation:
+        tree[AWAITS] = True
+    return _marker_bytes(tree)
+
+
+def _marker_bytes(tree: Mapping[str, Any]) -> bytes:
     return json.dumps(tree, indent=1, sort_keys=True).encode()
+
+
+def _marker(snapshot: Snapshot) -> dict[str, Any]:
+    """What the marker says; nothing if it is gone or unreadable."""
+    try:
+        tree = json.loads(storage.read_text(storage.join(snapshot.uri, MARKER)))
+    except (storage.MissingFileError, ValueError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def awaiting_validation(folder: str) -> list[Snapshot]:
+    """Snapshots that are still to be validated, oldest first.
+
+    Raises:
+        StorageError: the storage cannot be reached.
+    """
+    return [each for each in reversed(snapshots(folder)) if _marker(each).get(AWAITS)]
+
+
+def settle(snapshot: Snapshot, metrics: Mapping[str, float]) -> None:
+    """The snapshot awaits no validation any more, and has these metrics besides: none if it could
+    not be validated.
+
+    Raises:
+        StorageError: the storage cannot be reached.
+    """
+    tree = _marker(snapshot)
+    if tree.pop(AWAITS, False):
+        tree["metrics"] = {**tree["metrics"], **metrics}
+        storage.write_bytes(storage.join(snapshot.uri, MARKER), _marker_bytes(tree))
 
 
 def best(found: Sequence[Snapshot], config: CheckpointConfig, since: int) -> list[Snapshot]:
@@ -99,9 +144,8 @@ def best(found: Sequence[Snapshot], config: CheckpointConfig, since: int) -> lis
 def _metric(snapshot: Snapshot, name: str) -> float | None:
     """A metric of the snapshot's step; None if it has none or its marker is unreadable."""
     try:
-        tree = json.loads(storage.read_text(storage.join(snapshot.uri, MARKER)))
-        value = float(tree["metrics"][name])
-    except (storage.MissingFileError, ValueError, KeyError, TypeError):
+        value = float(_marker(snapshot)["metrics"][name])
+    except (ValueError, KeyError, TypeError):
         return None
     return value if math.isfinite(value) else None
 
@@ -140,13 +184,14 @@ def newest_facts(folder: str) -> dict[str, Any] | None:
 
 def prune(folder: str, *, newest: int, config: CheckpointConfig, since: int = 0) -> None:
     """Delete what is neither among the newest snapshots up to step `newest` nor among the best
-    after step `since`.
+    after step `since`, and awaits no validation.
 
     Folders that a crash has left without a marker go too. Whatever lies beyond step `newest` is
     left alone.
     """
     found = [snapshot for snapshot in snapshots(folder) if snapshot.step <= newest]
-    kept = [snapshot.name for snapshot in found[: config.keep_latest]]
+    kept = [each.name for each in found[: config.keep_latest]]
+    kept += [each.name for each in found[config.keep_latest :] if _marker(each).get(AWAITS)]
     if config.keep_best:
         ranked = best(found, config, since)
         kept += [snapshot.name for snapshot in ranked[: config.keep_best]]

@@ -5,7 +5,7 @@ It knows no Ray. A run without stages is one of a single stage.
 
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -16,7 +16,7 @@ from nsa_platform.config.stages import Stage
 from nsa_platform.data.loader import Loader, LoaderState
 from nsa_platform.data.prefetch import Prefetched
 from nsa_platform.data.shards import ShardSet, open_mixture, open_split
-from nsa_platform.data.tokenizer import Tokenizer, TokenizerError
+from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.model.transformer import Transformer
 from nsa_platform.tracking import Tracker
 from nsa_platform.train.adapters import save_adapter
@@ -28,18 +28,17 @@ from nsa_platform.train.listeners import Listeners
 from nsa_platform.train.loop import train
 from nsa_platform.train.mesh import Mesh
 from nsa_platform.train.metrics import throughput_of
-from nsa_platform.train.needles import open_needles
 from nsa_platform.train.notice import TERMINATION
 from nsa_platform.train.optimizer import build_optimizer
 from nsa_platform.train.parallel import World
 from nsa_platform.train.preemption import Notice, Preemption
 from nsa_platform.train.profiling import profile_steps
 from nsa_platform.train.progress import Progress
-from nsa_platform.train.samples import Samples
 from nsa_platform.train.schedule import Schedule
+from nsa_platform.train.snapshot_validation import read_validations
 from nsa_platform.train.snapshots import CheckpointError
 from nsa_platform.train.task import Task
-from nsa_platform.train.validation import Validation
+from nsa_platform.train.validation import Validation, open_validation
 
 
 class Training:
@@ -65,6 +64,7 @@ class Training:
             config=first.checkpoint,
             world=world,
             say=listeners.say,
+            awaited=listeners.awaited,
         )
 
     @property
@@ -100,6 +100,7 @@ class Training:
             mesh = build_mesh(model_config, stage.train, context_length=length, world=world)
             model, optimizer, facts = self._model(model_config, stage, mesh)
             self.progress = Progress.from_facts(facts, stage.train.guard)
+            self.progress.history.add_validations(read_validations(task.folder))
             if task.stage_at(self.progress.step) is not stage:
                 # The newest checkpoint cannot be read and the one before it is of another stage.
                 return task.stage_at(self.progress.step)
@@ -194,43 +195,17 @@ class Training:
                 throughput=throughput_of(stage, model.config, world),
             )
 
-    def _validation(self, stage: Stage, mesh: Mesh, tokenizer: Tokenizer) -> Validation | None:
+    def _validation(
+        self, stage: Stage, mesh: Mesh, tokenizer: Tokenizer
+    ) -> Validation | Literal["asynchronous"] | None:
         if not self._task.has_validation[stage.number]:
             return None
-        world, asked = self._world, stage.train.samples
         shards = open_split(stage.data, "validation")
         _track_data(shards, self._listeners.tracker, "validation")
-        try:
-            token_bytes = torch.from_numpy(tokenizer.token_bytes())
-        except TokenizerError:
-            # Ids of such a tokenizer have no bytes of their own; there is a loss in nats alone.
-            token_bytes = None
-        samples = None
-        if asked.num_prompts:
-            samples = Samples(shards, tokenizer, asked, world=world, mesh=mesh)
-            if len(samples) < asked.num_prompts:
-                self._listeners.say(
-                    f"samples: {len(samples)} held-out prompts of at most "
-                    f"{asked.max_prompt_tokens} tokens"
-                )
-        needles = open_needles(
-            shards,
-            tokenizer,
-            stage.train.needle,
-            context_length=stage.data.context_length,
-            world=world,
-            mesh=mesh,
-        )
-        return Validation(
-            shards,
-            stage.data,
-            tokens=stage.train.validation_tokens,
-            rows_per_microbatch=stage.train.sequences_per_microbatch,
-            world=world,
-            mesh=mesh,
-            token_bytes=token_bytes,
-            samples=samples,
-            needles=needles,
+        if stage.train.validation == "asynchronous":
+            return "asynchronous"
+        return open_validation(
+            stage, shards, tokenizer, world=self._world, mesh=mesh, say=self._listeners.say
         )
 
 
@@ -244,7 +219,9 @@ def _choose(
     """Leave the model as it is, or as it was at its best."""
     if stage.train.checkpoint.export == "best":
         facts = checkpoints.load_best(model=model, optimizer=optimizer)
-        if facts is not None:
+        if facts is None:
+            listeners.say("no checkpoint was validated: the model is that of the last step")
+        else:
             listeners.say(f"the model is that of step {facts['step']}, the best one")
 
 

@@ -2,20 +2,23 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from nsa_platform.config.data import LoaderConfig
+from nsa_platform.config.stages import Stage
 from nsa_platform.data.loader import Batch, Loader
 from nsa_platform.data.shards import ShardSet
+from nsa_platform.data.tokenizer import Tokenizer, TokenizerError
 from nsa_platform.model.probe import LayerHealth, Probe
 from nsa_platform.model.transformer import Transformer
 from nsa_platform.train.loss import IGNORED, chunk_tokens, token_losses
 from nsa_platform.train.mesh import Mesh
-from nsa_platform.train.needles import Needles
+from nsa_platform.train.needles import Needles, open_needles
 from nsa_platform.train.parallel import World, release_gathered
 from nsa_platform.train.samples import Samples
 
@@ -37,7 +40,7 @@ class Validated:
     position_losses: list[float | None]
     """Nats per target in each part; None where there is no target."""
     health: dict[int, LayerHealth]
-    """Of each layer, over the first microbatch of every worker."""
+    """Of each layer, over the first microbatches."""
 
     def metrics(self) -> dict[str, float]:
         """valid/loss, valid/bits_per_byte, and valid/loss_at/<end> of each part of the context, by
@@ -66,12 +69,15 @@ class Validation:
         token_bytes: Tensor | None,
         samples: Samples | None = None,
         needles: Needles | None = None,
+        probed: int = 1,
     ) -> None:
         """Read up to `tokens` held-out tokens; `token_bytes` [vocab] gives the bytes of each id.
 
         samples, needles: prompts to be answered and numbers to be found each time too.
+        probed: so many of each worker's first microbatches tell of the attention's health.
         """
         self.samples, self.needles = samples, needles
+        self._probed = probed
         self._shards = shards
         self._config = config
         self._rows_per_microbatch = rows_per_microbatch
@@ -86,19 +92,24 @@ class Validation:
     def run(self, model: Transformer) -> Validated:
         """Validate. Every worker calls it; all get the same numbers."""
         model.eval()
-        # Nats, targets and bytes; then nats and targets of each part of the context. Workers with
-        # the same tokens add the same to all of them, and only quotients count.
-        sums = torch.zeros(3 + 2 * self._num_parts, dtype=torch.float64, device=self._world.device)
+        # For each row: nats, targets and bytes; then nats and targets of each part of the context.
+        # Workers with the same tokens add the same to all of them, and only quotients count.
+        sums = torch.zeros(
+            self.rows, 3 + 2 * self._num_parts, dtype=torch.float64, device=self._world.device
+        )
         probe = Probe()
         with torch.no_grad():
-            for index, batch in enumerate(self._batches()):
-                self._add(sums, model, batch.to(self._world.device), probe if not index else None)
+            for index, (rows, batch) in enumerate(self._batches()):
+                watched = probe if index < self._probed else None
+                found = self._measure(model, batch.to(self._world.device), watched)
+                sums[rows] += found[: len(rows)]
         release_gathered(model)
         model.train()
         self._world.sum(sums)
         for tensor in probe.tensors():
             self._world.sum(tensor)
-        return self._read(sums, probe)
+        # Exact sums: in whatever order and by however many workers the rows were read.
+        return self._read([math.fsum(column) for column in sums.T.tolist()], probe)
 
     @property
     def _num_parts(self) -> int:
@@ -113,21 +124,18 @@ class Validation:
             rows_per_microbatch=self._rows_per_microbatch,
         )
 
-    def _batches(self) -> Iterator[Batch]:
-        """This worker's microbatches; rows that only fill up the last ones have no targets."""
-        loader = self._loader()
-        unit = self._rows_per_microbatch * self._mesh.data_size
-        length = self._config.context_length
+    def _batches(self) -> Iterator[tuple[list[int], Batch]]:
+        """This worker's microbatches, each with the numbers of the rows in it that count; rows that
+        only fill up the last ones come after those."""
+        loader, dealt = self._loader(), self._mesh.data_size
+        unit = self._rows_per_microbatch * dealt
         for first_row in range(0, self.rows, unit):
             for batch in loader.next_step(unit):
-                targets = batch.targets.view(self._rows_per_microbatch, length)
-                for i in range(self._rows_per_microbatch):
-                    row = first_row + i * self._mesh.data_size + self._mesh.data_rank
-                    if row >= self.rows:
-                        targets[i] = IGNORED
-                yield dataclasses.replace(batch, targets=targets.view(-1))
+                own = range(first_row + self._mesh.data_rank, first_row + unit, dealt)
+                yield [row for row in own if row < self.rows], batch
 
-    def _add(self, sums: Tensor, model: Transformer, batch: Batch, probe: Probe | None) -> None:
+    def _measure(self, model: Transformer, batch: Batch, probe: Probe | None) -> Tensor:
+        """float64 [rows of the microbatch, 3 + 2 parts], of this worker's tokens."""
         inputs = dataclasses.replace(self._mesh.inputs(batch), probe=probe)
         ids, targets = self._mesh.own_tokens(batch.ids), self._mesh.own_tokens(batch.targets)
         # A probe looks into every layer, which compiled code does not allow.
@@ -135,18 +143,20 @@ class Validation:
             hidden = model(ids, inputs).hidden
         chunk = chunk_tokens(model.config.vocab_size)
         losses = token_losses(hidden, targets, model.logits, chunk=chunk).double()
-        has_target = targets != IGNORED
-        counts = has_target.double()
-        sums[0] += losses.sum()
-        sums[1] += counts.sum()
+        counts = (targets != IGNORED).double()
+        num_bytes = torch.zeros_like(counts)
         if self._token_bytes is not None:
-            sums[2] += (self._token_bytes[targets.clamp(min=0)] * counts).sum()
+            num_bytes = self._token_bytes[targets.clamp(min=0)] * counts
         part = torch.bucketize(inputs.positions.long(), self._inner_edges, right=True)
-        sums[3 : 3 + self._num_parts].index_add_(0, part, losses)
-        sums[3 + self._num_parts :].index_add_(0, part, counts)
+        is_part = functional.one_hot(part, self._num_parts).double()
+        by_part = torch.cat([losses[:, None] * is_part, counts[:, None] * is_part], dim=1)
+        values = torch.cat([torch.stack([losses, counts, num_bytes], dim=1), by_part], dim=1)
+        whole = values.new_zeros(len(batch.ids), values.shape[1])
+        whole[self._mesh.own_tokens(torch.arange(len(batch.ids), device=whole.device))] = values
+        return whole.view(self._rows_per_microbatch, -1, values.shape[1]).sum(1)
 
-    def _read(self, sums: Tensor, probe: Probe) -> Validated:
-        nats, targets, num_bytes, *parts = sums.tolist()
+    def _read(self, sums: list[float], probe: Probe) -> Validated:
+        nats, targets, num_bytes, *parts = sums
         by_position = zip(parts[: self._num_parts], parts[self._num_parts :], strict=True)
         return Validated(
             loss=nats / max(targets, 1.0),
@@ -164,3 +174,56 @@ def position_edges(context_length: int) -> list[int]:
         edges.append(edge)
         edge *= 2
     return [*edges, context_length]
+
+
+def open_validation(
+    stage: Stage,
+    shards: ShardSet,
+    tokenizer: Tokenizer,
+    *,
+    world: World,
+    mesh: Mesh,
+    say: Callable[[str], None],
+    probed: int = 1,
+) -> Validation:
+    """The validation that a stage asks for, on its held-out shards.
+
+    Args:
+        probed: as Validation takes it.
+
+    Raises:
+        ValueError: a needle's length has no room for needle, question and answer.
+    """
+    try:
+        token_bytes = torch.from_numpy(tokenizer.token_bytes())
+    except TokenizerError:
+        # Ids of such a tokenizer have no bytes of their own; there is a loss in nats alone.
+        token_bytes = None
+    samples, asked = None, stage.train.samples
+    if asked.num_prompts:
+        samples = Samples(shards, tokenizer, asked, world=world, mesh=mesh)
+        if len(samples) < asked.num_prompts:
+            say(
+                f"samples: {len(samples)} held-out prompts of at most "
+                f"{asked.max_prompt_tokens} tokens"
+            )
+    needles = open_needles(
+        shards,
+        tokenizer,
+        stage.train.needle,
+        context_length=stage.data.context_length,
+        world=world,
+        mesh=mesh,
+    )
+    return Validation(
+        shards,
+        stage.data,
+        tokens=stage.train.validation_tokens,
+        rows_per_microbatch=stage.train.sequences_per_microbatch,
+        world=world,
+        mesh=mesh,
+        token_bytes=token_bytes,
+        samples=samples,
+        needles=needles,
+        probed=probed,
+    )

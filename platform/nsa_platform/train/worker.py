@@ -32,10 +32,11 @@ HOPELESS = (ShardError, TokenizerError, ExportError)
 class Voice:
     """Tells the driver, from the first worker, and Ray Train, from all of them."""
 
-    def __init__(self, world: World, events: Events | None, *, steps: int) -> None:
+    def __init__(self, world: World, events: Events | None, *, number: int, steps: int) -> None:
         self.metrics: dict[str, float] = {}
         self._all_events = events
         self._events = events if world.is_first else None
+        self._number = number
         self._steps = steps
         self._told_s = 0.0
 
@@ -44,10 +45,15 @@ class Voice:
         if self._events is not None:
             self._events.put_nowait({"begins": name, "steps": self._steps})
 
-    def conclude(self, number: int, outcome: Outcome) -> None:
+    def await_validation(self, step: int) -> None:
+        """The checkpoint of that step can be validated."""
+        if self._events is not None:
+            self._events.put_nowait({"number": self._number, "awaited": step})
+
+    def conclude(self, outcome: Outcome) -> None:
         """The run is over."""
         if self._events is not None:
-            self._events.put_nowait({"number": number, "outcome": outcome})
+            self._events.put_nowait({"number": self._number, "outcome": outcome})
 
     def say(self, line: str) -> None:
         """One line for a person."""
@@ -95,7 +101,7 @@ def _train(task: Task, world: World, number: int) -> Outcome:
         torch.set_num_threads(task.cpus)
     else:
         torch.cuda.reset_peak_memory_stats(world.device)
-    voice = Voice(world, task.events, steps=task.steps)
+    voice = Voice(world, task.events, number=number, steps=task.steps)
     voice.begin(task.identity["name"])
     with ExitStack() as stack:
         stack.enter_context(_warnings_told(voice))
@@ -106,7 +112,12 @@ def _train(task: Task, world: World, number: int) -> Outcome:
             stack.callback(tracker.finish, None, report=False)
             stack.callback(SystemMonitor(tracker).stop)
         try:
-            told = Listeners(voice.report, voice.say, tracker if world.is_first else None)
+            told = Listeners(
+                voice.report,
+                voice.say,
+                tracker if world.is_first else None,
+                voice.await_validation,
+            )
             training = Training(task, world=world, listeners=told, notice=_notice)
             problem = training.run()
         except HOPELESS as error:
@@ -122,7 +133,7 @@ def _train(task: Task, world: World, number: int) -> Outcome:
         failed_checkpoints=training.failed_checkpoints,
         problem=problem,
     )
-    voice.conclude(number, outcome)
+    voice.conclude(outcome)
     return outcome
 
 

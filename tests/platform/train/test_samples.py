@@ -47,10 +47,10 @@ def test_a_text_is_continued_from_its_beginning(tiny_shards: DataFolder) -> None
 def test_a_history_keeps_every_second_table_when_there_are_many() -> None:
     history = History()
     for step in range(MOST_TABLES):
-        history.add_samples(step, [("p", "a", "r"), ("q", "b", "s")])
+        history.add_validations(History(samples=[(step, [("p", "a", "r"), ("q", "b", "s")])]))
     again = History.from_dict(json.loads(json.dumps(history.to_dict())))
     assert again == history
-    again.add_samples(MOST_TABLES, [("p", "a", "r")])
+    again.add_validations(History(samples=[(MOST_TABLES, [("p", "a", "r")])]))
     assert [step for step, _ in again.samples] == list(range(0, MOST_TABLES + 1, 2))
     old = {name: value for name, value in history.to_dict().items() if name != "samples"}
     assert History.from_dict(old).samples == []
