@@ -117,6 +117,8 @@ class TrainConfig(Strict):
     """What the backward pass computes again. full: all but the layers' inputs. selective: all but
     those and what attention returns, its dearest part. branches: selective, and of the attention
     the sliding branch, whose cost does not grow with the context."""
+    activation_checkpointing_every: PositiveInt = 1
+    """Of which layers: the first of every so many, and the others keep everything. 1: of all."""
     parallel: Literal["auto", "replicate", "shard"] = "auto"
     """shard: FSDP2. replicate: gradients are averaged. auto: shard on GPU, with bfloat16 or with a
     mesh, else replicate."""

@@ -78,7 +78,8 @@ def build_model(
         # Workers have other tokens and leave out other inputs; a checkpoint keeps the state.
         torch.manual_seed(train.seed + world.rank)
     layers = [layer for layer in model.layers if isinstance(layer, Layer)]
-    recompute_activations(layers, train.activation_checkpointing)
+    every = train.activation_checkpointing_every
+    recompute_activations(layers, train.activation_checkpointing, every=every)
     if train.compile:
         compile_layers(layers)
     if mesh.state is not None:

@@ -98,6 +98,8 @@ def _activation_bytes(model: ModelConfig, train: TrainConfig, tokens: int) -> in
         if not isinstance(attention, NsaAttentionConfig):
             outputs = min(outputs, 1)
         inputs = 1 if train.activation_checkpointing == "full" else 2
-        kept = model.layers * (inputs * model.width + outputs * results) + layer
+        again = -(-model.layers // train.activation_checkpointing_every)
+        kept = again * (inputs * model.width + outputs * results) + layer
+        kept += (model.layers - again) * layer
     logits = min(LOGITS_BYTES, 3 * 4 * tokens * model.vocab_size)
     return tokens * kept * element + logits

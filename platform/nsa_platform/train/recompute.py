@@ -8,6 +8,7 @@ large as each of the others.
 
 import functools
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -43,15 +44,15 @@ _MESSAGES = (
 )
 
 
-def recompute_activations(layers: Iterable[Layer], mode: Recompute) -> None:
-    """Say what the backward pass computes again.
+def recompute_activations(layers: Iterable[Layer], mode: Recompute, *, every: int = 1) -> None:
+    """Say what the backward pass computes again, in the first of every so many layers.
 
     full: a layer keeps its input alone. selective: also that of its feed-forward and what its
     attention returns. branches: selective, and the sliding branch is computed again; the branches
     run apart for it. A layer with experts always keeps the input of its feed-forward: experts stay
     out of compiled graphs, and attention would follow them out of a region that holds both.
     """
-    for layer in layers:
+    for layer in islice(layers, None, None, every):
         if mode == "none":
             continue
         if mode == "full" and not isinstance(layer.ffn, MoeFeedForward):

@@ -42,6 +42,22 @@ def assert_close(found: list[Tensor], wanted: list[Tensor]) -> None:
         assert (one - other).abs().max() <= ROUNDING * other.abs().max()
 
 
+def test_layers_between_keep_everything(monkeypatch) -> None:
+    model, layers = model_and_layers(MODEL.model_copy(update={"layers": 3}))
+    plain = gradients(model)
+    recompute_activations(layers, "full", every=2)
+    kernel, calls = torch_backend.nsa_forward, []
+
+    def counted(*args):
+        calls.append(1)
+        return kernel(*args)
+
+    monkeypatch.setattr(torch_backend, "nsa_forward", counted)
+    assert_close(gradients(model), plain)
+    # Forward through all three, and again through the first and the third.
+    assert len(calls) == 3 + 2
+
+
 @pytest.mark.parametrize(
     ("mode", "runs"),
     [
