@@ -303,10 +303,10 @@ def _locked(path: Path) -> IO[str]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        lock.seek(0)
-        raise ServiceError(
-            f"{path.parent}: a stack runs there already, process {lock.read().strip()}"
-        ) from None
+        with lock:
+            lock.seek(0)
+            holder = lock.read().strip()
+        raise ServiceError(f"{path.parent}: a stack runs there already, process {holder}") from None
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()
