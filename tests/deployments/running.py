@@ -115,9 +115,13 @@ class Serving:
 
     def kill_replica(self) -> None:
         """kill -9 of a process that holds the model."""
+        self.kill("ServeReplica:llm:LLMServer")
+
+    def kill(self, title: str) -> None:
+        """kill -9 of a process of the cluster with this in its title."""
         children = psutil.Process(self.head.pid).children(recursive=True)
-        held = [child for child in children if "ServeReplica:llm:LLMServer" in _title(child)]
-        assert held, "no process holds the model"
+        held = [child for child in children if title in _title(child)]
+        assert held, f"no process is {title}"
         os.kill(held[0].pid, signal.SIGKILL)
 
 

@@ -400,3 +400,19 @@ def test_nothing_comes_from_elsewhere_and_nothing_fails(page, serving):
     assert len(addresses) >= 4
     assert all(address.startswith(serving.address) for address in addresses)
     assert problems == []
+
+
+def test_two_ranks_serve_what_one_serves_and_go_together(serving, wanted):
+    before = serving.replicas()
+    serving.config["engine_kwargs"]["tensor_parallel_size"] = 2
+    serving.config["deployment_config"].pop("autoscaling_config", None)
+    serving.deploy(num_replicas=1)
+    eventually(lambda: serving.replicas() and not serving.replicas() & before, "two ranks")
+    assert text_of(stream_of(serving, **LONG)) == wanted
+    stream = stream_of(serving, **LONG | {"max_tokens": 4000})
+    next(stream)
+    serving.kill("ray::Follower")
+    with pytest.raises(APIError, match="has gone; ask again"):
+        text_of(stream)
+    # Both are replaced.
+    assert text_of(stream_of(serving, **LONG)) == wanted
