@@ -16,6 +16,11 @@ ROOT = Path(__file__).resolve().parents[2]
 NSA_1B = ROOT / "jobs/configs/pretrain/nsa_1b.yaml"
 
 
+MLA = {"kind": "mla", "query_heads": 32, "kv_lora_rank": 192, "key_width": 128, "value_width": 64}
+
+MOBA = {"kind": "moba", "query_heads": 32, "kv_heads": 2}
+
+
 @pytest.fixture(scope="module")
 def model() -> ModelConfig:
     return plan.read_sizes(NSA_1B, [])[0]
@@ -31,6 +36,17 @@ def test_what_a_decode_reads_is_the_papers_sum(model):
     # Section 3 of the paper's arithmetic: 11.6 times fewer at 64k.
     assert dense / decode_read_bytes(model, tokens) == pytest.approx(11.6, abs=0.1)
     assert decode_read_bytes(model, 20) == 24_576 * 40
+
+
+def test_a_latent_cache_holds_and_reads_its_latents_alone(model):
+    latent = ModelConfig.parse(model.model_dump() | {"attention": MLA})
+    # 24 layers, 192 + 64 channels, 2 bytes.
+    assert decode_read_bytes(latent, 1000) == 12_288 * 1000
+    found = plan_serving(latent, GPUS["H100"], context=32768, max_num_seqs=4)
+    assert found.sequence.total == 12_288 * 32768
+    blocks = ModelConfig.parse(model.model_dump() | {"attention": MOBA})
+    with pytest.raises(ValueError, match="kind=moba has no cache"):
+        plan_serving(blocks, GPUS["H100"], context=32768, max_num_seqs=4)
 
 
 @pytest.mark.parametrize("context", [32768, 131072])

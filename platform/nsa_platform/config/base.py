@@ -163,7 +163,7 @@ def _is_union_tag(index: int, path: Sequence[str | int]) -> bool:
     """Pydantic puts the chosen variant of a tagged union into the path; users never wrote it."""
     before = path[max(0, index - 2) : index]
     if before and before[-1] == "attention":
-        return path[index] in ("nsa", "full")
+        return path[index] in ("nsa", "full", "mla", "moba")
     return len(before) == 2 and before[0] == "tasks" and isinstance(before[1], int)
 
 

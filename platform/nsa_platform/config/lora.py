@@ -5,7 +5,12 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from nsa_platform.config.base import Strict
-from nsa_platform.config.model import ModelConfig, NsaAttentionConfig
+from nsa_platform.config.model import (
+    FullAttentionConfig,
+    MobaAttentionConfig,
+    ModelConfig,
+    NsaAttentionConfig,
+)
 
 Target = Literal["query", "key_value", "output", "gate_up", "down"]
 TARGETS: tuple[Target, ...] = ("query", "key_value", "output", "gate_up", "down")
@@ -28,9 +33,10 @@ class LoraConfig(Strict):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of an adapter's inputs that a training step leaves out."""
     target_modules: Annotated[tuple[Target, ...], Field(min_length=1)] = TARGETS
-    """Weights that get adapters, in all layers. query, key_value and output are attention's;
-    gate_up and down those of SwiGLU, in dense layers and shared experts. Routers and routed experts
-    stay frozen, and so do the biases that steer their choice."""
+    """Weights that get adapters, in all layers. query, key_value and output are attention's (for
+    mla, key_value makes keys and values of the latent); gate_up and down those of SwiGLU, in dense
+    layers and shared experts. Routers and routed experts stay frozen, and so do the biases that
+    steer their choice."""
     modules_to_save: tuple[Saved, ...] = ()
     """Weights that are trained in full and kept with the adapters. gate: attention's gates.
     compression: phi. norm: all norms. embedding: the embedding, and the output head where it has
@@ -46,7 +52,8 @@ class LoraConfig(Strict):
             if len(set(words)) < len(words):
                 problems.append(f"{name}={list(words)} must name each once")
         is_nsa = isinstance(attention, NsaAttentionConfig)
-        has_gate = attention.gates == "sigmoid" if is_nsa else attention.gated
+        is_full = isinstance(attention, FullAttentionConfig | MobaAttentionConfig)
+        has_gate = attention.gates == "sigmoid" if is_nsa else is_full and attention.gated
         if "gate" in self.modules_to_save and not has_gate:
             problems.append("modules_to_save: the model's attention has no gate")
         if "compression" in self.modules_to_save and not (

@@ -35,6 +35,11 @@ class Heads(Strict):
             raise ValueError(f"key_width={self.key_width} must be even: rotary pairs its channels")
         return self
 
+    @property
+    def rotary_width(self) -> int:
+        """Channels of a query and of a key that turn with the position: all."""
+        return self.key_width
+
 
 Branch = Literal["compressed", "selected", "sliding"]
 BRANCHES: tuple[Branch, ...] = ("compressed", "selected", "sliding")
@@ -53,6 +58,10 @@ class NsaChoices(Strict):
     """l'. Tokens of a selection block."""
     num_selected_blocks: PositiveInt = 16
     """n. Selection blocks that a query reads, forced ones included."""
+    selection_top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Adaptive n, which the paper does not have: a query reads the forced blocks, and of its n the
+    most important until they hold this share of the importance of all blocks. null: all n. Trained
+    and scored here, not served; it costs a second pass over the compressed keys."""
     num_initial_blocks: Annotated[int, Field(ge=0)] = 1
     """First blocks that are always among the n."""
     num_local_blocks: PositiveInt = 2
@@ -131,7 +140,67 @@ class FullAttentionConfig(Heads):
     """Give each head the same sigmoid output gate that NSA has: the honest control."""
 
 
-AttentionConfig = Annotated[NsaAttentionConfig | FullAttentionConfig, Field(discriminator="kind")]
+class MobaAttentionConfig(Heads):
+    """Mixture of Block Attention (arXiv 2502.13189): top-k blocks by their mean keys, no
+    compressed and no sliding branch. Trained and evaluated here, not served."""
+
+    kind: Literal["moba"] = "moba"
+    selection_block_size: PositiveInt = 512
+    """Tokens of a block; the published size at a context of 8k."""
+    num_selected_blocks: PositiveInt = 3
+    """Blocks that a query reads, its own included, which is always one of them; the published
+    number at a context of 8k. Each query head chooses for itself."""
+    gated: bool = False
+    """Give each head the same sigmoid output gate that NSA has."""
+
+
+class MlaAttentionConfig(Strict):
+    """Multi-head Latent Attention (arXiv 2405.04434, section 2.1): causal attention over all
+    tokens, whose keys and values are projections of one narrow latent. A cache keeps that and one
+    rotated key. Queries are projected directly, as in DeepSeek-V2-Lite."""
+
+    kind: Literal["mla"] = "mla"
+    query_heads: PositiveInt
+    """H. Query heads of a layer; each has keys and values of its own."""
+    kv_lora_rank: PositiveInt = 512
+    """Width of a token's latent."""
+    key_width: PositiveInt = 192
+    """K. Width of a query and of a key, the rotated channels included."""
+    rotary_width: PositiveInt = 64
+    """Channels of a query and of a key that turn with the position. All heads share one rotated
+    key, which a cache keeps beside the latent. Decoding on a GPU takes kv_lora_rank + rotary_width
+    of up to 256, a multiple of 16."""
+    value_width: PositiveInt = 128
+    """V. Width of a value."""
+
+    @model_validator(mode="after")
+    def _widths_fit(self) -> Self:
+        if self.rotary_width % 2:
+            raise ValueError(
+                f"rotary_width={self.rotary_width} must be even: rotary pairs its channels"
+            )
+        if self.rotary_width >= self.key_width:
+            raise ValueError(
+                f"rotary_width={self.rotary_width} must be less than key_width={self.key_width}: "
+                "the rest comes from the latent"
+            )
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        """G. Heads of keys and values once they are projected from the latent."""
+        return self.query_heads
+
+    @property
+    def cached_width(self) -> int:
+        """Channels that a cache keeps of a token."""
+        return self.kv_lora_rank + self.rotary_width
+
+
+AttentionConfig = Annotated[
+    NsaAttentionConfig | FullAttentionConfig | MlaAttentionConfig | MobaAttentionConfig,
+    Field(discriminator="kind"),
+]
 
 
 class MoeConfig(Strict):

@@ -5,7 +5,7 @@ Every function takes plain numbers and returns a matplotlib Figure; nothing here
 
 from nsa_platform.figures.canvas import png
 from nsa_platform.figures.evaluation import bars, needle_map, scores
-from nsa_platform.figures.mechanism import attention_held, block_attention
+from nsa_platform.figures.mechanism import attention_held, block_attention, quality_by_blocks
 from nsa_platform.figures.serving import decode_speeds, latencies, scaling
 from nsa_platform.figures.sweep import compared_losses, compared_positions
 from nsa_platform.figures.training import (
@@ -36,6 +36,7 @@ __all__ = [
     "loss_curve",
     "needle_map",
     "png",
+    "quality_by_blocks",
     "scaling",
     "scores",
     "selected_distance",

@@ -1,4 +1,4 @@
-"""What selection finds, in pictures: attention held by chosen blocks, and attention by block."""
+"""What selection finds, in pictures: attention held by blocks, attention by block, their worth"""
 
 from collections.abc import Mapping, Sequence
 
@@ -26,6 +26,22 @@ def attention_held(layers: Mapping[int, tuple[float, float, float]], *, title: s
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_ylim(0, 1.02)
     figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
+def quality_by_blocks(lines: Mapping[str, Sequence[tuple[float, float]]], *, title: str) -> Figure:
+    """Bits per byte against the blocks that a query reads.
+
+    Args:
+        lines: "fixed" and "adaptive" -> points of (blocks, bits per byte), in any order.
+    """
+    figure, axes = canvas(title, x="selected blocks read by a query, mean", y="bits per byte")
+    styles = {"fixed": (FAINT, "o"), "adaptive": (TRAIN, "s")}
+    for name, points in lines.items():
+        color, marker = styles[name]
+        xs, ys = zip(*sorted(points), strict=True) if points else ((), ())
+        axes.plot(xs, ys, color=color, marker=marker, label=name)
+    axes.legend()
     return figure
 
 

@@ -29,9 +29,12 @@ from nsa_kernels.branches import Inputs
 from nsa_platform.config.model import (
     BRANCHES,
     FullAttentionConfig,
+    Heads,
+    MobaAttentionConfig,
     ModelConfig,
     NsaAttentionConfig,
 )
+from nsa_platform.model.adaptive import keep_top_p
 from nsa_platform.model.cache import FullLayerCache, LayerCache, NsaLayerCache
 from nsa_platform.model.compression import Compression, kernel_config
 from nsa_platform.model.exchange import heads_of_kin, to_heads, to_tokens
@@ -68,11 +71,9 @@ class _Projected(NamedTuple):
     v_win: Tensor
 
 
-def head_norm(config: ModelConfig) -> nn.Module:
+def head_norm(attention: Heads, eps: float) -> nn.Module:
     """The norm of each head's query or key [..., K]; none unless the config says so."""
-    if not config.attention.qk_norm:
-        return nn.Identity()
-    return nn.RMSNorm(config.attention.key_width, config.norm_eps)
+    return nn.RMSNorm(attention.key_width, eps) if attention.qk_norm else nn.Identity()
 
 
 class NsaAttention(nn.Module):
@@ -94,7 +95,8 @@ class NsaAttention(nn.Module):
         bias = attention.qkv_bias
         self.query = nn.Linear(config.width, heads * attention.key_width, bias=bias)
         self.key_value = nn.Linear(config.width, branches * pair_width, bias=bias)
-        self.query_norm, self.key_norm = head_norm(config), head_norm(config)
+        self.query_norm = head_norm(attention, config.norm_eps)
+        self.key_norm = head_norm(attention, config.norm_eps)
         self.gate = nn.Linear(config.width, heads * 3) if attention.gates == "sigmoid" else None
         self.compress_key = Compression(attention, width=attention.key_width)
         self.compress_value = Compression(attention, width=attention.value_width)
@@ -208,11 +210,13 @@ class NsaAttention(nn.Module):
                 cu_seqlens=step.cu_seqlens,
                 config=config,
                 scale=self.scale,
+                top_p=self.config.selection_top_p,
             )
             if step.probe.watch is not None:
                 step.probe.watch(self.layer_index, q, k_cmp, k_slc)
         folded = Inputs(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
-        if partition.kin.size > 1 or self.runs_apart:
+        is_adaptive = self.config.selection_top_p is not None
+        if partition.kin.size > 1 or self.runs_apart or is_adaptive:
             out = self._attend_apart(folded, step)
         else:
             out = nsa_attention(
@@ -228,7 +232,13 @@ class NsaAttention(nn.Module):
         sizes = {"config": self.kernel_config, "cu_seqlens": step.cu_seqlens, "scale": self.scale}
         out_cmp, lse = compressed_attention(q, k_cmp, v_cmp, **sizes)
         all_lse = heads_of_kin(lse[..., None], kin).squeeze(2)
-        blocks = select_blocks(heads_of_kin(q, kin), k_cmp, all_lse, **sizes)
+        all_q = heads_of_kin(q, kin)
+        blocks = select_blocks(all_q, k_cmp, all_lse, **sizes)
+        top_p = self.config.selection_top_p
+        if top_p is not None:
+            blocks = keep_top_p(
+                blocks, all_q, k_cmp, all_lse, top_p=top_p, positions=step.positions, **sizes
+            )
         out_slc, _ = selected_attention(q, k_slc, v_slc, blocks, **sizes)
         out_win, _ = sliding_attention(q, k_win, v_win, **sizes)
         exact = torch.promote_types(q.dtype, torch.float32)
@@ -291,7 +301,11 @@ class FullAttention(nn.Module):
     """Causal attention over all earlier tokens (MHA, GQA or MQA), gated when the config says so."""
 
     def __init__(
-        self, config: ModelConfig, attention: FullAttentionConfig, *, layer_index: int
+        self,
+        config: ModelConfig,
+        attention: FullAttentionConfig | MobaAttentionConfig,
+        *,
+        layer_index: int,
     ) -> None:
         super().__init__()
         self.config = attention
@@ -302,7 +316,8 @@ class FullAttention(nn.Module):
         bias = attention.qkv_bias
         self.query = nn.Linear(config.width, heads * attention.key_width, bias=bias)
         self.key_value = nn.Linear(config.width, pair_width, bias=bias)
-        self.query_norm, self.key_norm = head_norm(config), head_norm(config)
+        self.query_norm = head_norm(attention, config.norm_eps)
+        self.key_norm = head_norm(attention, config.norm_eps)
         self.gate = nn.Linear(config.width, heads) if attention.gated else None
         self.output = nn.Linear(heads * attention.value_width, config.width, bias=False)
 
@@ -365,5 +380,8 @@ class FullAttention(nn.Module):
         """Out [T, H, V] of queries and keys before rotation."""
         rotation, context = step.rotation, step.partition.context
         q, k, v = to_heads((rotation.apply(q), rotation.apply(k), v), context)
-        out = full_attention(q, k, v, cu_seqlens=step.cu_seqlens, scale=self.scale)
-        return to_tokens(out, context)
+        return to_tokens(self._attend_rotated(q, k, v, step.cu_seqlens), context)
+
+    def _attend_rotated(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Out [T, H, V] of whole sequences."""
+        return full_attention(q, k, v, cu_seqlens=cu_seqlens, scale=self.scale)

@@ -71,4 +71,24 @@ class FullLayerCache:
         return []
 
 
-LayerCache = NsaLayerCache | FullLayerCache
+@dataclass(frozen=True, slots=True)
+class LatentLayerCache:
+    """Cache of one layer of Multi-head Latent Attention."""
+
+    latent: Tensor
+    """[P, page, 1, rank + rotary width], the normed latent and the rotated key of all heads."""
+
+    @property
+    def page_size(self) -> int:
+        return self.latent.shape[1]
+
+    def page_tensors(self) -> list[Tensor]:
+        """The tensor of the only pool: axis 0 is the physical page."""
+        return [self.latent]
+
+    def window_tensors(self) -> list[Tensor]:
+        """None: every token is kept."""
+        return []
+
+
+LayerCache = NsaLayerCache | FullLayerCache | LatentLayerCache

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from nsa_platform.config.base import ConfigError
 from nsa_platform.config.convert import FullConversion, NsaConversion
-from nsa_platform.config.model import ModelConfig
+from nsa_platform.config.model import FullAttentionConfig, ModelConfig, NsaAttentionConfig
 from nsa_platform.model.tensor_files import TensorFileError, TensorFiles
 from nsa_platform.model.transformer import Transformer, initial_tensor
 
@@ -191,6 +191,7 @@ def _sources(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     values of all branches.
     """
     attention = config.attention
+    assert isinstance(attention, NsaAttentionConfig | FullAttentionConfig)
     branches = 3 if attention.kind == "nsa" and attention.branch_kv == "separate" else 1
     kinds = ("weight", "bias") if attention.qkv_bias else ("weight",)
     yield "embedding.weight", (EMBEDDING,)

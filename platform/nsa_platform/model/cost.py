@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from nsa_platform.config.model import (
     AttentionConfig,
     FullAttentionConfig,
+    Heads,
+    MlaAttentionConfig,
+    MobaAttentionConfig,
     ModelConfig,
     MoeConfig,
     NsaAttentionConfig,
@@ -83,7 +86,7 @@ class CacheBytes:
 
     compressed: int
     selected: int
-    """For full attention: everything."""
+    """For full attention and MLA: everything."""
     sliding: int
     tail: int
     """Inputs of phi for blocks that are not complete."""
@@ -120,6 +123,13 @@ def flops_per_token(config: ModelConfig, context: int) -> Flops:
     per_key = 2 * heads * (attention.key_width + attention.value_width)
     layers = config.layers
     linear = 2 * _multiplied_parameters(config)
+    if isinstance(attention, MobaAttentionConfig):
+        keys = key_counts(_as_choices(attention), context)
+        # The scores of the mean keys are worked out twice: for their sum, and to choose.
+        scores = 2 * layers * 2 * heads * attention.key_width * keys.compressed
+        return Flops(
+            linear, compression=0.0, scores=scores, attention=layers * per_key * keys.selected
+        )
     if not isinstance(attention, NsaAttentionConfig):
         keys = (context + 1) / 2
         return Flops(linear, compression=0.0, scores=0.0, attention=layers * per_key * keys)
@@ -187,9 +197,29 @@ def key_counts(attention: NsaChoices, context: int) -> KeyCounts:
     return KeyCounts(compressed / context, selected / context, sliding / context)
 
 
+def _as_choices(attention: MobaAttentionConfig) -> NsaChoices:
+    """The NSA whose compressed and selected keys are as many as MoBA's mean keys and keys."""
+    block = attention.selection_block_size
+    return NsaChoices(
+        compression_block_size=block,
+        compression_stride=block,
+        selection_block_size=block,
+        num_selected_blocks=attention.num_selected_blocks,
+        num_initial_blocks=0,
+        num_local_blocks=1,
+    )
+
+
 def window_tokens(attention: NsaAttentionConfig) -> int:
     """Last tokens whose window pages are kept: what the sliding branch or phi may still need."""
     return max(attention.window_size, attention.compression_block_size)
+
+
+def cached_channels(attention: AttentionConfig) -> int:
+    """Channels that one layer's cache keeps of a token that it keeps as it is."""
+    if isinstance(attention, MlaAttentionConfig):
+        return attention.cached_width
+    return attention.kv_heads * (attention.key_width + attention.value_width)
 
 
 def cache_bytes(
@@ -201,8 +231,7 @@ def cache_bytes(
     pages, the least that the method needs.
     """
     attention = config.attention
-    pair = attention.kv_heads * (attention.key_width + attention.value_width)
-    row = config.layers * pair * element_bytes
+    row = config.layers * cached_channels(attention) * element_bytes
     tokens = context if page_size is None else -(-context // page_size) * page_size
     if not isinstance(attention, NsaAttentionConfig):
         return CacheBytes(compressed=0, selected=tokens * row, sliding=0, tail=0)
@@ -229,6 +258,11 @@ def cache_bytes(
 def _attention_parameters(config: ModelConfig) -> int:
     attention, width = config.attention, config.width
     heads = attention.query_heads
+    if isinstance(attention, MlaAttentionConfig):
+        plain = attention.key_width - attention.rotary_width
+        expanded = attention.kv_lora_rank * heads * (plain + attention.value_width)
+        outer = heads * (attention.key_width + attention.value_width) + attention.cached_width
+        return width * outer + expanded + _vector_parameters(attention)
     query_and_output = width * heads * (attention.key_width + attention.value_width)
     gates = _gates(attention)
     products = query_and_output + width * _key_value_width(attention) + width * gates
@@ -239,10 +273,12 @@ def _gates(attention: AttentionConfig) -> int:
     """Gates of a token in one layer."""
     if isinstance(attention, NsaAttentionConfig):
         return 3 * attention.query_heads if attention.gates == "sigmoid" else 0
+    if isinstance(attention, MlaAttentionConfig):
+        return 0
     return attention.query_heads if attention.gated else 0
 
 
-def _key_value_width(attention: AttentionConfig) -> int:
+def _key_value_width(attention: Heads) -> int:
     """Channels of the keys and values of all branches."""
     separate = isinstance(attention, NsaAttentionConfig) and attention.branch_kv == "separate"
     pair = attention.key_width + attention.value_width
@@ -251,6 +287,8 @@ def _key_value_width(attention: AttentionConfig) -> int:
 
 def _vector_parameters(attention: AttentionConfig) -> int:
     """Biases and norms of a layer's attention."""
+    if isinstance(attention, MlaAttentionConfig):
+        return attention.kv_lora_rank
     heads = attention.query_heads
     biases = _gates(attention)
     if attention.qkv_bias:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nsa_kernels import NsaConfig, compressed_attention, select_blocks
+from nsa_platform.model.adaptive import keep_top_p
 
 NSA_BRANCHES = ("cmp", "slc", "win")
 FULL_BRANCHES = ("full",)
@@ -31,6 +32,8 @@ class LayerHealth:
     """Entropy of the attention over compressed blocks, from which blocks are selected, as a share
     of the largest possible: 0 one block, 1 all alike. None for full attention, or when no query
     had two blocks to choose from."""
+    selected_blocks: float | None = None
+    """Mean number of blocks that a group reads for a query. None for full attention."""
 
 
 Watch = Callable[[int, Tensor, Tensor, Tensor], None]
@@ -42,6 +45,7 @@ class _Sums:
     gates: Tensor
     tokens: Tensor
     distances: Tensor
+    choices: Tensor
     entropy: Tensor
     entropy_count: Tensor
 
@@ -66,6 +70,7 @@ class Probe:
                 sums.gates,
                 sums.tokens,
                 sums.distances,
+                sums.choices,
                 sums.entropy,
                 sums.entropy_count,
             )
@@ -96,8 +101,12 @@ def observe_selection(
     cu_seqlens: Tensor,
     config: NsaConfig,
     scale: float,
+    top_p: float | None = None,
 ) -> None:
-    """Add what a layer selects for queries q [T, H, K] among k_cmp [C, G, K]."""
+    """Add what a layer selects for queries q [T, H, K] among k_cmp [C, G, K].
+
+    top_p: the share that adaptive n keeps; None: a query reads all that is chosen.
+    """
     observe_gates(probe, layer, gates)
     sums = probe.layers[layer]
     # With the keys as values the branch returns the mean key, and with it the mean score:
@@ -105,12 +114,16 @@ def observe_selection(
     mean_key, lse = compressed_attention(
         q, k_cmp, k_cmp, config=config, cu_seqlens=cu_seqlens, scale=scale
     )
-    blocks = select_blocks(q, k_cmp, lse, config=config, cu_seqlens=cu_seqlens, scale=scale)
+    sizes = {"config": config, "cu_seqlens": cu_seqlens, "scale": scale}
+    blocks = select_blocks(q, k_cmp, lse, **sizes)
+    if top_p is not None:
+        blocks = keep_top_p(blocks, q, k_cmp, lse, top_p=top_p, positions=positions, **sizes)
 
     distance = positions[:, None, None] // config.selection_block_size - blocks
     bucket = torch.frexp(distance.double()).exponent.long().clamp(max=DISTANCE_BUCKETS - 1)
     is_block = (blocks >= 0).flatten().long()
     sums.distances.index_add_(0, bucket.flatten() * is_block, is_block)
+    sums.choices += blocks.shape[0] * blocks.shape[1]
 
     stride, size = config.compression_stride, config.compression_block_size
     visible = ((positions[:, None] + 1 - size) // stride + 1).clamp(min=0)
@@ -129,6 +142,7 @@ def _sums_of(probe: Probe, layer: int, gates: Tensor) -> _Sums:
             gates=torch.zeros(gates.shape[2], **real),
             tokens=torch.zeros((), **whole),
             distances=torch.zeros(DISTANCE_BUCKETS, **whole),
+            choices=torch.zeros((), **whole),
             entropy=torch.zeros((), **real),
             entropy_count=torch.zeros((), **whole),
         )
@@ -141,9 +155,10 @@ def _read(sums: _Sums) -> LayerHealth:
     counts: list[int] = sums.distances.tolist()
     while counts and not counts[-1]:
         counts.pop()
-    choices = int(sums.entropy_count)
+    entropies = int(sums.entropy_count)
     return LayerHealth(
         gate_mean=dict(zip(branches, gates, strict=True)),
         selected_distance=[count / sum(counts) for count in counts],
-        selection_entropy=float(sums.entropy) / choices if choices else None,
+        selected_blocks=sum(counts) / int(sums.choices) if int(sums.choices) else None,
+        selection_entropy=float(sums.entropy) / entropies if entropies else None,
     )

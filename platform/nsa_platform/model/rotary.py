@@ -81,8 +81,8 @@ def rotation_of(positions: Tensor, config: ModelConfig, *, dtype: torch.dtype) -
 
 
 def inverse_frequencies(config: ModelConfig, *, device: torch.device) -> Tensor:
-    """Radians per token of each channel pair, fp64 [K / 2]."""
-    width = config.attention.key_width
+    """Radians per token of each pair of the channels that turn, fp64 [K / 2] where all do."""
+    width = config.attention.rotary_width
     exponents = torch.arange(0, width, 2, dtype=torch.float64, device=device) / width
     frequencies = config.rope_base**-exponents
     return frequencies if config.yarn is None else _stretch(frequencies, config.yarn)

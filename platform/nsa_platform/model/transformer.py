@@ -14,11 +14,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nsa_platform.config.model import ModelConfig, NsaAttentionConfig
+from nsa_platform.config.model import (
+    FullAttentionConfig,
+    MlaAttentionConfig,
+    MobaAttentionConfig,
+    ModelConfig,
+    NsaAttentionConfig,
+)
 from nsa_platform.model.attention import FullAttention, NsaAttention
 from nsa_platform.model.cache import LayerCache
 from nsa_platform.model.inputs import PackedInputs, PagedInputs, PolicyInputs
 from nsa_platform.model.layers import SwiGlu
+from nsa_platform.model.mla import MlaAttention
+from nsa_platform.model.moba import MobaAttention
 from nsa_platform.model.moe import MoeFeedForward
 from nsa_platform.model.partition import WHOLE
 from nsa_platform.model.step import PackedStep, PagedStep, PolicyStep, packed_step, paged_step
@@ -37,18 +45,26 @@ class Output(NamedTuple):
     experts it is empty."""
 
 
+def _attention(config: ModelConfig, index: int) -> nn.Module:
+    attention = config.attention
+    match attention:
+        case NsaAttentionConfig():
+            return NsaAttention(config, attention, layer_index=index)
+        case MlaAttentionConfig():
+            return MlaAttention(config, attention)
+        case MobaAttentionConfig():
+            return MobaAttention(config, attention, layer_index=index)
+        case FullAttentionConfig():
+            return FullAttention(config, attention, layer_index=index)
+
+
 class Layer(nn.Module):
     """Attention and feed-forward, each on the normed residual stream."""
 
     def __init__(self, config: ModelConfig, *, index: int) -> None:
         super().__init__()
-        attention = config.attention
         self.attention_norm = nn.RMSNorm(config.width, config.norm_eps)
-        self.attention = (
-            NsaAttention(config, attention, layer_index=index)
-            if isinstance(attention, NsaAttentionConfig)
-            else FullAttention(config, attention, layer_index=index)
-        )
+        self.attention = _attention(config, index)
         self.ffn_norm = nn.RMSNorm(config.width, config.norm_eps)
         self.ffn = (
             SwiGlu(config.width, config.ffn_width)

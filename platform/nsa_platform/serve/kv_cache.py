@@ -7,8 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nsa_platform.config.model import ModelConfig, NsaAttentionConfig
-from nsa_platform.model.cache import FullLayerCache, LayerCache, NsaLayerCache
+from nsa_platform.config.model import (
+    MlaAttentionConfig,
+    MobaAttentionConfig,
+    ModelConfig,
+    NsaAttentionConfig,
+)
+from nsa_platform.model.cache import FullLayerCache, LatentLayerCache, LayerCache, NsaLayerCache
 from nsa_platform.model.cost import window_tokens
 from nsa_platform.model.inputs import Observed, PagedInputs
 from nsa_platform.serve.pages import ABSENT, PageBook, SequencePages
@@ -25,7 +30,17 @@ def page_size_of(config: ModelConfig, blocks_per_page: int = 1) -> int:
     if blocks_per_page < 1:
         raise ValueError(f"blocks_per_page={blocks_per_page} must be positive")
     attention = config.attention
+    if isinstance(attention, MobaAttentionConfig):
+        raise ValueError(
+            "attention.kind=moba has no cache: it is trained and scored here, and does not "
+            "generate; nsa, full and mla do"
+        )
     if isinstance(attention, NsaAttentionConfig):
+        if attention.selection_top_p is not None:
+            raise ValueError(
+                f"attention.selection_top_p={attention.selection_top_p} is trained and scored "
+                "here, and does not generate: caches are read by all num_selected_blocks"
+            )
         return attention.selection_block_size * blocks_per_page
     return FULL_ATTENTION_PAGE_SIZE * blocks_per_page
 
@@ -55,6 +70,7 @@ class KvCache:
         """
         self.config = config
         self.device = torch.device(device)
+        _check_width(config, self.device)
         page_size = page_size_of(config, blocks_per_page)
         # The last page of each sequence may be partly empty; one page more is scratch.
         num_pages = -(-num_tokens // page_size) + max_sequences
@@ -173,6 +189,17 @@ class KvCache:
         return on_device(table, torch.int32, self.device)
 
 
+def _check_width(config: ModelConfig, device: torch.device) -> None:
+    attention = config.attention
+    if device.type != "cuda" or not isinstance(attention, MlaAttentionConfig):
+        return
+    if attention.cached_width > 256 or attention.cached_width % 16:
+        raise ValueError(
+            "attention.kind=mla decodes on a GPU with kv_lora_rank + rotary_width of up to 256, a "
+            f"multiple of 16, got {attention.kv_lora_rank} + {attention.rotary_width}"
+        )
+
+
 def _layer_cache(
     config: ModelConfig,
     page_size: int,
@@ -182,16 +209,16 @@ def _layer_cache(
     dtype: torch.dtype,
 ) -> LayerCache:
     attention = config.attention
-    groups, key_width, value_width = (
-        attention.kv_heads,
-        attention.key_width,
-        attention.value_width,
-    )
+    is_latent = isinstance(attention, MlaAttentionConfig)
+    groups = 1 if is_latent else attention.kv_heads
+    key_width, value_width = attention.key_width, attention.value_width
 
     def zeros(pages: int, rows: int, width: int) -> Tensor:
         # Zeros, for a kernel multiplies rows that it masks by 0, and 0 * NaN is NaN.
         return torch.zeros(pages, rows, groups, width, device=device, dtype=dtype)
 
+    if is_latent:
+        return LatentLayerCache(zeros(num_pages, page_size, attention.cached_width))
     k, v = zeros(num_pages, page_size, key_width), zeros(num_pages, page_size, value_width)
     if not isinstance(attention, NsaAttentionConfig):
         return FullLayerCache(k, v)

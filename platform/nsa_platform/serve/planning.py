@@ -9,7 +9,13 @@ not planned.
 from dataclasses import dataclass
 
 from nsa_platform.config.model import ModelConfig, NsaAttentionConfig
-from nsa_platform.model.cost import CacheBytes, cache_bytes, count_parameters, flops_per_token
+from nsa_platform.model.cost import (
+    CacheBytes,
+    cache_bytes,
+    cached_channels,
+    count_parameters,
+    flops_per_token,
+)
 from nsa_platform.model.tensor_parallel import share_of
 from nsa_platform.serve.kv_cache import page_size_of
 
@@ -130,5 +136,4 @@ def decode_read_bytes(model: ModelConfig, context: int) -> int:
         blocks = 0 if context < size else (context - size) // stride + 1
         selected = attention.num_selected_blocks * attention.selection_block_size
         keys = blocks + min(selected, context) + min(attention.window_size, context)
-    row = attention.kv_heads * (attention.key_width + attention.value_width) * ELEMENT_BYTES
-    return model.layers * row * keys
+    return model.layers * cached_channels(attention) * ELEMENT_BYTES * keys

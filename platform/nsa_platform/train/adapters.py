@@ -17,6 +17,7 @@ from nsa_platform.model.attention import FullAttention, NsaAttention
 from nsa_platform.model.cost import flops_per_token
 from nsa_platform.model.layers import SwiGlu
 from nsa_platform.model.lora import LoraLinear
+from nsa_platform.model.mla import MlaAttention
 from nsa_platform.model.transformer import Transformer
 from nsa_platform.retry import retried
 from nsa_platform.train.parallel import World
@@ -60,6 +61,12 @@ def _projections(module: nn.Module) -> dict[str, list[int]]:
     """The linear layers of attention or of SwiGLU: their outputs by the projections they hold."""
     if isinstance(module, SwiGlu):
         return {"gate_up": [module.hidden_width] * 2, "down": [module.down.out_features]}
+    if isinstance(module, MlaAttention):
+        return {
+            "query": [module.query.out_features],
+            "key_value": module.widths,
+            "output": [module.output.out_features],
+        }
     if not isinstance(module, NsaAttention | FullAttention):
         return {}
     heads = module.config

@@ -9,8 +9,8 @@ from nsa_platform.model.probe import LayerHealth
 
 
 def health_metrics(health: Mapping[int, LayerHealth]) -> dict[str, float]:
-    """nsa/gate_mean/<branch>/<layer>, nsa/selected_distance/<bucket>/<layer> and
-    nsa/selection_entropy/<layer>.
+    """nsa/gate_mean/<branch>/<layer>, nsa/selected_distance/<bucket>/<layer>,
+    nsa/selected_blocks/<layer> and nsa/selection_entropy/<layer>.
 
     Bucket 0 is the share of selected blocks that are the query's own, bucket k the share at
     distances of [2^(k-1), 2^k) blocks.
@@ -21,6 +21,8 @@ def health_metrics(health: Mapping[int, LayerHealth]) -> dict[str, float]:
             metrics[f"nsa/gate_mean/{branch}/{layer}"] = mean
         for bucket, share in enumerate(seen.selected_distance):
             metrics[f"nsa/selected_distance/{bucket}/{layer}"] = share
+        if seen.selected_blocks is not None:
+            metrics[f"nsa/selected_blocks/{layer}"] = seen.selected_blocks
         if seen.selection_entropy is not None:
             metrics[f"nsa/selection_entropy/{layer}"] = seen.selection_entropy
     return metrics

@@ -67,7 +67,7 @@ def changed(key: str, value: object) -> dict[str, Any]:
         (
             "model.attention.kind",
             "sparse",
-            "model.attention.kind: unknown kind 'sparse' (valid: nsa, full)",
+            "model.attention.kind: unknown kind 'sparse' (valid: nsa, full, mla, moba)",
         ),
         ("train.tokens_per_step", 300, "must be a multiple of data.context_length=256"),
         ("data.context_length", 512, "must not exceed model.max_context=256"),

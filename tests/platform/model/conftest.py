@@ -22,12 +22,22 @@ NSA = {
     "window_size": 12,
 }
 FULL = {"kind": "full", "query_heads": 4, "kv_heads": 2, "key_width": 16, "value_width": 8}
+MOBA = {**FULL, "kind": "moba", "selection_block_size": 8, "num_selected_blocks": 3}
+MLA = {
+    "kind": "mla",
+    "query_heads": 4,
+    "kv_lora_rank": 12,
+    "key_width": 16,
+    "rotary_width": 4,
+    "value_width": 8,
+}
+BASES = {"nsa": NSA, "full": FULL, "moba": MOBA, "mla": MLA}
 
 
 def toy_config(attention: dict[str, Any] | None = None, **fields: Any) -> ModelConfig:
-    """A two-layer model; `attention` patches the NSA sizes, or replaces them with kind=full."""
+    """A two-layer model; `attention` patches the sizes of its kind, of NSA without one."""
     attention = attention or {}
-    base = FULL if attention.get("kind") == "full" else NSA
+    base = BASES[attention.get("kind", "nsa")]
     tree = {
         "vocab_size": 61,
         "layers": 2,

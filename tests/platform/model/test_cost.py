@@ -19,6 +19,7 @@ from nsa_platform.model.cost import (
 )
 from nsa_platform.model.inputs import PackedInputs
 from nsa_platform.model.transformer import Transformer
+from nsa_platform.serve.planning import decode_read_bytes
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "baselines.md"
 CONFIGS = Path(__file__).parents[3] / "jobs" / "configs" / "pretrain"
@@ -89,6 +90,8 @@ def test_shape_of_nsa_1b_is_that_of_the_dense_baseline():
         {"gates": "none"},
         {"kind": "full"},
         {"kind": "full", "gated": True},
+        {"kind": "moba", "gated": True},
+        {"kind": "mla"},
         {"qkv_bias": True, "qk_norm": True},
         {"kind": "full", "qkv_bias": True, "qk_norm": True},
     ],
@@ -172,13 +175,24 @@ def documented_systems() -> list[tuple[str, list[str], int]]:
 
 def test_the_documented_systems_have_the_parameters_that_stand_there():
     systems = documented_systems()
-    assert len(systems) == 11
+    assert len(systems) == 13
     for name, overrides, parameters in systems:
         model = PretrainRun.load(CONFIGS / "nsa_150m.yaml", overrides).model
         assert model is not None
         assert (name, count_parameters(model).total) == (name, parameters)
         if "as many" in name:
             assert model == parameter_matched(preset("nsa_150m"))
+
+
+def test_the_documented_costs_are_those_of_the_documented_systems():
+    text, systems = DOCUMENT.read_text(), {name: sets for name, sets, _ in documented_systems()}
+    for name in ("NSA", "full", "MLA", "MoBA"):
+        model = PretrainRun.load(CONFIGS / "nsa_150m.yaml", systems[name]).model
+        assert model is not None
+        cache = cache_bytes(model, 65536).total / 2**20
+        read = "–" if name == "MoBA" else f"{decode_read_bytes(model, 65536) / 2**20:.1f}"
+        work = [flops_per_token(model, context).forward / 1e9 for context in (8192, 65536)]
+        assert f"| {name} | {cache:.0f} | {read} | {work[0]:.2f} | {work[1]:.2f} |" in text
 
 
 def test_a_parameter_matched_model_is_wider_and_has_as_many(make_config):

@@ -30,14 +30,16 @@ def toy_model(
 ) -> Transformer:
     """A two-layer model with noise on every parameter; `attention` patches the NSA sizes."""
     attention = attention or {}
-    sizes = attention if attention.get("kind") == "full" else {**NSA, **attention}
+    kind = attention.get("kind", "nsa")
+    sizes = attention if kind != "nsa" else {**NSA, **attention}
+    heads = {"query_heads": 4} if kind == "mla" else HEADS
     tree = {
         "vocab_size": 61,
         "layers": 2,
         "width": 32,
         "ffn_width": 48,
         "max_context": 128,
-        "attention": {**HEADS, **sizes},
+        "attention": {**heads, **sizes},
         **fields,
     }
     model = Transformer(ModelConfig.parse(tree))

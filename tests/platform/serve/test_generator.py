@@ -7,6 +7,13 @@ from nsa_platform.model.inputs import PackedInputs
 from nsa_platform.serve.generator import Generator
 from nsa_platform.serve.sampler import Sampling
 
+MLA = {
+    "kind": "mla",
+    "kv_lora_rank": 24,
+    "key_width": 16,
+    "rotary_width": 8,
+    "value_width": 8,
+}
 MOE = {"routed_experts": 4, "experts_per_token": 2, "expert_width": 16}
 
 
@@ -45,6 +52,8 @@ def test_greedy_equals_recomputing_from_scratch(make_model, attention, length):
         ({}, {"yarn": {"factor": 2, "original_context": 64}}),
         ({"gates": "none"}, {}),
         ({"branches": ["sliding"]}, {}),
+        (MLA, {}),
+        (MLA, {"yarn": {"factor": 2, "original_context": 64}}),
         (
             {"branches": ["selected", "sliding"], "branch_kv": "shared", "compression": "mean"},
             {},

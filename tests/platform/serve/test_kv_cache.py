@@ -154,6 +154,23 @@ def test_pages_in_use_take_the_bytes_that_cost_says(make_model, attention, conte
     assert cache.num_bytes() == sum(tensor.nbytes for tensor in pages + window)
 
 
+def test_a_latent_that_kernels_cannot_read_is_refused(make_model):
+    attention = {"kind": "mla", "kv_lora_rank": 256, "key_width": 64, "rotary_width": 32}
+    config = make_model(attention).config
+    KvCache(config, num_tokens=16, max_new_tokens=16)
+    with pytest.raises(ValueError, match=r"up to 256, a multiple of 16, got 256 \+ 32"):
+        KvCache(config, num_tokens=16, max_new_tokens=16, device="cuda")
+
+
+def test_models_that_caches_cannot_serve_are_refused(make_model):
+    for attention, said in (
+        ({"kind": "moba"}, "kind=moba has no cache"),
+        ({"selection_top_p": 0.8}, "selection_top_p=0.8 is trained and scored here"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            KvCache(make_model(attention).config, num_tokens=16, max_new_tokens=16)
+
+
 def test_an_exhausted_cache_says_so(make_model):
     cache = KvCache(make_model().config, num_tokens=16, max_new_tokens=16)
     with pytest.raises(OutOfPages, match="3 pages are needed"):

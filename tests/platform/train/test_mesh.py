@@ -51,6 +51,8 @@ MODELS = {
         MOE.model_dump() | {"attention": MOE.attention.model_dump() | SHARED}
     ),
 }
+MLA = {"kind": "mla", "query_heads": 4, "kv_lora_rank": 8, "key_width": 8, "rotary_width": 4}
+MODELS["mla"] = ModelConfig.parse(NSA.model_dump() | {"attention": {**MLA, "value_width": 8}})
 LORA = {"rank": 4, "modules_to_save": ["gate", "compression", "norm"]}
 # Warm-up to the end: the rate of a step then does not know how long the run is.
 RATES = {"optimizer": {"learning_rate": 1e-2, "warmup_steps": 6}}
@@ -75,6 +77,7 @@ CASES = [
     ("full", "context-of-kin"),
     ("full", "context+tensor"),
     ("shared", "context-of-kin"),
+    ("mla", "context+tensor"),
     *(("lora", mesh) for mesh in ("context-of-kin", "all-experts", "context+tensor")),
     *(("lora", mesh) for mesh in ("tensor+expert", "expert+replicate")),
 ]

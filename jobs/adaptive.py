@@ -1,0 +1,125 @@
+"""Quality against blocks read: one NSA model, fixed numbers of blocks beside adaptive ones.
+
+    python -m jobs.adaptive runs/nsa-150m/model runs/data/pretrain out --length 8192 \
+        --num-blocks 4 8 16 --top-p 0.5 0.7 0.9
+
+MODEL is an exported NSA model, DATA a folder of prepare_data with its tokenizer: held-out rows are
+read. Adaptive numbers are capped at the largest of --num-blocks. Writes adaptive.json and
+adaptive.png below OUTPUT.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from jobs.cli import fail
+from jobs.evaluation_inputs import open_loader
+from nsa_platform import figures, storage
+from nsa_platform.config.base import ConfigError
+from nsa_platform.data.tokenizer import Tokenizer
+from nsa_platform.evaluate.adaptive import read
+from nsa_platform.evaluate.bits_per_byte import first_batches
+from nsa_platform.model.weights import load_model
+from nsa_platform.train.metrics import device_name
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Score, write and print."""
+    options = _parser().parse_args(argv)
+    try:
+        record = measure(
+            options.model,
+            options.data,
+            options.output,
+            length=options.length,
+            texts=options.texts,
+            num_blocks=options.num_blocks,
+            top_ps=options.top_p,
+        )
+    except (ConfigError, ValueError, OSError) as error:
+        fail(str(error))
+    for point in record["points"]:
+        rule = "all" if point["selection_top_p"] is None else f"top-p {point['selection_top_p']:g}"
+        print(
+            f"{rule} of {point['num_selected_blocks']}: {point['blocks']:.2f} blocks a query, "
+            f"{point['bits_per_byte']:.4f} bits per byte"
+        )
+
+
+def measure(
+    model_folder: str,
+    data: str,
+    output: str,
+    *,
+    length: int,
+    texts: int,
+    num_blocks: Sequence[int],
+    top_ps: Sequence[float],
+) -> dict[str, Any]:
+    """Score held-out rows at every number and every share, write and return the record.
+
+    Raises:
+        ConfigError, ValueError, OSError: model, data and numbers do not fit, or cannot be read or
+            written.
+    """
+    on_gpu = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
+    model, tokenizer = load_model(model_folder, device=device, dtype=dtype), Tokenizer(model_folder)
+    if length > model.config.max_context:
+        raise ValueError(
+            f"--length={length} must not exceed {model.config.max_context}, the model's max_context"
+        )
+    rows = first_batches(
+        open_loader(data, "validation", tokenizer, length), tokens=texts * length, batch_rows=1
+    )
+    batches, most = list(rows), max(num_blocks)
+    wanted = [(count, None) for count in num_blocks] + [(most, share) for share in top_ps]
+    points = [
+        read(
+            model,
+            batches,
+            tokenizer.token_bytes(),
+            context_length=length,
+            num_blocks=count,
+            top_p=share,
+        )
+        for count, share in wanted
+    ]
+    record = {
+        "model": model.config.name,
+        "device": device_name(model.embedding.weight.device),
+        "length": length,
+        "texts": len(batches),
+        "points": [asdict(point) for point in points],
+    }
+    storage.write_text(storage.join(output, "adaptive.json"), json.dumps(record, indent=1) + "\n")
+    lines = {
+        "fixed": [(p.blocks, p.bits_per_byte) for p in points if p.selection_top_p is None],
+        "adaptive": [(p.blocks, p.bits_per_byte) for p in points if p.selection_top_p is not None],
+    }
+    title = f"Quality against blocks read: {model.config.name}, {length:,} tokens"
+    drawn = figures.quality_by_blocks(lines, title=title)
+    storage.write_bytes(storage.join(output, "adaptive.png"), figures.png(drawn))
+    return record
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("data")
+    parser.add_argument("output")
+    parser.add_argument("--length", type=int, required=True, help="tokens of a text")
+    parser.add_argument("--texts", type=int, default=4, help="held-out rows that are read")
+    parser.add_argument("--num-blocks", type=int, nargs="+", default=[4, 8, 16])
+    parser.add_argument("--top-p", type=float, nargs="*", default=[0.5, 0.7, 0.9])
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Reading more or fewer blocks: the loss is the patched model's own, and blocks are counted."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jobs import adaptive as job
+from nsa_platform.evaluate.adaptive import read, reading
+from nsa_platform.evaluate.bits_per_byte import bits_per_byte
+from nsa_platform.evaluate.scores import ModelScorer
+from nsa_platform.model.transformer import Transformer
+from tests.platform.evaluate.small import Corpus, export
+
+
+def test_what_is_read_and_what_it_is_worth(corpus: Corpus, model: Transformer) -> None:
+    attention = model.config.attention
+    assert attention.kind == "nsa"
+    n, length = attention.num_selected_blocks, 3 * 4 * attention.selection_block_size
+    batches = corpus.loader("validation", length).next_step(2)
+    sizes = {"context_length": length}
+    tokens = corpus.tokenizer.token_bytes()
+    every = read(model, batches, tokens, num_blocks=n, top_p=None, **sizes)
+    whole = read(model, batches, tokens, num_blocks=n, top_p=1.0, **sizes)
+    few = read(model, batches, tokens, num_blocks=n, top_p=0.05, **sizes)
+    scores = {"model": ModelScorer(model).nats}
+    wanted = bits_per_byte(scores, iter(batches), tokens, buckets=1, **sizes)["model"].total
+    assert every.bits_per_byte == pytest.approx(wanted.bits_per_byte)
+    assert whole.bits_per_byte == pytest.approx(every.bits_per_byte, abs=1e-4)
+    assert few.blocks < whole.blocks <= every.blocks <= n
+    other = reading(model, num_blocks=n, top_p=0.05)
+    assert other.embedding.weight.data_ptr() == model.embedding.weight.data_ptr()
+
+
+def test_the_command(
+    corpus: Corpus, model: Transformer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attention = model.config.attention
+    assert attention.kind == "nsa"
+    n, length = attention.num_selected_blocks, 3 * 4 * attention.selection_block_size
+    folder = export(corpus, model, tmp_path / "model")
+    command = [str(folder), str(corpus.path), str(tmp_path / "out"), "--length", str(length)]
+    job.main([*command, "--texts", "2", "--num-blocks", str(n), "--top-p", "0.05", "0.9"])
+    record = json.loads((tmp_path / "out" / "adaptive.json").read_text())
+    assert [point["selection_top_p"] for point in record["points"]] == [None, 0.05, 0.9]
+    blocks = [point["blocks"] for point in record["points"]]
+    assert blocks[1] <= blocks[2] <= blocks[0] and record["texts"] == 2
+    assert f"top-p 0.05 of {n}: {blocks[1]:.2f} blocks a query" in capsys.readouterr().out
+    assert (tmp_path / "out" / "adaptive.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        job.main([*command, "--top-p", "1.5"])
+    assert "selection_top_p" in capsys.readouterr().err
