@@ -18,13 +18,14 @@ def test_what_is_read_and_what_it_is_worth(corpus: Corpus, model: Transformer) -
     assert attention.kind == "nsa"
     n, length = attention.num_selected_blocks, 3 * 4 * attention.selection_block_size
     batches = corpus.loader("validation", length).next_step(2)
-    sizes = {"context_length": length}
     tokens = corpus.tokenizer.token_bytes()
-    every = read(model, batches, tokens, num_blocks=n, top_p=None, **sizes)
-    whole = read(model, batches, tokens, num_blocks=n, top_p=1.0, **sizes)
-    few = read(model, batches, tokens, num_blocks=n, top_p=0.05, **sizes)
+    every = read(model, batches, tokens, num_blocks=n, top_p=None, context_length=length)
+    whole = read(model, batches, tokens, num_blocks=n, top_p=1.0, context_length=length)
+    few = read(model, batches, tokens, num_blocks=n, top_p=0.05, context_length=length)
     scores = {"model": ModelScorer(model).nats}
-    wanted = bits_per_byte(scores, iter(batches), tokens, buckets=1, **sizes)["model"].total
+    wanted = bits_per_byte(scores, iter(batches), tokens, buckets=1, context_length=length)[
+        "model"
+    ].total
     assert every.bits_per_byte == pytest.approx(wanted.bits_per_byte)
     assert whole.bits_per_byte == pytest.approx(every.bits_per_byte, abs=1e-4)
     assert few.blocks < whole.blocks <= every.blocks <= n

@@ -44,12 +44,8 @@ def test_equals_the_rule(module):
         for heads, width in ((4, 16), (2, 16), (2, 8))
     )
     offsets = PackedInputs.from_lengths(lengths).cu_seqlens
-    wanted = torch.cat(
-        [
-            by_rule(*parts, module.scale)
-            for parts in zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
-        ]
-    )
+    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    wanted = torch.cat([by_rule(*each, module.scale) for each in parts])
     out = module._attend_rotated(q, k, v, offsets)
     torch.testing.assert_close(out, wanted, rtol=0, atol=1e-12)
     means = mean_keys(k, offsets, module.kernel_config)

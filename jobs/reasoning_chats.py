@@ -1,0 +1,159 @@
+"""Problems of many steps, and chats that work them out: what fine-tuning on reasoning is worth.
+
+    python -m jobs.reasoning_chats runs/reason --chats 20000 --problems 120 --steps 4 8 16 32 64 128
+
+Writes OUTPUT/text.jsonl, worked problems of a quarter of the steps at most to pretrain on;
+OUTPUT/chats.jsonl, worked problems of all steps to fine-tune on; and OUTPUT/problems.jsonl, others
+with `problem` and `answer`, which the task `aime` samples answers to. A problem gives numbers to
+names, each from two names told anywhere in it, among numbers that lead nowhere; the answer is a
+number from 0 to 999, and the way to it is as long as there are steps.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.cli import fail
+from nsa_platform import storage
+from nsa_platform.evaluate.tasks.aime import PROMPT
+
+MODULUS = 1000
+SHORT = 4
+"""Text to pretrain on has problems of the steps over this."""
+STARTS = 3
+"""Numbers that are given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A problem and the way to its answer."""
+
+    text: str
+    steps: tuple[str, ...]
+    answer: int
+
+    @property
+    def solution(self) -> str:
+        """All steps, and the answer where the task `aime` reads it."""
+        return "\n".join([*self.steps, f"The answer is \\boxed{{{self.answer}}}."])
+
+
+def names() -> list[str]:
+    """Names of two open syllables: as many as any problem needs, none rarer than another."""
+    syllables = [f"{first}{second}" for first in "bdgklmnprstvz" for second in "aeiou"]
+    return [first + second for first in syllables for second in syllables]
+
+
+def make_problem(pool: Sequence[str], *, steps: int, seed: str) -> Problem:
+    """A problem whose answer takes exactly `steps` steps; half as many more lead nowhere.
+
+    A step takes the name before it, so that none can be skipped, and any other that is known.
+
+    Raises:
+        ValueError: the pool has too few names.
+    """
+    dice = random.Random(seed)
+    aside = steps // 2
+    if len(pool) < STARTS + steps + aside:
+        raise ValueError(f"{steps} steps need {STARTS + steps + aside} names, got {len(pool)}")
+    chosen = dice.sample(pool, STARTS + steps + aside)
+    known = {name: dice.randrange(MODULUS) for name in chosen[:STARTS]}
+    told = [f"{name} is {value}." for name, value in known.items()]
+    worked, last = [], chosen[STARTS - 1]
+    for name in chosen[STARTS : STARTS + steps]:
+        other = dice.choice([each for each in known if each != last])
+        sign = dice.choice("+-")
+        value = (known[last] + (1 if sign == "+" else -1) * known[other]) % MODULUS
+        told.append(f"{name} is {last} {sign} {other}.")
+        numbers = f"{known[last]} {sign} {known[other]}"
+        worked.append(f"{name} = {last} {sign} {other} = {numbers} = {value}")
+        known[name], last = value, name
+    for name in chosen[STARTS + steps :]:
+        first, second = dice.sample(sorted(known), 2)
+        told.append(f"{name} is {first} {dice.choice('+-')} {second}.")
+    dice.shuffle(told)
+    question = f"All numbers are modulo {MODULUS}. What is {last}?"
+    return Problem(" ".join([*told, question]), tuple(worked), known[last])
+
+
+def problems(
+    pool: Sequence[str], *, steps: Sequence[int], count: int, seed: str
+) -> Iterator[Problem]:
+    """`count` problems, of each number of steps in turn."""
+    for number in range(count):
+        yield make_problem(pool, steps=steps[number % len(steps)], seed=f"{seed}/{number}")
+
+
+def write_files(
+    output: str, *, chats: int, num_problems: int, steps: Sequence[int], seed: int
+) -> None:
+    """Write the three files, local or s3://.
+
+    Raises:
+        ValueError: the steps are too many for the names there are.
+        OSError: a file cannot be written.
+    """
+    pool = names()
+    short = [each for each in steps if each <= max(steps) // SHORT] or [min(steps)]
+    files: dict[str, Iterator[dict[str, Any]]] = {
+        "text.jsonl": (
+            {"text": f"{each.text}\n{each.solution}\n"}
+            for each in problems(pool, steps=short, count=chats, seed=f"{seed}/text")
+        ),
+        "chats.jsonl": (
+            {"messages": _messages(each)}
+            for each in problems(pool, steps=steps, count=chats, seed=f"{seed}/chats")
+        ),
+        "problems.jsonl": (
+            {"problem": each.text, "answer": each.answer, "steps": len(each.steps)}
+            for each in problems(pool, steps=steps, count=num_problems, seed=f"{seed}/held out")
+        ),
+    }
+    for name, rows in files.items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        storage.write_text(storage.join(output, name), text)
+
+
+def _messages(problem: Problem) -> list[dict[str, str]]:
+    return [
+        {"role": "user", "content": PROMPT.format(problem=problem.text)},
+        {"role": "assistant", "content": problem.solution},
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the files."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("output", help="the folder to write to, local or s3://")
+    parser.add_argument("--chats", type=int, required=True, help="to fine-tune on, and texts")
+    parser.add_argument("--problems", type=int, required=True, help="to answer")
+    parser.add_argument("--steps", type=int, nargs="+", required=True, help="of a problem")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    for name, least in (("chats", options.chats), ("problems", options.problems)):
+        if least < 1:
+            parser.error(f"--{name} must be at least 1, got {least}")
+    if min(options.steps) < 1:
+        parser.error(f"--steps must be at least 1, got {min(options.steps)}")
+    output = options.output if "://" in options.output else str(Path(options.output))
+    try:
+        write_files(
+            output,
+            chats=options.chats,
+            num_problems=options.problems,
+            steps=options.steps,
+            seed=options.seed,
+        )
+    except (ValueError, OSError) as error:
+        fail(str(error))
+    print(f"{output}: {options.chats:,} chats and {options.problems:,} problems")
+
+
+if __name__ == "__main__":
+    main()
