@@ -1,11 +1,12 @@
 """Plans: by hand where they can be, against the real cache where they cannot."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from jobs import plan
+from jobs import decode_arithmetic, plan
 from nsa_platform.config.base import ConfigError
 from nsa_platform.config.model import ModelConfig
 from nsa_platform.model.cost import count_parameters, dense_equivalent
@@ -36,6 +37,19 @@ def test_what_a_decode_reads_is_the_papers_sum(model):
     # Section 3 of the paper's arithmetic: 11.6 times fewer at 64k.
     assert dense / decode_read_bytes(model, tokens) == pytest.approx(11.6, abs=0.1)
     assert decode_read_bytes(model, 20) == 24_576 * 40
+
+
+def test_the_recorded_arithmetic_is_that_of_today(model):
+    stored = json.loads((ROOT / "results" / "decode_arithmetic.json").read_text())
+    found = decode_arithmetic.record(model, stored["command"])["records"]
+    assert found == stored["records"]
+    values = {each["name"]: each for each in found}
+    # One pair of keys and values for each 16 tokens; 32 heads share two of them.
+    assert values["nsa/slope"]["value"] == pytest.approx(1 / 16)
+    assert values["nsa/65536"]["intensity"] == values["full/65536"]["intensity"] == 16
+    # MLA reads as much here, for 32 heads at once: 2 x 32 x (512 + 448) of 512 x 2 bytes.
+    assert values["mla/65536"]["value"] == values["full/65536"]["value"]
+    assert values["mla/65536"]["intensity"] == pytest.approx(60)
 
 
 def test_a_latent_cache_holds_and_reads_its_latents_alone(model):

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from jobs.gates import draw as draw_gates
+from jobs.gates import record as record_gates
 from jobs.load_record import record_load
 from jobs.model_tags import model_tags
 from jobs.preparation_record import record_preparation
@@ -87,6 +89,39 @@ def test_runs_of_one_road_stand_below_one_run(tracking: TrackingConfig, tmp_path
     tracker.log_text("# all of it\n", "report.md")
     assert tracker.finish("FINISHED") == 0
     assert [file.path for file in client.list_artifacts(above.info.run_id)] == ["report.md"]
+
+
+def test_gates_of_runs_one_after_the_other(tracking: TrackingConfig, tmp_path: Path) -> None:
+    folders = []
+    for name, steps, gate in (("gates-pretrain", 4, 0.5), ("gates-sft", 2, 0.9)):
+        queue = tmp_path / name
+        handle = open_run(
+            tracking, job="x", name=name, params={}, tags={}, yaml_text="", queue_dir=queue
+        )
+        tracker = Tracker(handle)
+        for step in range(2, steps + 1, 2):
+            for layer in (0, 1):
+                gates = {"cmp": gate, "slc": gate / step, "win": 0.1 * layer}
+                tracker.log_metrics(
+                    {f"nsa/gate_mean/{key}/{layer}": value for key, value in gates.items()}, step
+                )
+        assert tracker.finish("FINISHED") == 0
+        facts = {"run_id": handle.run_id, "handle": {"uri": tracking.uri}, "step": steps}
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "finished.json").write_text(json.dumps(facts | {"device": "cpu"}))
+        folders.append(folder)
+    found = record_gates(folders, name="gates")
+    values = {each["name"]: each["value"] for each in found["records"]}
+    assert values["gates-pretrain/slc/first"] == pytest.approx(0.25)
+    assert values["gates-pretrain/slc/last"] == pytest.approx(0.125)
+    assert values["gates-sft/cmp/last"] == pytest.approx(0.9)
+    assert values["gates-sft/win/last"] == pytest.approx(0.05)  # a mean of two layers
+    assert [phase["begins"] for phase in found["phases"]] == [0, 4]
+    assert [step for phase in found["phases"] for step, _ in phase["gates"]] == [2, 4, 6]
+    # As it is drawn again from its file.
+    draw_gates(json.loads(json.dumps(found)), tmp_path / "docs" / "gates.png")
+    assert (tmp_path / "docs" / "gates.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_parent_must_be_named(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ Every function takes plain numbers and returns a matplotlib Figure; nothing here
 from nsa_platform.figures.canvas import png
 from nsa_platform.figures.evaluation import bars, needle_map, scores
 from nsa_platform.figures.mechanism import attention_held, block_attention, quality_by_blocks
-from nsa_platform.figures.serving import decode_speeds, latencies, scaling
+from nsa_platform.figures.serving import decode_arithmetic, decode_speeds, latencies, scaling
 from nsa_platform.figures.sweep import compared_losses, compared_positions
 from nsa_platform.figures.training import (
     Health,
@@ -28,6 +28,7 @@ __all__ = [
     "block_attention",
     "compared_losses",
     "compared_positions",
+    "decode_arithmetic",
     "decode_speeds",
     "expert_load",
     "gate_means",

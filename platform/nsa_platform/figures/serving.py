@@ -5,10 +5,42 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from nsa_platform.figures.canvas import FAINT, INK, VALID, canvas, dress, note
+from nsa_platform.figures.canvas import FAINT, INK, TRAIN, VALID, canvas, dress, note
 
 DASHES = ("--", "-", "-.", ":")
 """Of lines that differ in the number of sequences alone, the fewest first."""
+
+
+def decode_arithmetic(
+    lines: Mapping[str, Sequence[tuple[int, float, float]]], *, ridge: float, title: str
+) -> Figure:
+    """Two panels against the context: bytes that a step reads, and operations for each of them.
+
+    Args:
+        lines: system -> points of (context, bytes, operations per byte).
+        ridge: operations per byte at which a device's products take as long as its memory.
+    """
+    figure = Figure(figsize=(10.5, 4.2), layout="constrained")
+    figure.suptitle(title, color=INK)
+    read, intensity = figure.subplots(1, 2)
+    dress(read, "what is read", x="tokens of context", y="MiB")
+    dress(intensity, "arithmetic intensity", x="tokens of context", y="FLOPs per byte")
+    styles = {"nsa": (VALID, "-"), "full": (TRAIN, "--"), "mla": (FAINT, "-.")}
+    for system, points in lines.items():
+        color, line = styles[system]
+        contexts = [context for context, _, _ in points]
+        sizes = [size / 2**20 for _, size, _ in points]
+        read.plot(contexts, sizes, line, color=color, label=system)
+        intensity.plot(contexts, [ratio for *_, ratio in points], line, color=color, label=system)
+    intensity.axhline(ridge, color=INK, linewidth=0.8)
+    note = f" {ridge:.0f}: products as slow as memory, H100 as measured"
+    intensity.text(min(min(p)[0] for p in lines.values()), ridge * 1.08, note, fontsize=8)
+    for axes in (read, intensity):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+    intensity.set_ylim(1, 4 * ridge)
+    read.legend()
+    return figure
 
 
 def latencies(times_ms: Mapping[str, Sequence[float]], *, title: str) -> Figure:

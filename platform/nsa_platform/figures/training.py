@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from nsa_platform.figures.canvas import (
+    FAINT,
     INK,
     SEQUENTIAL,
     TRAIN,
@@ -63,8 +64,16 @@ def loss_curve(
     return figure
 
 
-def gate_means(history: Health, *, title: str = "Mean gate of each branch") -> Figure:
-    """One panel for each branch: the mean gate of every layer over steps."""
+def gate_means(
+    history: Health,
+    *,
+    title: str = "Mean gate of each branch",
+    begins: Mapping[str, int] | None = None,
+) -> Figure:
+    """One panel for each branch: the mean gate of every layer over steps.
+
+    begins: name of a run -> the step at which it begins, where a line stands.
+    """
     branches = [name for name in BRANCH_NAMES if any(name in row for row in _rows(history))]
     panels = len(branches) or 1
     figure = Figure(figsize=(3.6 * panels + 1.2, 3.8), layout="constrained")
@@ -76,6 +85,9 @@ def gate_means(history: Health, *, title: str = "Mean gate of each branch") -> F
         for layer in layers:
             line = _line(history, layer, branch)
             axes.plot(*line, color=rgba(color, layer), linewidth=1.6, marker=_marker(line[0]))
+        for name, step in (begins or {}).items():
+            axes.axvline(step, color=FAINT, linestyle=":")
+            axes.text(step, 0.02, f" {name}", color=INK, fontsize=8)
         axes.set_ylim(0, 1)
     grid[0].set_ylabel("gate (0 closed, 1 open)")
     _layer_bar(figure, color, layers, grid)

@@ -8,7 +8,12 @@ not planned.
 
 from dataclasses import dataclass
 
-from nsa_platform.config.model import ModelConfig, NsaAttentionConfig
+from nsa_platform.config.model import (
+    AttentionConfig,
+    MlaAttentionConfig,
+    ModelConfig,
+    NsaAttentionConfig,
+)
 from nsa_platform.model.cost import (
     CacheBytes,
     cache_bytes,
@@ -129,11 +134,24 @@ def plan_serving(
 
 def decode_read_bytes(model: ModelConfig, context: int) -> int:
     """Bytes of the cache that one new token after `context` others reads, over all layers."""
+    keys = _decode_keys(model.attention, context)
+    return model.layers * cached_channels(model.attention) * ELEMENT_BYTES * keys
+
+
+def decode_attention_flops(model: ModelConfig, context: int) -> int:
+    """Operations of that token with what it reads, over all layers; MLA's are on its latents."""
     attention = model.attention
-    keys = context
-    if isinstance(attention, NsaAttentionConfig):
-        size, stride = attention.compression_block_size, attention.compression_stride
-        blocks = 0 if context < size else (context - size) // stride + 1
-        selected = attention.num_selected_blocks * attention.selection_block_size
-        keys = blocks + min(selected, context) + min(attention.window_size, context)
-    return model.layers * cached_channels(attention) * ELEMENT_BYTES * keys
+    widths = attention.key_width + attention.value_width
+    if isinstance(attention, MlaAttentionConfig):
+        widths = attention.cached_width + attention.kv_lora_rank
+    keys = _decode_keys(attention, context)
+    return model.layers * 2 * attention.query_heads * widths * keys
+
+
+def _decode_keys(attention: AttentionConfig, context: int) -> int:
+    if not isinstance(attention, NsaAttentionConfig):
+        return context
+    size, stride = attention.compression_block_size, attention.compression_stride
+    blocks = 0 if context < size else (context - size) // stride + 1
+    selected = attention.num_selected_blocks * attention.selection_block_size
+    return blocks + min(selected, context) + min(attention.window_size, context)
