@@ -10,6 +10,7 @@ from jobs import reasoning_chats as job
 from nsa_platform.config.tasks import AimeTask
 from nsa_platform.data.tokenizer import train_tokenizer
 from nsa_platform.evaluate.tasks.aime import aime, boxed_integer
+from nsa_platform.evaluate.tasks.task import WrittenSample
 
 NAMES = [f"n{i}" for i in range(60)]
 
@@ -66,6 +67,7 @@ def test_what_is_written_is_what_the_task_asks(tmp_path: Path):
         tokenizer,
     )
     sample = next(iter(task.samples()))
+    assert isinstance(sample, WrittenSample)
     chat = job._messages(job.make_problem(job.names(), steps=2, seed="0/held out/0"))
     assert chat[0]["content"].strip() in tokenizer.decode(sample.prompt)
     assert sample.score(chat[1]["content"]) == 1.0 and sample.score("\\boxed{1000}") == 0.0

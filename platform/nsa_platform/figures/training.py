@@ -85,12 +85,14 @@ def gate_means(
         for layer in layers:
             line = _line(history, layer, branch)
             axes.plot(*line, color=rgba(color, layer), linewidth=1.6, marker=_marker(line[0]))
-        for name, step in (begins or {}).items():
-            axes.axvline(step, color=FAINT, linestyle=":")
-            axes.text(step, 0.02, f" {name}", color=INK, fontsize=8)
         axes.set_ylim(0, 1)
     grid[0].set_ylabel("gate (0 closed, 1 open)")
     _layer_bar(figure, color, layers, grid)
+    # After the legend, which has an entry for every line.
+    for name, step in (begins or {}).items():
+        for axes in grid:
+            axes.axvline(step, color=FAINT, linestyle=":")
+            axes.text(step, 0.02, f" {name}", color=INK, fontsize=8)
     return figure
 
 

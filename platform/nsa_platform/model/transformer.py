@@ -45,7 +45,7 @@ class Output(NamedTuple):
     experts it is empty."""
 
 
-def _attention(config: ModelConfig, index: int) -> nn.Module:
+def _attention(config: ModelConfig, index: int) -> NsaAttention | FullAttention | MlaAttention:
     attention = config.attention
     match attention:
         case NsaAttentionConfig():
