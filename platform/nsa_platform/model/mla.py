@@ -1,4 +1,4 @@
-"""Multi-head Latent Attention: keys and values are projections of one narrow latent
+"""Multi-head Latent Attention: keys and values are projections of one narrow latent.
 
 Source: arXiv 2405.04434 (DeepSeek-V2), section 2.1. In whole sequences every head attends to its
 own keys and values (PackedStep). A cache keeps the latent and the rotated key that the heads share,
@@ -15,7 +15,7 @@ from nsa_kernels import full_attention, full_paged_attention, project
 from nsa_platform.config.model import MlaAttentionConfig, ModelConfig
 from nsa_platform.model.cache import LatentLayerCache, LayerCache
 from nsa_platform.model.exchange import to_heads, to_tokens
-from nsa_platform.model.layers import from_own_inputs, own_outputs, projection, rms_norm
+from nsa_platform.model.layers import added, from_own_inputs, own_outputs, projection, rms_norm
 from nsa_platform.model.rotary import Rotation, attention_scale
 from nsa_platform.model.step import PackedStep, PagedStep, Step
 
@@ -64,7 +64,7 @@ class MlaAttention(nn.Module):
         layers = [projection(self.query), projection(self.latent)]
         q, latent = project(x, layers, norm=rms_norm(norm))
         out = self._attend_paged(*self._arranged(q, latent, step.rotation), step, cache)
-        return project(out.flatten(1), [projection(self.output)], residual=x)[0]
+        return added(self.output, out.flatten(1), x)
 
     def _arranged(self, q: Tensor, latent: Tensor, rotation: Rotation) -> _Arranged:
         """The parts of the projections q [T, heads * K] and latent [T, rank + rotary_width]."""
