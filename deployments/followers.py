@@ -128,4 +128,4 @@ def _reason(error: RayError | None) -> str:
         return "a rank of the model has ended"
     if isinstance(error, RayTaskError):
         return str(error.cause or error)
-    return f"a rank of the model has died: {error}"
+    return f"a rank of the model has died: {str(error).splitlines()[0]}"
