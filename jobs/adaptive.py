@@ -29,7 +29,11 @@ from nsa_platform.train.metrics import device_name
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Score, write and print."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    for name in ("length", "texts"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     try:
         record = measure(
             options.model,

@@ -1,6 +1,7 @@
-"""The command line that every job shares: --config, --set, --dry-run."""
+"""The command line that jobs share: --config, --set, --dry-run, and records to draw again."""
 
 import argparse
+import json
 import signal
 import sys
 import threading
@@ -8,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from rich.console import Console
 from rich.syntax import Syntax
@@ -44,6 +45,22 @@ def parser(root: type[Strict], doc: str) -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="print the resolved configuration and stop"
     )
     return result
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A stored record of measured figures.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds something else.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{path} is not JSON") from None
+    if not isinstance(record, dict) or "records" not in record:
+        raise ValueError(f"{path} holds no measured figures")
+    return record
 
 
 def read_run(root: type[Run], doc: str, argv: Sequence[str] | None = None) -> tuple[Run, bool]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from jobs.cli import fail
+from jobs.cli import fail, read_record
 from nsa_platform import figures
 from nsa_platform.tracking import read_run
 
@@ -59,7 +59,7 @@ def record(folders: Sequence[Path], *, name: str, uri: str | None = None) -> dic
         "device": device,
         "commit": commit,
         "date": datetime.now(UTC).date().isoformat(),
-        "command": f"python -m jobs.gates {' '.join(folder.name for folder in folders)}",
+        "command": f"python -m jobs.gates {' '.join(f.name for f in folders)} --name {name}",
         "records": records,
         "phases": phases,
     }
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("give folders and --name, or --draw")
     try:
         if options.draw is not None:
-            result = json.loads(options.draw.read_text(encoding="utf-8"))
+            result = read_record(options.draw)
         else:
             result = record(options.folders, name=options.name, uri=options.uri)
             target = ROOT / "results" / f"{options.name}.json"

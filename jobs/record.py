@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from jobs.cli import fail
+from jobs.cli import fail, read_record
 from nsa_platform import figures
 from nsa_platform.tracking import read_run
 
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("give a folder, --name and --device, or --draw")
     try:
         if options.draw is not None:
-            result = json.loads(options.draw.read_text(encoding="utf-8"))
+            result = read_record(options.draw)
         else:
             result = record(
                 options.folder, name=options.name, device=options.device, uri=options.uri
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         picture = ROOT / "docs" / f"{result['name']}.png"
         draw(result, picture)
-    except (OSError, KeyError) as error:
+    except (OSError, ValueError, KeyError) as error:
         fail(f"no such record: {error}")
     print(f"{picture}")
 

@@ -31,8 +31,8 @@ def project(
     """Each projection of x, or of its norm: activation(norm(x) weight^T + bias) + residual.
 
     In the Triton backend up to 64 rows take one launch, in which a row's result does not depend on
-    the rows beside it, sums are fp32 and nothing between is rounded. It may read weights while the
-    launch before it still runs: work that changes them must have ended.
+    what the rows beside it hold, sums are fp32 and nothing between is rounded. It may read weights
+    while the launch before it still runs: work that changes them must have ended.
 
     Args:
         x: [T, D].

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs import gates, record
 from jobs.gates import draw as draw_gates
 from jobs.gates import record as record_gates
 from jobs.load_record import record_load
@@ -242,3 +243,16 @@ def test_an_evaluation_report_shows_what_was_measured() -> None:
         "| mqar | 512 | 8 | 0.500 | 0.200 to 0.800 |",
     ):
         assert words in report
+
+
+@pytest.mark.parametrize("job", [gates, record], ids=["gates", "record"])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("# Heading", "is not JSON"), ('{"points": []}', "holds no measured figures")],
+)
+def test_a_file_that_is_no_record_is_named(job, text, reason, tmp_path, capsys):
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit):
+        job.main(["--draw", str(path)])
+    assert f"{path} {reason}" in capsys.readouterr().err
