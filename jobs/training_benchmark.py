@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from jobs.cli import EXIT_BAD_CONFIG, fail, parser
 from jobs.training_points import ATTENTIONS, RECOMPUTES, Point, attention_kernel, run_of
@@ -31,7 +32,7 @@ from nsa_platform.config.base import ConfigError
 from nsa_platform.config.runs import PretrainRun
 from nsa_platform.train.estimate import estimate
 from nsa_platform.train.parallel import World
-from nsa_platform.train.trial import Subject
+from nsa_platform.train.trial import Subject, Tried
 
 CONTEXTS = (8192, 32768, 65536, 131072)
 OUT_OF_MEMORY = "out of memory"
@@ -85,26 +86,36 @@ class Measurement:
         """The record of a point; one with a `failure` if it has none."""
         failure = f"{OUT_OF_MEMORY} at a shorter context"
         for mode in list(self._modes[point.attention]):
-            failure, record = self._try(point, mode)
-            if failure is None:
-                return record
+            tried = self._try(point, mode)
+            if isinstance(tried, Tried):
+                return record_of(point, mode, tried)
+            failure = tried
             self._forget()
             if failure != OUT_OF_MEMORY:
-                return record
+                return record_of(point, mode, None, failure=failure)
             self._modes[point.attention].remove(mode)
         return record_of(point, None, None, failure=failure)
 
-    def _try(self, point: Point, mode: str) -> tuple[str | None, dict[str, Any]]:
+    def _try(self, point: Point, mode: str) -> Tried | str:
+        """What was found, or why nothing: the same on all workers, for they go on together."""
+        tried: Tried | None = None
+        failure: str | None = None
         try:
-            return None, self._tried(point, mode)
+            tried = self._tried(point, mode)
         except torch.OutOfMemoryError:
             failure = OUT_OF_MEMORY
         # A kernel that cannot run here must not end what others can.
         except RuntimeError as error:
             failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        return failure, record_of(point, mode, None, failure=failure)
+        failures: list[str | None] = [None] * self._world.size
+        dist.all_gather_object(failures, failure)
+        failure = next((each for each in failures if each is not None), None)
+        if failure is not None:
+            return failure
+        assert tried is not None
+        return tried
 
-    def _tried(self, point: Point, mode: str) -> dict[str, Any]:
+    def _tried(self, point: Point, mode: str) -> Tried:
         run = run_of(self._run, point, mode, workers=self._world.size)
         (stage,) = run.in_stages()
         assert run.model is not None
@@ -113,8 +124,7 @@ class Measurement:
                 self._forget()
                 self._subject = Subject(run.model, stage, self._world)
                 self._built = point.attention, mode
-            tried = self._subject.tried(stage, **self._steps)
-        return record_of(point, mode, tried)
+            return self._subject.tried(stage, **self._steps)
 
     def _forget(self) -> None:
         self._subject = self._built = None

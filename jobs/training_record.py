@@ -61,6 +61,7 @@ def about(
 ) -> dict[str, Any]:
     """What holds for all points of one run of the benchmark."""
     assert run.model is not None
+    starter = "python" if world.size == 1 else f"torchrun --nproc-per-node {world.size}"
     return {
         "name": name,
         "model": run.model.name,
@@ -78,7 +79,7 @@ def about(
         },
         "commit": commit or _commit(),
         "date": datetime.now(UTC).date().isoformat(),
-        "command": f"python -m jobs.training_benchmark {command}",
+        "command": f"{starter} -m jobs.training_benchmark {command}",
     }
 
 

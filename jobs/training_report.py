@@ -1,29 +1,36 @@
-"""Write docs/training.md and its picture from the records of jobs.training_benchmark.
+"""Write docs/training.md and its pictures from the records of jobs.training_benchmark.
 
     python -m jobs.training_report results/training_nsa_1b_h100.json [more.json ...]
 
-Each record becomes a section with a table; the picture shows the first one. No figure is written
-by hand.
+Records of one model on as many workers that share in the same way are one section with a table; a
+picture shows the first. Points of several workers that one worker has too become a section and a
+picture of their own. No figure is written by hand.
 """
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jobs import training_scaling
 from jobs.cli import fail
+from jobs.training_points import ATTENTIONS
 from nsa_platform import figures
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "training.md"
 PICTURE = "training_context.png"
+SCALING_PICTURE = "training_scaling.png"
+SAME = (*training_scaling.SAME, "workers", "mesh")
+"""What records of one section have in common."""
 
 LABELS = {
     "nsa": "NSA",
     "full": "full attention, our kernel",
     "full_sdpa": "full attention, torch's kernel (cuDNN on a GPU)",
 }
+DENSE = ("full", "full_sdpa")
 HEAD = (
     "context", "attention", "recomputed", "step s", "tokens/s/GPU", "MFU", "MFU dense-equivalent",
     "GiB", "against the best dense",
@@ -47,24 +54,43 @@ def render(results: Sequence[Record], *, picture: str = PICTURE) -> str:
         "",
         f"![Tokens per second against the context]({picture})",
     ]
-    for result in results:
+    for result in joined(results):
         lines += _section(result)
+    if points := training_scaling.scaled(results):
+        lines += training_scaling.section(points, LABELS, picture=SCALING_PICTURE)
     return "\n".join(lines) + "\n"
 
 
+def joined(results: Sequence[Record]) -> list[Record]:
+    """Records of a section as one, in the order in which sections begin; `commands` has the
+    commands of all. Of a point that stands in several the last counts."""
+    sections: dict[tuple[Any, ...], list[Record]] = {}
+    for result in results:
+        sections.setdefault(tuple(result[name] for name in SAME), []).append(result)
+    return [_as_one(parts) for parts in sections.values()]
+
+
+def _as_one(parts: Sequence[Record]) -> Record:
+    points = {(r["name"], r["recompute"]): r for part in parts for r in part["records"]}
+    by_kind = sorted(
+        points.values(), key=lambda r: (ATTENTIONS.index(r["attention"]), r["context"])
+    )
+    return parts[0] | {"records": by_kind, "commands": [part["command"] for part in parts]}
+
+
 def write_page(results: Sequence[Record], page: Path = PAGE) -> None:
-    """Write the page and the picture beside it."""
+    """Write the page and the pictures beside it."""
     page.parent.mkdir(parents=True, exist_ok=True)
-    draw(results[0], page.parent / PICTURE)
+    draw(joined(results)[0], page.parent / PICTURE)
+    if points := training_scaling.scaled(results):
+        training_scaling.draw(points, LABELS, page.parent / SCALING_PICTURE)
     page.write_text(render(results), encoding="utf-8")
 
 
 def draw(result: Record, path: Path) -> None:
     """Tokens per second and GPU against the context, a line for each kind of attention."""
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for record in _measured(result):
-        points = lines.setdefault(LABELS[record["attention"]], [])
-        points.append((record["context"], record["value"]))
+    kinds = [kind for kind in ATTENTIONS if _best(result, [kind])]
+    lines = {LABELS[kind]: list(_best(result, [kind]).items()) for kind in kinds}
     title = f"{result['model']} on {result['workers']} x {result['device']}"
     figures.throughput(lines, title=title).savefig(path, dpi=110)
 
@@ -75,7 +101,7 @@ def _measured(result: Record) -> Iterator[Record]:
 
 def _section(result: Record) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    best = _best_dense(result)
+    best = _best(result, DENSE)
     rows = [_row(record, best) for record in result["records"]]
     return [
         "",
@@ -85,7 +111,7 @@ def _section(result: Record) -> list[str]:
         f"{result['parameters'] / 1e9:.3g}B parameters, {result['dtype']}, "
         f"{'compiled' if result['compile'] else 'not compiled'}, {result['mesh']}; {versions}; "
         f"commit {result['commit']}; {result['date']}.",
-        f"Reproduce: `{result['command']}`.",
+        "Reproduce: " + ", ".join(f"`{command}`" for command in result["commands"]) + ".",
         "",
         "| " + " | ".join(HEAD) + " |",
         "|---" * len(HEAD) + "|",
@@ -94,11 +120,11 @@ def _section(result: Record) -> list[str]:
     ]
 
 
-def _best_dense(result: Record) -> dict[int, float]:
-    """Context -> the best rate of any kernel for full attention."""
+def _best(result: Record, kinds: Collection[str]) -> dict[int, float]:
+    """Context -> the best rate of these kinds of attention, whatever is computed again."""
     best: dict[int, float] = {}
     for record in _measured(result):
-        if record["attention"] != "nsa":
+        if record["attention"] in kinds:
             context = record["context"]
             best[context] = max(best.get(context, 0.0), record["value"])
     return best
@@ -122,7 +148,7 @@ def _row(record: Record, best: dict[int, float]) -> list[str]:
 
 def _findings(result: Record, best: dict[int, float]) -> list[str]:
     """What a reader looks for in the table, and whether layers compiled whole."""
-    rates = {r["context"]: r["value"] for r in _measured(result) if r["attention"] == "nsa"}
+    rates = _best(result, ["nsa"])
     lines = []
     if len(rates) > 1:
         first, last = min(rates), max(rates)
@@ -138,7 +164,7 @@ def _findings(result: Record, best: dict[int, float]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write page and picture."""
+    """Write page and pictures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,6 +1,7 @@
 """The training benchmark on a toy model: every kind of attention, failures, the page it becomes."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,17 @@ import torch
 import yaml
 
 from jobs import training_benchmark
+from jobs.ports import free_ports
 from jobs.training_points import Point, attention_kernel, run_of
-from jobs.training_report import render, write_page
+from jobs.training_report import joined, render, write_page
+from jobs.training_scaling import Scaled, scaled
 from nsa_kernels import full_attention
 from nsa_platform.config.base import ConfigError
 from nsa_platform.config.runs import PretrainRun
 from nsa_platform.model import attention as attention_module
 from nsa_platform.train.trial import Subject
 from tests.platform.train.tiny_run import MODEL
+from tests.platform.train.workers import start_workers
 
 CONTEXTS = [16, 32]
 
@@ -88,6 +92,37 @@ def test_modes_that_do_not_fit_give_way_and_other_failures_are_told(
     assert "| 48 | NSA | full | RuntimeError: no such kernel |" in render([result])
 
 
+def one_of_several(rank: int, size: int, port: int, line: list[str]) -> None:
+    """A worker as torchrun starts it; the second one never has room for `selective`."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "benchmark"}
+    tried = Subject.tried
+
+    def too_small(self: Subject, stage: Any, **steps: int) -> Any:
+        found = tried(self, stage, **steps)
+        if rank == 1 and stage.train.activation_checkpointing == "selective":
+            raise torch.OutOfMemoryError
+        return found
+
+    Subject.tried = too_small
+    training_benchmark.main(line)
+
+
+def test_workers_go_on_together_where_one_has_no_room(config: Path, tmp_path: Path) -> None:
+    target = tmp_path / "r.json"
+    line = ["--config", str(config), "--json", str(target), "--contexts", "32", "--steps", "1"]
+    line += ["--attention", "nsa", "--set", "train.mesh.context_parallel_degree=2"]
+    (port,) = free_ports(1)
+    start_workers(one_of_several, port, line, size=2)
+    result = json.loads(target.read_text())
+    assert (result["workers"], result["mesh"]) == (2, "context 2, state over 2")
+    assert result["command"].startswith("torchrun --nproc-per-node 2 -m jobs.training_benchmark")
+    (record,) = result["records"]
+    assert record["recompute"] == "full"
+    assert record["value"] == pytest.approx(32 / record["step_s"] / 2)
+
+
 def test_nothing_fits(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def too_small(self: Subject, stage: Any, **steps: int) -> Any:
         raise torch.OutOfMemoryError
@@ -149,3 +184,35 @@ def test_page_and_picture(result: dict[str, Any], tmp_path: Path) -> None:
     assert "NSA at 32 tokens has 80% of its rate at 16." in page
     assert "1.60x |" in page
     assert (tmp_path / "training_context.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_several_workers_are_compared_with_one(result: dict[str, Any], tmp_path: Path) -> None:
+    def rates(workers: int, mesh: str, recompute: str, *values: float) -> dict[str, Any]:
+        return result | {
+            "workers": workers,
+            "mesh": mesh,
+            "records": [
+                record | {"recompute": recompute, "value": value}
+                for record, value in zip(result["records"], values, strict=False)
+            ],
+        }
+
+    alone = rates(1, "state over 1", "full", 1000.0, 800.0)
+    four = rates(4, "state over 4", "full", 900.0, 760.0)
+    context = rates(4, "context 4, state over 4", "full", 500.0)
+    other = rates(4, "state over 4", "selective", 1100.0)
+    found = scaled([alone, four, context, other])
+    assert found == [
+        Scaled("nsa", 16, "full", 4, "context 4", 500.0, 0.5),
+        Scaled("nsa", 16, "full", 4, "state alone", 900.0, 0.9),
+        Scaled("nsa", 32, "full", 4, "state alone", 760.0, 0.95),
+    ]
+    assert scaled([four, alone | {"commit": "another"}]) == []
+    # Workers that share alike have one section, with the best of each context in the picture.
+    sections = joined([four, context, other])
+    assert [len(section["records"]) for section in sections] == [3, 1]
+    page = render([alone, four, context, other])
+    assert "NSA at 32 tokens has 69% of its rate at 16." in page
+    assert "| 16 | NSA | full | 4 | context 4 | 500 | 50.0% |" in page
+    write_page([alone, four], tmp_path / "training.md")
+    assert (tmp_path / "training_scaling.png").read_bytes().startswith(b"\x89PNG")

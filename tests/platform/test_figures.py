@@ -159,3 +159,13 @@ def test_throughput_has_a_line_for_each_attention_and_names_its_rates() -> None:
     assert {"NSA", "dense", "8,192", "32,768", "1,100"} <= set(words.split("\n"))
     lines = {str(line.get_label()): points(line) for line in figure.axes[0].get_lines()}
     assert lines["NSA"] == [(8192, 1000), (32768, 900)]
+
+
+def test_efficiency_has_a_line_for_each_way_to_share() -> None:
+    figure = figures.efficiency(
+        {"context 4": [(4, 0.85), (1, 1.0)], "state": [(1, 1.0), (2, 0.97)]}
+    )
+    assert {"context 4", "state", "85%", "97%"} <= set(texts(figure).split("\n"))
+    lines = {str(line.get_label()): points(line) for line in figure.axes[0].get_lines()}
+    assert lines["context 4"] == [(1, 1.0), (4, 0.85)]
+    assert list(figure.axes[0].get_xticks()) == [1, 2, 4]

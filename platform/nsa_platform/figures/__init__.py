@@ -11,6 +11,7 @@ from nsa_platform.figures.sweep import compared_losses, compared_positions
 from nsa_platform.figures.training import (
     Health,
     Points,
+    efficiency,
     expert_load,
     gate_means,
     loss_by_position,
@@ -30,6 +31,7 @@ __all__ = [
     "compared_positions",
     "decode_arithmetic",
     "decode_speeds",
+    "efficiency",
     "expert_load",
     "gate_means",
     "latencies",

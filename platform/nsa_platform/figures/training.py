@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from nsa_platform.figures.canvas import (
     FAINT,
@@ -202,6 +202,26 @@ def throughput(
     axes.margins(0.1)
     if lines:
         axes.legend(frameon=False)
+    return figure
+
+
+def efficiency(
+    lines: Mapping[str, Points], *, title: str = "Training throughput by workers"
+) -> Figure:
+    """Rate of each worker over that of one alone; 100 % is as good as it gets.
+
+    Args:
+        lines: name -> points (workers, share).
+    """
+    figure, axes = canvas(title, x="workers", y="tokens per second and worker, of one alone")
+    for name, points in lines.items():
+        workers, shares = zip(*sorted(points), strict=True)
+        axes.plot(workers, shares, marker="o", linewidth=2, label=name)
+        note(axes, workers[-1], shares[-1], f"{shares[-1]:.0%}")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_ylim(bottom=0)
+    axes.set_xticks(sorted({count for points in lines.values() for count, _ in points}))
+    figure.legend(loc="outside lower center", fontsize="small")
     return figure
 
 
