@@ -1,6 +1,6 @@
 """The sizes of Native Sparse Attention, and how many compressed blocks they make."""
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -62,7 +62,8 @@ class NsaConfig:
     @property
     def sizes(self) -> list[int]:
         """The fields in order, as the registered ops carry them; NsaConfig(*sizes) undoes it."""
-        return list(astuple(self))
+        # Not astuple: below Python 3.12 it copies deeply, which ends a compiled graph.
+        return [getattr(self, name) for name in _LEAST]
 
 
 _LEAST = {
