@@ -56,7 +56,7 @@ def render(results: Sequence[Record], *, picture: str = PICTURE) -> str:
     ]
     for result in joined(results):
         lines += _section(result)
-    if points := training_scaling.scaled(results):
+    if points := training_scaling.scaled(joined(results)):
         lines += training_scaling.section(points, LABELS, picture=SCALING_PICTURE)
     return "\n".join(lines) + "\n"
 
@@ -82,7 +82,7 @@ def write_page(results: Sequence[Record], page: Path = PAGE) -> None:
     """Write the page and the pictures beside it."""
     page.parent.mkdir(parents=True, exist_ok=True)
     draw(joined(results)[0], page.parent / PICTURE)
-    if points := training_scaling.scaled(results):
+    if points := training_scaling.scaled(joined(results)):
         training_scaling.draw(points, LABELS, page.parent / SCALING_PICTURE)
     page.write_text(render(results), encoding="utf-8")
 
