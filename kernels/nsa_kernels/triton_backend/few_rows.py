@@ -22,40 +22,64 @@ from nsa_kernels.triton_backend.tiles import (
     await_launch,
     early_start,
     let_next_start,
+    power_of_two_within,
 )
 
-# About one program for each multiprocessor of a large GPU: more bytes are then under way in each.
-_WANTED_PROGRAMS = 128
+# Two thirds of the multiprocessors of a large GPU read as fast as all of them.
+_WANTED_PROGRAMS = 88
 # What a matrix product takes at least.
 _LEAST_ROWS = _LEAST_OUTPUTS = _LEAST_CHANNELS = 16
 _MOST_OUTPUTS = 64
-_TILE_BYTES = 16 * 2**10
+_MOST_CHANNELS = 512
+# Shared memory of a program, which has a multiprocessor to itself on GPUs with a copy engine, and
+# must run on every other.
+_PROGRAM_BYTES = {True: 192 * 2**10, False: 48 * 2**10}
+# Tiles under way.
+_LEAST_STAGES = 4
+_MOST_STAGES = 6
+# From so many rows on, four warps spend longer on the norm of x than its weights take to come.
+_MANY_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Rows of x and of a weight in a tile, and channels of both."""
+    """Rows of x and of a weight in a tile, channels of both, and how the compiler spreads them."""
 
     rows: int
     outputs: int
     channels: int
+    num_stages: int
+    num_warps: int
 
 
 def plan(
-    num_rows: int, width: int, outputs: Sequence[int], itemsize: int, *, is_swiglu: bool = False
+    num_rows: int,
+    width: int,
+    outputs: Sequence[int],
+    itemsize: int,
+    *,
+    is_swiglu: bool = False,
+    is_alone: bool = False,
 ) -> Launch:
     """The tiles for x [num_rows, width] and layers of so many outputs.
 
-    The widest tile of outputs that still gives each multiprocessor a program: x is read by every
-    program, from L2. SwiGLU takes two tiles of weights. A tile has 16 KB at most: then all programs
-    of a launch are on the GPU at once.
+    The widest tile of outputs that still keeps the memory busy: with 64 the product runs on
+    Hopper's tensor cores at their best, and x is read, from L2, by fewer programs. SwiGLU takes two
+    tiles of weights.
     """
     rows = max(_LEAST_ROWS, triton.next_power_of_2(num_rows))
-    tile = _LEAST_OUTPUTS if is_swiglu else _MOST_OUTPUTS
+    tile = _MOST_OUTPUTS
     while tile > _LEAST_OUTPUTS and sum(triton.cdiv(n, tile) for n in outputs) < _WANTED_PROGRAMS:
         tile //= 2
-    channels = min(256, _TILE_BYTES // (max(rows, tile) * itemsize), triton.next_power_of_2(width))
-    return Launch(rows, tile, max(_LEAST_CHANNELS, channels))
+    program_bytes = _PROGRAM_BYTES[is_alone]
+    channel_bytes = (tile * (1 + is_swiglu) + rows) * itemsize
+    # The two products of SwiGLU leave registers for smaller tiles.
+    least = _LEAST_STAGES * (2 if is_alone and is_swiglu else 1)
+    within = power_of_two_within(program_bytes // (least * channel_bytes))
+    most = min(_MOST_CHANNELS, triton.next_power_of_2(width))
+    channels = max(_LEAST_CHANNELS, min(most, within))
+    stages = min(_MOST_STAGES, program_bytes // (channels * channel_bytes))
+    return Launch(rows, tile, channels, stages, 8 if tile == rows == _MANY_ROWS else 4)
 
 
 def project(
@@ -72,9 +96,9 @@ def project(
     x = x.contiguous()
     is_swiglu = projections[0].activation == "swiglu"
     outputs = [one.width for one in projections]
-    launch = plan(num_rows, width, outputs, x.itemsize, is_swiglu=is_swiglu)
-    tiles = [triton.cdiv(n, launch.outputs) for n in outputs]
     options = early_start(x.device)
+    launch = plan(num_rows, width, outputs, x.itemsize, is_swiglu=is_swiglu, is_alone=bool(options))
+    tiles = [triton.cdiv(n, launch.outputs) for n in outputs]
     few_rows_kernel[(sum(tiles),)](
         x, x if norm is None else norm.weight, x if residual is None else residual,
         *_threefold([one.weight for one in projections]),
@@ -93,8 +117,8 @@ def project(
         TILE_D=launch.channels,
         PRECISION=_precision(x.dtype),
         STARTS_EARLY=bool(options),
-        num_warps=4,
-        num_stages=4 if options else 3,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
         **options,
     )  # fmt: skip
     return outs

@@ -114,12 +114,17 @@ def test_a_row_hangs_on_no_other() -> None:
     assert run(x[:0]).shape == (0, 48)
 
 
-def test_plans_fill_a_gpu() -> None:
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_plans_fill_a_gpu(is_alone: bool) -> None:
+    shared = 192 * 2**10 if is_alone else 48 * 2**10
     for outputs in ([4096, 1536, 96], [5632], [2048]):
         for rows in (1, 16, 32, 64):
-            launch = plan(rows, 2048, outputs, 2, is_swiglu=len(outputs) == 1)
-            assert sum(-(-n // launch.outputs) for n in outputs) >= 128
+            is_swiglu = len(outputs) == 1
+            launch = plan(rows, 2048, outputs, 2, is_swiglu=is_swiglu, is_alone=is_alone)
+            assert sum(-(-n // launch.outputs) for n in outputs) >= 88
             assert launch.rows >= rows
+            tile_bytes = 2 * launch.channels * (launch.outputs * (1 + is_swiglu) + launch.rows)
+            assert shared // 3 < launch.num_stages * tile_bytes <= shared
     assert plan(64, 24, [8], 4).channels == 32
 
 
