@@ -1,12 +1,13 @@
 """What an evaluation reads: held-out rows, and the text of a haystack."""
 
+import random
 from collections.abc import Callable, Iterator, Mapping
 
 from rich.progress import Progress
 
 from nsa_platform import storage
 from nsa_platform.config.data import LoaderConfig
-from nsa_platform.config.evaluate import BitsPerByteConfig, NeedleConfig
+from nsa_platform.config.evaluate import BitsPerByteConfig, NeedleConfig, PatternSearchConfig
 from nsa_platform.config.runs import EvaluateRun
 from nsa_platform.data.haystack import synthetic_filler
 from nsa_platform.data.loader import Batch, Loader
@@ -14,6 +15,7 @@ from nsa_platform.data.shards import ShardSet
 from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.evaluate.bits_per_byte import BitsPerByte, bits_per_byte, first_batches
 from nsa_platform.evaluate.scores import Score
+from nsa_platform.evaluate.tasks.words import uuid_pairs
 
 
 def counted(batches: Iterator[Batch], advance: Callable[[int], None]) -> Iterator[Batch]:
@@ -54,8 +56,25 @@ def filler_of(run: EvaluateRun, config: NeedleConfig, tokenizer: Tokenizer) -> l
     """Ids of the haystack's text."""
     if config.filler == "synthetic":
         return synthetic_filler(tokenizer)
-    loader = open_loader(run.data, "validation", tokenizer, max(config.lengths))
-    batches = first_batches(loader, tokens=16 * max(config.lengths), batch_rows=1)
+    return heldout_ids(run, tokenizer, rows=16, length=max(config.lengths))
+
+
+def pattern_sample(
+    run: EvaluateRun, config: PatternSearchConfig, tokenizer: Tokenizer, max_context: int
+) -> list[int]:
+    """Ids of the text on which MInference's patterns are searched."""
+    size = min(config.tokens, max_context)
+    if config.sample == "heldout":
+        return heldout_ids(run, tokenizer, rows=2, length=size)[:size]
+    # A pair has more than 16 tokens in any vocabulary: there is enough of them to cut from.
+    text = uuid_pairs(random.Random(config.seed), size // 16 + 1)
+    return tokenizer.encode(text)[-size:]
+
+
+def heldout_ids(run: EvaluateRun, tokenizer: Tokenizer, *, rows: int, length: int) -> list[int]:
+    """Ids of the first rows of held-out text, without those between documents."""
+    loader = open_loader(run.data, "validation", tokenizer, length)
+    batches = first_batches(loader, tokens=rows * length, batch_rows=1)
     ids = [token for batch in batches for token in batch.ids.tolist()]
     return [token for token in ids if token not in (tokenizer.eos_id, tokenizer.pad_id)]
 

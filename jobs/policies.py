@@ -5,16 +5,18 @@ from functools import partial
 
 from rich.progress import Progress
 
-from jobs.evaluation_inputs import filler_of, num_trials, score_text
+from jobs.evaluation_inputs import filler_of, num_trials, pattern_sample, score_text
 from nsa_platform.config.evaluate import BaselinesConfig
 from nsa_platform.config.runs import EvaluateRun
 from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.evaluate.baselines.comparison import (
     PolicyResult,
+    budget_of,
     policy_needles,
     reader_of,
     reads_of,
 )
+from nsa_platform.evaluate.baselines.pattern_search import Searched, search_patterns
 from nsa_platform.evaluate.baselines.reader import PolicyReader
 from nsa_platform.evaluate.tasks.suite import open_task, run_task
 from nsa_platform.evaluate.tasks.task import Decoding
@@ -31,8 +33,11 @@ def measure_policies(
 ) -> dict[str, PolicyResult]:
     """Every policy on the run's text, needles and tasks, by name."""
     results = {name: PolicyResult() for name in config.systems}
+    searched = _searched(run, config, model, tokenizer)
+    if searched is not None:
+        results["minference"].patterns = searched.heads
     make = {
-        name: partial(reader_of, name, model, config, tokenizer.stop_ids())
+        name: partial(reader_of, name, model, config, tokenizer.stop_ids(), searched)
         for name in config.systems
     }
     if run.bits_per_byte is not None:
@@ -65,6 +70,16 @@ def measure_policies(
     for name, result in results.items():
         _tasks(run, result, make[name], tokenizer, progress)
     return {str(name): result for name, result in results.items()}
+
+
+def _searched(
+    run: EvaluateRun, config: BaselinesConfig, model: Transformer, tokenizer: Tokenizer
+) -> Searched | None:
+    """MInference's patterns, if it is asked for and they are to be searched."""
+    if config.minference is None or "minference" not in config.systems:
+        return None
+    sample = pattern_sample(run, config.minference, tokenizer, model.config.max_context)
+    return search_patterns(model, sample, config.minference, budget_of(config, len(sample)))
 
 
 def _tasks(

@@ -131,7 +131,7 @@ def test_results_are_printed_and_recorded(place: Path, capsys: pytest.CaptureFix
 def test_policies_are_measured_beside_the_model(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    systems = ["full", "streaming", "quest"]
+    systems = ["full", "streaming", "quest", "minference"]
     changes = {
         "checkpoint": "full",
         "baselines": {"systems": systems, "tokens": 20},
@@ -150,10 +150,13 @@ def test_policies_are_measured_beside_the_model(
         assert 0 <= own[f"eval/baselines/{name}/mqar/64"] <= 1
         reads = {(r["task"], r["length"]): r for r in results["baselines"][name]["reads"]}
         assert set(reads) == {("text", 64), ("needle", 80), ("needle", 120), ("mqar", None)}
-        phase = "prefill" if name == "full" else "decode"
+        phase = "prefill" if name in ("full", "minference") else "decode"
         assert own[f"eval/baselines/{name}/text/{phase}/64/bytes_per_step"] > 0
-        if name != "full":
+        if phase == "decode":
             assert reads["needle", 120]["count"]["keys_per_query"] <= 20
+    kinds = results["baselines"]["minference"]["patterns"]
+    assert set(kinds) <= {"AShape", "VerticalSlash", "BlockSparse"}
+    assert sum(kinds.values()) == 2 * 4, "a pattern for each head of each layer"
     files = client(place).list_artifacts(run.info.run_id, "evaluation")
     names = {Path(file.path).name for file in files if "baselines" in file.path}
     assert names == {
@@ -162,6 +165,7 @@ def test_policies_are_measured_beside_the_model(
         "baselines_needle.json",
         "baselines_needle.png",
         "baselines_needle_trials.json",
+        "baselines_patterns.json",
         "baselines_reads.json",
         "baselines_tasks.json",
         "baselines_tasks.png",

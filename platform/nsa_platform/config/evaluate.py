@@ -64,6 +64,26 @@ BaselineName = Literal[
 ]
 
 
+class PatternSearchConfig(Strict):
+    """MInference's offline search of a pattern for each head (arXiv 2407.02490, 3.2)."""
+
+    sample: Literal["pairs", "heldout"] = "pairs"
+    """pairs: UUIDs that stand for UUIDs, and a question for one, as published. heldout: held-out
+    text of the data."""
+    tokens: PositiveInt = 30_000
+    """Of the sample, at most the model's max_context. The paper: 30k."""
+    vertical_slash: Annotated[tuple[tuple[PositiveInt, PositiveInt], ...], Field(min_length=1)] = (
+        (30, 800),
+        (100, 750),
+        (500, 700),
+        (3500, 100),
+        (1000, 4096),
+    )
+    """Ratios of columns to diagonals that vertical-slash is offered in; sizes follow the budget.
+    The default are those of the published search."""
+    seed: int = 0
+
+
 class BaselinesConfig(Strict):
     """Training-free policies over the keys and values of a checkpoint with full attention.
 
@@ -92,6 +112,9 @@ class BaselinesConfig(Strict):
     decoded_tail: PositiveInt = 64
     """Last tokens of a prompt that are decoded one by one: policies with a dense prefill then read
     the question by their own rule."""
+
+    minference: PatternSearchConfig | None = PatternSearchConfig()
+    """How MInference's patterns are searched; null: every head is vertical-slash, half and half."""
 
     @model_validator(mode="after")
     def _each_once(self) -> Self:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from nsa_platform.config.evaluate import BaselineName, BaselinesConfig, NeedleConfig
 from nsa_platform.config.model import ModelConfig
 from nsa_platform.data.tokenizer import Tokenizer
-from nsa_platform.evaluate.baselines.budget import equal_budget, split_budget
+from nsa_platform.evaluate.baselines.budget import Budget, equal_budget, split_budget
+from nsa_platform.evaluate.baselines.pattern_search import Found, Searched
 from nsa_platform.evaluate.baselines.policy import Phase, Policy
 from nsa_platform.evaluate.baselines.reader import PolicyReader, Start
 from nsa_platform.evaluate.baselines.reads import ReadCount
@@ -38,17 +39,37 @@ class PolicyResult:
     grid: NeedleGrid | None = None
     tasks: list[TaskResult] = field(default_factory=list)
     reads: list[TaskReads] = field(default_factory=list)
+    patterns: Sequence[Sequence[Found]] = ()
+    """What MInference's search has found for the heads of each layer."""
 
 
-def start_of(name: BaselineName, model: ModelConfig, config: BaselinesConfig) -> Start:
-    """How a policy begins on a context, with the sizes that the configuration asks for."""
+def budget_of(config: BaselinesConfig, context: int) -> Budget | None:
+    """The budget of a context of so many tokens; None: published sizes."""
+    if config.budget == "published":
+        return None
+    if config.tokens is not None:
+        return split_budget(config.tokens)
+    return equal_budget(config.nsa, context)
+
+
+def start_of(
+    name: BaselineName,
+    model: ModelConfig,
+    config: BaselinesConfig,
+    searched: Searched | None = None,
+) -> Start:
+    """How a policy begins on a context, with the sizes that the configuration asks for.
+
+    searched: MInference's patterns; None: the same one for every head.
+    """
 
     def start(context: int) -> Policy:
-        if config.budget == "published":
+        budget = budget_of(config, context)
+        if name == "minference" and searched is not None:
+            return searched.policy(model, budget)
+        if budget is None:
             return published(name, model, prompt_tokens=context)
-        if config.tokens is not None:
-            return within(name, model, split_budget(config.tokens))
-        return within(name, model, equal_budget(config.nsa, context))
+        return within(name, model, budget)
 
     return start
 
@@ -58,11 +79,12 @@ def reader_of(
     model: Transformer,
     config: BaselinesConfig,
     stop_ids: Collection[int] = (),
+    searched: Searched | None = None,
 ) -> PolicyReader:
     """A reader for a policy; it has read nothing."""
     return PolicyReader(
         model,
-        start_of(name, model.config, config),
+        start_of(name, model.config, config, searched),
         decoded_tail=config.decoded_tail,
         stop_ids=stop_ids,
     )

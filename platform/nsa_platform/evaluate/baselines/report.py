@@ -1,5 +1,6 @@
 """Policies beside the model in an MLflow run: metrics, tables, two figures, plain values."""
 
+from collections import Counter
 from dataclasses import asdict, fields
 from statistics import fmean
 from typing import Any
@@ -36,6 +37,7 @@ def record_baselines(
         step,
     )
     _record_reads(tracker, results)
+    _record_patterns(tracker, results)
     everybody = {MODEL: own, **results}
     if own.bits is not None:
         _record_text(tracker, everybody)
@@ -52,6 +54,7 @@ def baselines_summary(results: dict[str, PolicyResult]) -> dict[str, Any]:
             **_metrics(result),
             **({"by_position": _by_position(result.bits)} if result.bits is not None else {}),
             "reads": [asdict(each) for each in result.reads],
+            **({"patterns": _pattern_counts(result)} if result.patterns else {}),
         }
         for name, result in results.items()
     }
@@ -84,6 +87,24 @@ def _record_reads(tracker: Tracker, results: dict[str, PolicyResult]) -> None:
     counts = ["queries", "keys per query", "union per group", "bytes per step"]
     columns = ["policy", "task", "length", "phase", *counts]
     tracker.log_table(columns, rows, f"{FOLDER}/baselines_reads.json")
+
+
+def _record_patterns(tracker: Tracker, results: dict[str, PolicyResult]) -> None:
+    """The pattern that a search has found for each head."""
+    rows = [
+        [name, layer, head, str(found.pattern), found.share, found.error]
+        for name, result in results.items()
+        for layer, heads in enumerate(result.patterns)
+        for head, found in enumerate(heads)
+    ]
+    if rows:
+        columns = ["policy", "layer", "head", "pattern", "share of pairs", "error of output"]
+        tracker.log_table(columns, rows, f"{FOLDER}/baselines_patterns.json")
+
+
+def _pattern_counts(result: PolicyResult) -> dict[str, int]:
+    """Heads of each kind of pattern."""
+    return dict(Counter(type(each.pattern).__name__ for heads in result.patterns for each in heads))
 
 
 def _record_text(tracker: Tracker, everybody: dict[str, PolicyResult]) -> None:

@@ -1,4 +1,4 @@
-"""Every policy with its published defaults, or within a budget."""
+"""Every policy with its published defaults, or within a budget; patterns are not searched here."""
 
 from nsa_platform.config.evaluate import BaselineName
 from nsa_platform.config.model import ModelConfig
@@ -7,7 +7,8 @@ from nsa_platform.evaluate.baselines.exact_top import ExactTop
 from nsa_platform.evaluate.baselines.full import Full
 from nsa_platform.evaluate.baselines.h2o import H2o
 from nsa_platform.evaluate.baselines.infllm import InfLlm
-from nsa_platform.evaluate.baselines.minference import MInference
+from nsa_platform.evaluate.baselines.minference import MInference, everywhere
+from nsa_platform.evaluate.baselines.patterns import Grain, VerticalSlash
 from nsa_platform.evaluate.baselines.policy import Policy
 from nsa_platform.evaluate.baselines.quest import Quest
 from nsa_platform.evaluate.baselines.sliding import SlidingWindow
@@ -38,15 +39,16 @@ def published(name: BaselineName, config: ModelConfig, *, prompt_tokens: int) ->
         case "exact_top":
             return ExactTop(config, top=2560)
         case "minference":
-            return MInference(config, vertical=1000, slash=6096)
+            # What the published code takes for heads without a searched pattern.
+            return MInference(config, everywhere(config, VerticalSlash(1000, 6096)), Grain())
 
 
 def within(name: BaselineName, config: ModelConfig, budget: Budget) -> Policy:
     """A policy whose query reads what the budget gives: leading, local and, of the rest, its pick.
 
     Sizes of pages and blocks keep the ratio to the budget that they have to the paper's 2560
-    tokens: 16 for Quest's pages, 128 for InfLLM's blocks. MInference spends half of the dynamic
-    tokens on columns and half on diagonals, beside the budget's own.
+    tokens: 16 for Quest's pages, 128 for InfLLM's blocks. MInference without searched patterns
+    spends half of the dynamic tokens on columns and half on diagonals, beside the budget's own.
     """
     leading, local, dynamic = budget.leading, budget.local, budget.dynamic
     match name:
@@ -84,10 +86,6 @@ def within(name: BaselineName, config: ModelConfig, budget: Budget) -> Policy:
             return ExactTop(config, top=dynamic, leading=leading, local=local)
         case "minference":
             columns = dynamic // 2
-            return MInference(
-                config,
-                vertical=leading + columns,
-                slash=local + dynamic - columns,
-                leading=leading,
-                local=local,
-            )
+            lines = VerticalSlash(leading + columns, local + dynamic - columns)
+            grain = Grain(leading=leading, local=local)
+            return MInference(config, everywhere(config, lines), grain)

@@ -1,6 +1,7 @@
 """Words and numbers that generators draw from: English words by kind, keys, values, codes."""
 
 import functools
+import json
 import random
 import string
 import uuid
@@ -29,6 +30,13 @@ def number_of_seven(dice: random.Random) -> str:
 def random_uuid(dice: random.Random) -> str:
     """A UUID of version 4."""
     return str(uuid.UUID(int=dice.getrandbits(128), version=4))
+
+
+def uuid_pairs(dice: random.Random, count: int) -> str:
+    """A JSON object of UUIDs that stand for UUIDs, and a question for one of them."""
+    pairs = {random_uuid(dice): random_uuid(dice) for _ in range(count)}
+    asked = dice.choice(list(pairs))
+    return f'Values of keys:\n{json.dumps(pairs)}\n\nKey: "{asked}"\nIts value:'
 
 
 def codes(dice: random.Random, letters: str, length: int) -> Iterator[str]:

@@ -5,7 +5,8 @@ Each rule says which keys a query head reads and where query and key stand; `att
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import takewhile
 
 import numpy as np
 
@@ -30,6 +31,8 @@ class Text:
     v: np.ndarray
     prompt: int
     """First tokens that are prefilled; the rest is decoded."""
+    known: dict[tuple[float, ...], float] = field(default_factory=dict)
+    """Scores that were asked for."""
 
     @property
     def tokens(self) -> int:
@@ -47,8 +50,12 @@ class Text:
     def score(self, t: int, head: int, s: int, places: tuple[float, float] | None = None) -> float:
         """The scaled score of a query at t with the key at s, standing at these places."""
         at_query, at_key = places or (t, s)
-        turned = rotate(self.q[t, head], at_query) @ rotate(self.k[s, head // self.share], at_key)
-        return float(turned) / math.sqrt(self.q.shape[2])
+        cell = (t, head, s, at_query, at_key)
+        if cell not in self.known:
+            q, k = self.q[t, head], self.k[s, head // self.share]
+            turned = float(rotate(q, at_query) @ rotate(k, at_key))
+            self.known[cell] = turned / math.sqrt(len(q))
+        return self.known[cell]
 
 
 Scores = dict[int, float]
@@ -165,27 +172,103 @@ def quest(text: Text, page: int, pages: int, leading: int, local: int) -> Rule:
     return lambda t: [of_head(t, h) for h in range(text.heads)]
 
 
-def minference(text: Text, vertical: int, slash: int, leading: int, local: int) -> Rule:
-    """Sums over the map of the prompt's last 64 queries, cell by cell."""
+Pattern = tuple[str, int, int]
+"""a-shape, leading, local; lines, columns, diagonals; or blocks, how many, 0."""
+Cells = set[tuple[int, int]]
+"""Pairs of a query and a key."""
+
+
+def pattern_cells(
+    text: Text, head: int, pattern: Pattern, *, tile: int, leading: int, local: int
+) -> Cells:
+    """The cells of a head's map of the prompt that a pattern reads, found cell by cell."""
     end = text.prompt
-    lines = []
-    for head in range(text.heads):
-        columns = {s: math.inf if s < leading else 0.0 for s in range(end)}
-        diagonals = {d: math.inf if d < local else 0.0 for d in range(end)}
-        for t in range(max(0, end - 64), end):
-            for s, weight in softmax(plain(text, t, head, range(t + 1))).items():
-                columns[s] += weight
-                diagonals[t - s] += weight
-        lines.append((best(columns, vertical), best(diagonals, slash)))
+    causal = {(t, s) for t in range(end) for s in range(t + 1)}
+    kind, first, second = pattern
+    if kind == "a-shape":
+        return {(t, s) for t, s in causal if s < first or s > t - second}
+    if kind == "blocks":
+        blocks = [range(a, min(a + tile, end)) for a in range(0, end, tile)]
+        group = head // text.share
+        means = {
+            number: np.mean([rotate(text.k[s, group], s) for s in block], axis=0)
+            for number, block in enumerate(blocks)
+        }
+        cells = set()
+        for number, block in enumerate(blocks):
+            q = np.mean([rotate(text.q[t, head], t) for t in block], axis=0)
+            chosen = best({n: float(q @ means[n]) for n in range(number + 1)}, first)
+            cells |= {(t, s) for t in block for n in chosen for s in blocks[n]}
+        return cells & causal
+    columns = {s: math.inf if s < leading else 0.0 for s in range(end)}
+    diagonals = {d: math.inf if d < local else 0.0 for d in range(end)}
+    for t in range(max(0, end - 64), end):
+        for s, weight in softmax(plain(text, t, head, range(t + 1))).items():
+            columns[s] += weight
+            diagonals[t - s] += weight
+    kept, near = best(columns, first), best(diagonals, second)
+    cells = {(t, s) for t, s in causal if s in kept}
+    for t in range(-(-end // tile) * tile):
+        square = range(t // tile * tile, t // tile * tile + tile)
+        cells |= {(other, t - d) for d in near for other in square}
+    return cells & causal
 
-    def of_head(t: int, head: int) -> Scores:
-        if t >= end:
-            return plain(text, t, head, range(t + 1))
-        columns, diagonals = lines[head]
-        keys = {s for s in range(t + 1) if s in columns or t - s in diagonals}
-        return plain(text, t, head, keys)
 
-    return lambda t: [of_head(t, h) for h in range(text.heads)]
+def minference(text: Text, patterns: list[Pattern], *, tile: int, leading: int, local: int) -> Rule:
+    """A pattern for each head, in the prompt."""
+    sizes = {"tile": tile, "leading": leading, "local": local}
+    cells = [pattern_cells(text, head, each, **sizes) for head, each in enumerate(patterns)]
+
+    def rule(t: int) -> list[Scores]:
+        if t >= text.prompt:
+            return full(text)(t)
+        return [
+            plain(text, t, head, {s for s in range(t + 1) if (t, s) in cells[head]})
+            for head in range(text.heads)
+        ]
+
+    return rule
+
+
+def best_pattern(
+    text: Text,
+    head: int,
+    a_shape: tuple[int, int],
+    ratios: list[tuple[int, int]],
+    *,
+    tile: int,
+    leading: int,
+    local: int,
+) -> Pattern:
+    """Sizes tried one by one while they read no more than the A-shape; then the nearest output."""
+
+    def cells_of(pattern: Pattern) -> Cells:
+        return pattern_cells(text, head, pattern, tile=tile, leading=leading, local=local)
+
+    def lines(columns: int, diagonals: int, size: int) -> Pattern:
+        part = size * columns // (columns + diagonals)
+        return "lines", part, size - part
+
+    first: Pattern = ("a-shape", *a_shape)
+    target = len(cells_of(first))
+    families = [[lines(*ratio, size) for size in range(1, text.prompt + 1)] for ratio in ratios]
+    families.append([("blocks", size, 0) for size in range(1, text.prompt + 1)])
+    offered: list[Pattern] = [first]
+    for family in families:
+        *_, largest = takewhile(lambda each: len(cells_of(each)) <= target, family)
+        offered.append(largest)
+
+    def out(cells: Cells) -> np.ndarray:
+        rows = []
+        for t in range(text.prompt):
+            keys = {s for s in range(t + 1) if (t, s) in cells}
+            weights = softmax(plain(text, t, head, keys))
+            rows.append(sum(w * text.v[s, head // text.share] for s, w in weights.items()))
+        return np.stack(rows)
+
+    exact = out({(t, s) for t in range(text.prompt) for s in range(t + 1)})
+    errors = [float(np.abs(out(cells_of(each)) - exact).sum()) for each in offered]
+    return offered[errors.index(min(errors))]
 
 
 def infllm(

@@ -15,7 +15,18 @@ from nsa_platform.evaluate.baselines.exact_top import ExactTop
 from nsa_platform.evaluate.baselines.full import Full
 from nsa_platform.evaluate.baselines.h2o import H2o
 from nsa_platform.evaluate.baselines.infllm import InfLlm
-from nsa_platform.evaluate.baselines.minference import MInference
+from nsa_platform.evaluate.baselines.minference import MInference, everywhere
+from nsa_platform.evaluate.baselines.pattern_search import (
+    PatternSearch,
+    Space,
+)
+from nsa_platform.evaluate.baselines.patterns import (
+    AShape,
+    BlockSparse,
+    Grain,
+    Pattern,
+    VerticalSlash,
+)
 from nsa_platform.evaluate.baselines.policy import Policy, largest
 from nsa_platform.evaluate.baselines.quest import Quest
 from nsa_platform.evaluate.baselines.sliding import SlidingWindow
@@ -72,8 +83,22 @@ CASES: dict[str, tuple[Callable[[ModelConfig], Policy], Callable[[brute.Text], b
         lambda x: brute.exact_top(x, 4, 2, 3),
     ),
     "minference": (
-        lambda c: MInference(c, vertical=5, slash=6, leading=2, local=3),
-        lambda x: brute.minference(x, 5, 6, 2, 3),
+        lambda c: MInference(c, everywhere(c, VerticalSlash(5, 6)), Grain(leading=2, local=3)),
+        lambda x: brute.minference(x, [("lines", 5, 6)] * 4, tile=1, leading=2, local=3),
+    ),
+    "minference, a pattern each": (
+        lambda c: MInference(
+            c,
+            [[AShape(3, 5), VerticalSlash(4, 5), BlockSparse(2), VerticalSlash(0, 2)]],
+            Grain(tile=4, leading=2, local=3),
+        ),
+        lambda x: brute.minference(
+            x,
+            [("a-shape", 3, 5), ("lines", 4, 5), ("blocks", 2, 0), ("lines", 0, 2)],
+            tile=4,
+            leading=2,
+            local=3,
+        ),
     ),
     "infllm": (lambda c: InfLlm(c, **INFLLM), lambda x: brute.infllm(x, **INFLLM)),
 }
@@ -182,10 +207,46 @@ def test_what_the_choice_looks_at_counts() -> None:
     assert beside(quest, "decode") == pytest.approx(2 * 5 * keys)
     assert beside(ExactTop(CONFIG, top=3), "decode") == pytest.approx(20 * keys)
     assert beside(H2o(CONFIG, heavy=3, recent=2), "decode") == pytest.approx(4 * 5 * 2)
-    minference = MInference(CONFIG, vertical=3, slash=3)
+    lines, blocks, shape = VerticalSlash(3, 3), BlockSparse(1), AShape(2, 2)
+    minference = MInference(CONFIG, everywhere(CONFIG, lines), Grain())
     assert beside(minference, "prefill") == pytest.approx(19 * keys / 19)
+    # The second group looks for nothing; the first one reads 19 keys and the means of 5 blocks.
+    minference = MInference(CONFIG, [[lines, blocks, shape, shape]], Grain(tile=4))
+    assert beside(minference, "prefill") == pytest.approx((19 + 5) * keys / 2 / 19)
     # Two blocks of four left the window of the 20th token: (19 - 8 - 3) // 4.
     assert beside(InfLlm(CONFIG, **INFLLM), "decode") == pytest.approx(2 * 4 * 4 * ELEMENT)
+
+
+def as_brute(pattern: Pattern) -> brute.Pattern:
+    match pattern:
+        case AShape(leading, local):
+            return "a-shape", leading, local
+        case VerticalSlash(columns, diagonals):
+            return "lines", columns, diagonals
+        case BlockSparse(blocks):
+            return "blocks", blocks, 0
+
+
+@pytest.mark.parametrize(("tokens", "tile", "groups"), [(34, 3, 1), (25, 4, 2), (9, 2, 4)])
+def test_the_search_finds_what_trying_everything_finds(tokens: int, tile: int, groups: int) -> None:
+    text = make_text(tokens, tokens, seed=tokens, groups=groups)
+    ratios, target = [(1, 4), (3, 1)], (2, 6)
+    grain = Grain(tile, leading=1, local=2)
+    space = Space(AShape(*target), [VerticalSlash(*each) for each in ratios], grain)
+    search = PatternSearch(config_of(groups), space)
+    q, k, v = (torch.from_numpy(x) for x in (text.q, text.k, text.v))
+    wanted, _ = brute.attend(text, brute.full(text))
+    np.testing.assert_allclose(search.prefill(0, q, k, v).numpy(), wanted, **EXACT)
+    sizes = {"tile": tile, "leading": 1, "local": 2}
+    for head, found in enumerate(search.heads[0]):
+        best = brute.best_pattern(text, head, target, ratios, **sizes)
+        assert as_brute(found.pattern) == best
+        cells = brute.pattern_cells(text, head, best, **sizes)
+        assert found.share == pytest.approx(len(cells) / (tokens * (tokens + 1) / 2))
+        first = brute.pattern_cells(text, head, ("a-shape", *target), **sizes)
+        assert len(cells) <= len(first)
+    if tokens == 34:
+        assert len({type(found.pattern) for found in search.heads[0]}) > 1, "not one for all"
 
 
 @given(

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from nsa_platform.config.evaluate import BaselineName
+from nsa_platform.config.evaluate import BaselineName, PatternSearchConfig
 from nsa_platform.config.model import ModelConfig, NsaAttentionConfig, NsaChoices
 from nsa_platform.data.loader import Batch
 from nsa_platform.data.packing import IGNORED
 from nsa_platform.evaluate.baselines.budget import equal_budget, split_budget
 from nsa_platform.evaluate.baselines.full import Full
+from nsa_platform.evaluate.baselines.pattern_search import search_patterns
 from nsa_platform.evaluate.baselines.policy import Phase, Policy
 from nsa_platform.evaluate.baselines.reader import PolicyReader
 from nsa_platform.evaluate.baselines.systems import published, within
@@ -120,6 +121,27 @@ def test_a_small_budget_is_kept_where_the_policy_is_sparse(
             # Columns and diagonals cross: of MInference's lines fewer keys are left.
             assert count.keys_per_query <= budget.total
             assert count.keys_per_query >= 0.5 * budget.total
+
+
+@pytest.mark.parametrize("published_sizes", [False, True])
+def test_searched_patterns_keep_the_budget(published_sizes: bool, model: Transformer) -> None:
+    ids = [(7 * i * i + i) % 300 for i in range(200)]
+    budget = None if published_sizes else split_budget(40)
+    searched = search_patterns(model, ids, PatternSearchConfig(), budget)
+    assert [len(heads) for heads in searched.heads] == [4, 4]
+    policy = searched.policy(model.config, budget)
+    model(torch.tensor(ids), PolicyInputs(policy.prefill))
+    read = policy.reads["prefill"].summary().keys_per_query
+    shares = [found.share for heads in searched.heads for found in heads]
+    assert read == pytest.approx(np.mean(shares) * 201 / 2), "what the search counted"
+    if budget is None:
+        assert shares == [1.0] * 8, "5,120 keys are more than there are"
+        return
+    assert all(np.array(shares) * 201 / 2 <= 40)
+    wider = searched.policy(model.config, split_budget(80))
+    for before, after in zip(policy.patterns, wider.patterns, strict=True):
+        assert [each.scaled(2) for each in before] == list(after)
+    assert (wider.grain.tile, wider.grain.local) == (policy.grain.tile, 16)
 
 
 @pytest.mark.parametrize("name", NAMES)
