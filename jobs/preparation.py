@@ -152,6 +152,13 @@ def print_report(done: Prepared, run: PrepareDataRun, console: Console) -> None:
     lines.append(f"  vocabulary  {done.vocab_size:,} tokens{fewer}")
     reasons = [f"{count:,} {reason}" for reason, count in done.skipped.items()]
     lines.append(f"  skipped     {', '.join(reasons) or 'none'}")
+    for place, source in done.sources.items():
+        share = 1 - source["tokens_left"] / max(source["tokens"], 1)
+        lines.append(
+            f"  copies      {source['copies']:,} equal and {source['near_copies']:,} near ones of "
+            f"{source['documents']:,} documents, {share:.1%} of {source['tokens']:,} tokens, left "
+            f"out of {place}"
+        )
     if done.replaced_utf8:
         lines.append(f"  mended      {done.replaced_utf8:,} documents that were not UTF-8")
     if not done.documents["validation"]:

@@ -2,6 +2,7 @@
 
     python -m jobs.prepare_data --config jobs/configs/prepare_data/quickstart_text.yaml --dry-run
     python -m jobs.prepare_data --config X.yaml --set 'corpus.inputs=[s3://bucket/raw]'
+    python -m jobs.prepare_data --config X.yaml --set deduplicate.near_similarity=0.8
 
 Writes tokenizer/, train/ and validation/ under `output`; what that holds is whole, or is not there.
 Started again after a kill it goes on with the parts that are not yet done; started again when

@@ -31,7 +31,7 @@ def write_yaml(folder: Path, corpus: Any, output: str, **options: Any) -> Path:
     """A run's file; YAML reads JSON."""
     tree = {
         "name": "test",
-        "corpus": {"inputs": [str(corpus)]},
+        "corpus": {"inputs": list(map(str, corpus if isinstance(corpus, list) else [corpus]))},
         "tokenizer": {"train_vocab_size": 400},
         "output": output,
         "shard_tokens": 60_000,
@@ -137,15 +137,24 @@ def test_a_vocabulary_that_the_text_does_not_fill_is_told(
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("num_tasks", [1, 3])
+@pytest.mark.parametrize(("num_tasks", "deduplicate"), [(1, None), (3, {"near_similarity": 0.8})])
 def test_the_result_does_not_depend_on_the_number_of_tasks(
     cluster: str,
     tmp_path: Path,
     tiny_corpus: Path,
     capsys: pytest.CaptureFixture[str],
     num_tasks: int,
+    deduplicate: dict[str, float] | None,
 ) -> None:
-    config = write_yaml(tmp_path, tiny_corpus, str(tmp_path / "out"), num_tasks=num_tasks)
+    copy = tmp_path / "copy.py"
+    copy.write_text("\n" + sorted(tiny_corpus.iterdir())[7].read_text())
+    config = write_yaml(
+        tmp_path,
+        [tiny_corpus, copy],
+        str(tmp_path / "out"),
+        num_tasks=num_tasks,
+        deduplicate=deduplicate,
+    )
     here = PrepareDataRun.load(config, [f"output={tmp_path / 'here'}"])
     expected = prepare_here(here)
     main(["--config", str(config)])
@@ -153,8 +162,10 @@ def test_the_result_does_not_depend_on_the_number_of_tasks(
     assert files_below(tmp_path / "out") == files_below(tmp_path / "here")
     assert f"digest {expected.digests['train'][:12]}" in shown.out
     assert "vocabulary  400 tokens\n" in shown.out
-    assert "skipped     none" in shown.out
-    assert "tokenising: 40 of 40 files" in shown.err
+    assert f"skipped     {'1 copy' if deduplicate else 'none'}" in shown.out
+    told = rf"1 equal and 0 near ones of 1 documents, 100.0% of [\d,]+ tokens, left out of {copy}"
+    assert bool(re.search(told, shown.out)) == (deduplicate is not None)
+    assert "tokenising: 41 of 41 files" in shown.err
     main(["--config", str(config)])
     assert "(nothing had changed)" in capsys.readouterr().out
 

@@ -5,7 +5,12 @@ from typing import Annotated, Self
 from pydantic import Field, PositiveInt, model_validator
 
 from nsa_platform.config.base import Strict
-from nsa_platform.config.data import CorpusConfig, LoaderConfig, TokenizerConfig
+from nsa_platform.config.data import (
+    CorpusConfig,
+    DeduplicateConfig,
+    LoaderConfig,
+    TokenizerConfig,
+)
 from nsa_platform.config.evaluate import BaselinesConfig, BitsPerByteConfig, NeedleConfig
 from nsa_platform.config.locations import Location, ModelLocation
 from nsa_platform.config.model import ModelConfig
@@ -29,6 +34,8 @@ class PrepareDataRun(Strict):
     """Target size of one shard."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
     """Share of documents held out, chosen by a hash of their content."""
+    deduplicate: DeduplicateConfig | None = None
+    """Leave out copies of documents; null: leave all in."""
     num_tasks: PositiveInt | None = None
     """Ray tasks that tokenise at once; default: one for each CPU of the cluster."""
     tracking: TrackingConfig | None = None

@@ -42,6 +42,11 @@ class SourceFile:
     """Bytes."""
     modified_ns: int
 
+    @property
+    def input(self) -> int:
+        """Number of its input."""
+        return int(self.name.partition("/")[0])
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -104,7 +109,7 @@ def find_files(corpus: CorpusConfig) -> list[SourceFile]:
             f"corpus.inputs: none of {seen} files in {', '.join(corpus.inputs)} counts; "
             f"wanted are {wanted}{' '.join(corpus.suffixes)}, less corpus.exclude"
         )
-    return sorted(found.values(), key=lambda file: (int(file.name.partition("/")[0]), file.name))
+    return sorted(found.values(), key=lambda file: (file.input, file.name))
 
 
 def plan_parts(files: list[SourceFile]) -> list[Part]:

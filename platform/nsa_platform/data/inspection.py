@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from nsa_platform.data.each import Each
 from nsa_platform.data.fingerprints import exact_hash, near_copies, signature
-from nsa_platform.data.preparation import Each
 from nsa_platform.data.shards import ShardSet
 
 PERCENTILES = (5, 25, 50, 75, 95, 99)

@@ -15,7 +15,7 @@ from nsa_platform.data.shard_file import concatenate_rows, shard_name, write_sha
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows [start, stop) of one part."""
+    """Rows [start, stop) of those that are left of one part."""
 
     part: int
     start: int
@@ -24,13 +24,13 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class MergeJob:
-    """One shard to be made of rows [start, stop) of staged files."""
+    """One shard to be made of rows of staged files."""
 
     folder: str
     split: str
     number: int
-    slices: tuple[tuple[str, int, int], ...]
-    """Address of a staged file, start, stop."""
+    slices: tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
+    """Address of a staged file, and ranges [start, stop) of its rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +67,27 @@ def plan_shards(lengths: Sequence[np.ndarray], shard_tokens: int) -> list[list[P
     return shards
 
 
+def row_ranges(piece: Piece, rows: np.ndarray | None) -> tuple[tuple[int, int], ...]:
+    """The rows of a staged file that a piece stands for, as ranges [start, stop).
+
+    Args:
+        rows: of the file that are left, int64, ascending; None: all of them.
+    """
+    if rows is None:
+        return ((piece.start, piece.stop),)
+    chosen = rows[piece.start : piece.stop]
+    runs = np.split(chosen, np.flatnonzero(np.diff(chosen) != 1) + 1)
+    return tuple((int(run[0]), int(run[-1]) + 1) for run in runs)
+
+
 def merge_shard(job: MergeJob) -> Merged:
     """Write one shard of rows from staged files. Raises StorageError."""
-    batches = [_read_rows(uri).slice(start, stop - start) for uri, start, stop in job.slices]
+    batches = [
+        rows.slice(start, stop - start)
+        for uri, ranges in job.slices
+        for rows in (_read_rows(uri),)
+        for start, stop in ranges
+    ]
     record = write_shard(job.folder, shard_name(job.number), concatenate_rows(batches))
     return Merged(job.split, job.number, record)
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nsa_platform import storage
@@ -61,6 +61,8 @@ class Prepared:
     parts: int
     reused_parts: int
     """Parts that an earlier try had finished; all of them if there was nothing to do."""
+    sources: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By input, where copies were left out: the fields of SourceCopies."""
 
 
 class Plan:
@@ -86,13 +88,17 @@ class Plan:
             if self._given
             else [run.tokenizer.model_dump(), self._settings(""), files]
         )
-        self.fingerprint = _digest(
-            [self._tokenizer_key, run.shard_tokens, self._settings(""), files]
-        )
+        content: list[Any] = [self._tokenizer_key, run.shard_tokens, self._settings(""), files]
+        if run.deduplicate is not None:
+            content.append(run.deduplicate.model_dump())
+        self.fingerprint = _digest(content)
 
     def part_jobs(self, tokenizer_uri: str, tokenizer: Tokenizer) -> list[PartJob]:
         """All parts as jobs, in order."""
-        settings = self._settings(tokenizer.fingerprint)
+        settings, deduplicate = self._settings(tokenizer.fingerprint), self.run.deduplicate
+        if deduplicate is not None:
+            # Which fingerprints a part leaves; how alike is alike is asked later.
+            settings += " near" if deduplicate.near_similarity is not None else " equal"
         return [
             PartJob(
                 part=part,
@@ -102,6 +108,7 @@ class Plan:
                 staging=self.staging,
                 cache_dir=self.cache_dir,
                 validation_fraction=self.run.validation_fraction,
+                deduplicate=deduplicate,
             )
             for part in self.parts
         ]

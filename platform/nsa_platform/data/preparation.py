@@ -4,20 +4,21 @@ Who runs the tasks is the caller's business: `each` maps a function over jobs, i
 any machines. The result is a function of the corpus and the configuration alone, bit for bit.
 
 Order of writing, so that a kill at any point leaves nothing half-written that looks whole: parts
-into _staging/ (the next try uses them again), then the old output goes, its manifests first, then
+into _staging/ (the next try uses them again; copies are left out of what is read from there, not of
+the parts), then the old output goes, its manifests first, then
 come shards, tokenizer, manifests, and last prepared.json.
 """
 
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Protocol, TypeVar
 
 from nsa_platform import storage
 from nsa_platform.config.runs import PrepareDataRun
 from nsa_platform.data.corpus import CorpusError
+from nsa_platform.data.deduplication import SourceCopies, without_copies
+from nsa_platform.data.each import Each, in_turn
 from nsa_platform.data.manifest import (
     Manifest,
     ShardRecord,
@@ -25,7 +26,7 @@ from nsa_platform.data.manifest import (
     TokenizerRecord,
     write_manifest,
 )
-from nsa_platform.data.merging import MergeJob, merge_shard, plan_shards
+from nsa_platform.data.merging import MergeJob, merge_shard, plan_shards, row_ranges
 from nsa_platform.data.parts import (
     RECORD,
     SPLITS,
@@ -36,22 +37,6 @@ from nsa_platform.data.parts import (
 )
 from nsa_platform.data.plan import PREPARED, TOKENIZER, Plan, Prepared, Progress, Report
 from nsa_platform.data.tokenizer import Tokenizer
-
-Job = TypeVar("Job")
-Result = TypeVar("Result")
-
-
-class Each(Protocol):
-    """Runs a function on every job, somewhere, and hands on results as they come."""
-
-    def __call__(
-        self, function: Callable[[Job], Result], jobs: Sequence[Job], /
-    ) -> Iterator[Result]: ...
-
-
-def in_turn(function: Callable[[Job], Result], jobs: Sequence[Job], /) -> Iterator[Result]:
-    """The simplest `each`: here, one after the other."""
-    return map(function, jobs)
 
 
 def silent(progress: Progress) -> None:
@@ -71,6 +56,11 @@ def prepare(plan: Plan, *, each: Each = in_turn, report: Report = silent) -> Pre
     output = plan.run.output
     tokenizer_uri, tokenizer = plan.make_tokenizer(report)
     records, reused = _tokenise(plan, tokenizer_uri, tokenizer, each, report)
+    sources: dict[int, SourceCopies] = {}
+    if plan.run.deduplicate is not None:
+        records, sources = without_copies(
+            plan.staging, records, plan.run.deduplicate, each=each, report=report
+        )
     skipped = sum((record.skipped for record in records), Counter[str]())
     if not sum(len(record.splits["train"].lengths) for record in records):
         storage.delete_tree(plan.staging)
@@ -89,7 +79,7 @@ def prepare(plan: Plan, *, each: Each = in_turn, report: Report = silent) -> Pre
     }
     for split, manifest in manifests.items():
         write_manifest(storage.join(output, split), manifest)
-    result = _summary(plan, manifests, reused)
+    result = _summary(plan, manifests, reused, sources)
     text = json.dumps(asdict(result), indent=2) + "\n"
     storage.write_text(storage.join(output, PREPARED), text)
     storage.delete_tree(plan.staging)
@@ -157,7 +147,10 @@ def _merge(
         ]
         lengths = [record.splits[split].lengths for record in records]
         for number, pieces in enumerate(plan_shards(lengths, plan.run.shard_tokens)):
-            slices = tuple((files[piece.part], piece.start, piece.stop) for piece in pieces)
+            slices = tuple(
+                (files[piece.part], row_ranges(piece, records[piece.part].splits[split].rows))
+                for piece in pieces
+            )
             jobs.append(MergeJob(storage.join(plan.run.output, split), split, number, slices))
     made: dict[tuple[str, int], ShardRecord] = {}
     report(Progress("writing shards", 0, len(jobs), "shards"))
@@ -197,7 +190,9 @@ def _manifest(
     )
 
 
-def _summary(plan: Plan, manifests: dict[str, Manifest], reused: int) -> Prepared:
+def _summary(
+    plan: Plan, manifests: dict[str, Manifest], reused: int, sources: dict[int, SourceCopies]
+) -> Prepared:
     source = manifests["train"].source
     return Prepared(
         fingerprint=plan.fingerprint,
@@ -213,4 +208,5 @@ def _summary(plan: Plan, manifests: dict[str, Manifest], reused: int) -> Prepare
         vocab_size=manifests["train"].tokenizer.vocab_size,
         parts=len(plan.parts),
         reused_parts=reused,
+        sources={plan.run.corpus.inputs[n]: asdict(each) for n, each in sorted(sources.items())},
     )

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nsa_platform.data.each import in_turn
 from nsa_platform.data.fingerprints import PLACES, RUN, exact_hash, near_copies, signature
 from nsa_platform.data.inspection import copies, inspect, leaked, statistics
 from nsa_platform.data.manifest import ManifestMismatch, SourceRecord, TokenizerRecord
-from nsa_platform.data.preparation import in_turn
 from nsa_platform.data.shards import ShardSet, ShardWriter
 
 TOKENIZER = TokenizerRecord(fingerprint="0" * 64, vocab_size=1000, eos_id=0, pad_id=1)

@@ -16,10 +16,11 @@ from nsa_platform.config.runs import PrepareDataRun
 from nsa_platform.data import corpus as corpus_module
 from nsa_platform.data import preparation as preparation_module
 from nsa_platform.data.corpus import CorpusError
+from nsa_platform.data.each import in_turn
 from nsa_platform.data.manifest import ManifestError, read_manifest
 from nsa_platform.data.merging import plan_shards
 from nsa_platform.data.plan import Plan, Prepared, Progress
-from nsa_platform.data.preparation import in_turn, prepare
+from nsa_platform.data.preparation import prepare
 from nsa_platform.data.shards import ShardSet
 from nsa_platform.data.tokenizer import Tokenizer, TokenizerError
 
