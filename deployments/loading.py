@@ -39,6 +39,7 @@ def start_engine(config: LLMConfig, followers: Followers | None = None) -> tuple
             device = device_of(config)
             ranks = None if followers is None else followers.meet(folder)
             engine = load_engine(whole, config.engine_kwargs, device, ranks)
+        engine.warm_up()
         engine.calibrate()
         return engine, folder
     except (ValueError, OSError, RuntimeError) as error:

@@ -108,6 +108,7 @@ def started_engine(
     try:
         if engine.cache.device.type == "cuda" and not config.enforce_eager:
             engine.capture(context_lens=[engine.max_model_len])
+        engine.warm_up()
         if config.max_step_ms is not None:
             engine.calibrate()
         yield engine

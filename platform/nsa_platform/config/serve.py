@@ -61,6 +61,10 @@ class EngineConfig(Strict):
     enforce_eager: bool = False
     """Launch every kernel of a decode step from Python instead of replaying a CUDA graph. On a CPU
     there are no graphs."""
+    warm_up: bool = True
+    """Run steps of all kinds before the first request, so that none waits until a kernel is
+    compiled. The first time on a machine that takes minutes; what is compiled stays on its disk. A
+    CPU compiles nothing."""
     cudagraph_capture_sizes: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] | None = None
     """Numbers of sequences that graphs are captured for; a step takes the next larger one. null: 1,
     2, 4, 8, multiples of 16, max_num_seqs."""

@@ -104,9 +104,9 @@ def test_decoding_never_waits_for_the_host(model):
 def test_prefill_and_decoding_give_the_scores_of_one_pass(model, length):
     """Chunks of a prompt, then single tokens."""
     with torch.no_grad():
-        # Where attention is sharp, a compressed block that lies in two selection blocks makes them equal
-        # up to rounding, and two ways of rounding choose differently. With flat attention the last
-        # chosen block and the first left out are 2e-4 apart at least.
+        # Where attention is sharp, a compressed block that lies in two selection blocks makes
+        # them equal up to rounding, and two ways of rounding choose differently. With flat
+        # attention the last chosen block and the first left out are 2e-4 apart at least.
         for layer in model.layers:
             layer.attention.query.weight *= 0.3
         model.cuda()
