@@ -121,8 +121,14 @@ class LongBenchV2Task(_Asked):
     kind: Literal["longbench_v2"]
     file: Location
     """data.json of huggingface.co/datasets/THUDM/LongBench-v2, or its rows as .jsonl."""
+    cot: bool = False
+    """Chain of thought: the model thinks in up to 1,024 tokens, and answers a second prompt that
+    has the question and what it thought, but not the text."""
     prompt: Location | None = None
-    """prompts/0shot.txt of github.com/THUDM/LongBench; without it our own words."""
+    """prompts/0shot.txt of github.com/THUDM/LongBench, with cot prompts/0shot_cot.txt; without it
+    our own words."""
+    answer_prompt: Location | None = None
+    """With cot and prompt: prompts/0shot_cot_ans.txt."""
     max_length: Annotated[int, Field(ge=64)] = 120_000
     """Tokens of a prompt; of a longer one the middle is left out."""
     temperature: Annotated[float, Field(ge=0)] = 0.1
@@ -133,7 +139,15 @@ class LongBenchV2Task(_Asked):
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt and its answer."""
-        return self.max_length + 128
+        return self.max_length + (1024 if self.cot else 128)
+
+    @model_validator(mode="after")
+    def _prompts_belong_together(self) -> Self:
+        if self.answer_prompt is not None and not self.cot:
+            raise ValueError("answer_prompt is of no use without cot: true")
+        if self.cot and (self.prompt is None) != (self.answer_prompt is None):
+            raise ValueError("with cot: true, prompt and answer_prompt are given both or neither")
+        return self
 
 
 class AimeTask(_Asked):

@@ -1,13 +1,15 @@
 """LongBench v2: one of four choices about a text of 8,000 to 2 million words.
 
 A question counts in the cell of all, in that of its difficulty and in that of its class of length.
-The letter is read from "The correct answer is (X)".
+The letter is read from "The correct answer is (X)". With a chain of thought there are two calls:
+one to think about the text, one for the letter, by the thoughts alone.
 
 Source: arXiv 2412.15204; github.com/THUDM/LongBench, pred.py.
 """
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from nsa_platform import storage
 from nsa_platform.config.tasks import LongBenchV2Task
@@ -15,16 +17,26 @@ from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.evaluate.tasks.frame import open_frame
 from nsa_platform.evaluate.tasks.longbench import middle_left_out
 from nsa_platform.evaluate.tasks.rows import read_rows
-from nsa_platform.evaluate.tasks.task import Decoding, Scorer, Task, WrittenSample
+from nsa_platform.evaluate.tasks.task import (
+    Decoding,
+    ReasonedSample,
+    Scorer,
+    Task,
+    WrittenSample,
+)
 
 SOURCE = "data.json of LongBench v2 (huggingface.co/datasets/THUDM/LongBench-v2)"
 CHOICES = ("choice_A", "choice_B", "choice_C", "choice_D")
 FIELDS = ("_id", "difficulty", "length", "question", *CHOICES, "answer", "context")
-ANSWER_TOKENS = 128
-PROMPT = (
-    "Below is a text, and then a question about it with four choices.\n\n$DOC$\n\n"
-    "Question: $Q$\n(A) $C_A$\n(B) $C_B$\n(C) $C_C$\n(D) $C_D$\n\n"
-    'Answer in the form "The correct answer is (A)", with the right letter.'
+THOUGHT_TOKENS, ANSWER_TOKENS = 1024, 128
+CASE = "Question: $Q$\n(A) $C_A$\n(B) $C_B$\n(C) $C_C$\n(D) $C_D$\n\n"
+TEXT = "Below is a text, and then a question about it with four choices.\n\n$DOC$\n\n" + CASE
+FORM = 'in the form "The correct answer is (A)", with the right letter.'
+PROMPT = f"{TEXT}Answer {FORM}"
+THOUGHT_PROMPT = f"{TEXT}Think step by step before you answer:"
+ANSWER_PROMPT = (
+    "Below is a question about a text, which is left out here, with four choices.\n\n"
+    f"{CASE}Thoughts, step by step: $COT$\n\nWhich one choice do they speak for? Answer {FORM}"
 )
 LETTER = (r"The correct answer is \(([A-D])\)", r"The correct answer is ([A-D])")
 
@@ -37,31 +49,60 @@ def longbench_v2(config: LongBenchV2Task, tokenizer: Tokenizer) -> Task:
         OSError: it cannot be read.
     """
     rows = read_rows(config.file, FIELDS, source=SOURCE)[: config.samples]
-    prompt = PROMPT if config.prompt is None else storage.read_text(config.prompt)
+    ask, conclude = _prompts(config)
     frame = open_frame(tokenizer, chat=config.chat)
 
-    def samples() -> Iterator[WrittenSample]:
+    def ids_of(prompt: str, row: Mapping[str, str], thought: str = "") -> list[int]:
+        text = tokenizer.encode(_filled(prompt, row, thought))
+        return frame.around(middle_left_out(text, config.max_length - frame.size))
+
+    def answered(row: Mapping[str, str], prompt: list[int], decoding: Decoding) -> WrittenSample:
+        return WrittenSample(
+            cells=("all", row["difficulty"], row["length"]),
+            unit=str(row["_id"]),
+            prompt=prompt,
+            references=(row["answer"],),
+            max_new_tokens=ANSWER_TOKENS,
+            score=_is_letter(row["answer"]),
+            decoding=decoding,
+        )
+
+    def samples() -> Iterator[WrittenSample | ReasonedSample]:
         for number, row in enumerate(rows):
-            text = tokenizer.encode(_filled(prompt, row))
-            ids = middle_left_out(text, config.max_length - frame.size)
-            yield WrittenSample(
-                cells=("all", row["difficulty"], row["length"]),
-                unit=str(row["_id"]),
-                prompt=frame.around(ids),
-                references=(row["answer"],),
-                max_new_tokens=ANSWER_TOKENS,
-                score=_is_letter(row["answer"]),
-                decoding=Decoding(config.temperature, seed=config.seed + number),
-            )
+            decoding = Decoding(config.temperature, seed=config.seed + number)
+            if not config.cot:
+                yield answered(row, ids_of(ask, row), decoding)
+                continue
+
+            def after(thought: str, row: Any = row, decoding: Decoding = decoding) -> WrittenSample:
+                return answered(row, ids_of(conclude, row, thought), decoding)
+
+            yield ReasonedSample(ids_of(ask, row), THOUGHT_TOKENS, decoding, after)
 
     return Task("longbench_v2", len(rows), samples)
 
 
-def _filled(prompt: str, row: Mapping[str, str]) -> str:
-    marks = {"$DOC$": "context", "$Q$": "question"}
-    marks |= {f"$C_{letter}$": f"choice_{letter}" for letter in "ABCD"}
+def _prompts(config: LongBenchV2Task) -> tuple[str, str]:
+    """The first prompt, and with a chain of thought the one for the answer."""
+    if config.prompt is None:
+        return (THOUGHT_PROMPT, ANSWER_PROMPT) if config.cot else (PROMPT, "")
+    ask = storage.read_text(config.prompt)
+    if config.answer_prompt is None:
+        return ask, ""
+    conclude = storage.read_text(config.answer_prompt)
+    if "$COT$" not in conclude:
+        raise ValueError(
+            f"tasks: longbench_v2: answer_prompt: {config.answer_prompt} has no place $COT$ for "
+            "the thoughts; it should be prompts/0shot_cot_ans.txt of github.com/THUDM/LongBench"
+        )
+    return ask, conclude
+
+
+def _filled(prompt: str, row: Mapping[str, str], thought: str) -> str:
+    marks = {"$DOC$": row["context"], "$Q$": row["question"], "$COT$": thought}
+    marks |= {f"$C_{letter}$": row[f"choice_{letter}"] for letter in "ABCD"}
     # In one pass: a text that holds a mark must not be taken for the prompt.
-    return re.sub(r"\$(?:DOC|Q|C_[ABCD])\$", lambda mark: row[marks[mark[0]]].strip(), prompt)
+    return re.sub(r"\$(?:DOC|Q|COT|C_[ABCD])\$", lambda mark: marks[mark[0]].strip(), prompt)
 
 
 def letter_of(written: str) -> str | None:

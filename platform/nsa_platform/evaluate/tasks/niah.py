@@ -1,7 +1,10 @@
 """RULER's needles: single 1-3, multikey 1-3, multivalue, multiquery, at exact lengths.
 
-A needle says which value a key stands for. Haystacks: the noise of five sentences, essays, or other
-needles. The sentences are ours, what they say and how they are laid out is RULER's.
+A needle says which value a key stands for. Haystacks: the noise of five sentences and other
+needles, with a needle between any two lines, or essays, with needles inside of them at some of 40
+depths. One value is asked for in the singular. The sentences are ours, what they say and how they
+are laid out is RULER's. Without essays the noise stands for them, and needles have lines of their
+own.
 
 Source: arXiv 2404.06654, appendix B; github.com/NVIDIA/RULER, scripts/data/synthetic/niah.py.
 """
@@ -23,14 +26,30 @@ from nsa_platform.evaluate.tasks.words import key_of_words, number_of_seven, ran
 ANSWER_TOKENS = 128
 DEPTHS = 40
 """Needles lie at some of so many equal depths."""
-INTRODUCTION = (
-    "The text below hides magic {values}. Keep them in mind: a question about them follows.\n"
-)
 NEEDLE = "A magic {value_name} of {key} is {value}."
-QUESTION = "\nWhich magic {values} of {keys} does the text above name?"
-BEGUN = " The magic {values} of {keys} that the text names are"
 
 Draw = Callable[[random.Random], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """What stands before and after the haystack, and how the answer begins."""
+
+    introduction: str
+    question: str
+    begun: str
+
+
+ONE = Wording(
+    "The text below hides a magic {value}. Keep it in mind: a question about it follows.\n",
+    "\nWhich magic {value} of {keys} does the text above name?",
+    " The magic {value} of {keys} that the text names is",
+)
+MANY = Wording(
+    "The text below hides magic {value}s. Keep them in mind: a question about them follows.\n",
+    "\nWhich magic {value}s of {keys} does the text above name?",
+    " The magic {value}s of {keys} that the text names are",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +66,10 @@ class Shape:
     """Values of each key."""
     queries: int = 1
     """Keys that are asked for."""
+
+    @property
+    def wording(self) -> Wording:
+        return ONE if self.queries * self.values == 1 else MANY
 
 
 SHAPES = {
@@ -69,16 +92,32 @@ def niah(config: NiahTask, tokenizer: Tokenizer) -> Task:
         OSError: it cannot be read.
     """
     shape, frame = SHAPES[config.kind], open_frame(tokenizer, chat=config.chat)
-    essays = shape.haystack == "essays" and config.essays is not None
-    filler = _essays(tokenizer, str(config.essays)) if essays else tokenizer.encode(SYNTHETIC)
+    haystack = _haystack(config, shape, tokenizer)
 
     def samples() -> Iterator[WrittenSample]:
         for length in sorted(config.lengths):
             for number in range(config.samples):
                 dice = random.Random(f"{config.seed}/{config.kind}/{length}/{number}")
-                yield _sample(config.kind, shape, tokenizer, frame, filler, length, number, dice)
+                yield _sample(config.kind, shape, tokenizer, frame, haystack, length, number, dice)
 
     return Task(config.kind, len(config.lengths) * config.samples, samples)
+
+
+@dataclass(frozen=True, slots=True)
+class Haystack:
+    """The text that goes round until there is no more room, and where needles lie in it."""
+
+    filler: Sequence[int]
+    by_lines: bool = False
+    """Needles lie between any two rounds of the filler, else at different depths."""
+    inline: bool = False
+    """Needles are sentences inside of the text, else lines of their own."""
+
+
+def _haystack(config: NiahTask, shape: Shape, tokenizer: Tokenizer) -> Haystack:
+    if shape.haystack == "essays" and config.essays is not None:
+        return Haystack(_essays(tokenizer, config.essays), inline=True)
+    return Haystack(tokenizer.encode(SYNTHETIC), by_lines=shape.haystack == "noise")
 
 
 def _sample(
@@ -86,7 +125,7 @@ def _sample(
     shape: Shape,
     tokenizer: Tokenizer,
     frame: Frame,
-    filler: Sequence[int],
+    haystack: Haystack,
     length: int,
     number: int,
     dice: random.Random,
@@ -94,12 +133,17 @@ def _sample(
     keys = [shape.key(dice) for _ in range(shape.keys)]
     values = {key: [shape.value(dice) for _ in range(shape.values)] for key in keys}
     asked = dice.sample(keys, shape.queries)
-    plural = shape.value_name + "s"
     names = " and ".join([", ".join(asked[:-1]), asked[-1]] if len(asked) > 1 else asked)
-    introduction = tokenizer.encode(INTRODUCTION.format(values=plural))
-    question = tokenizer.encode(QUESTION.format(values=plural, keys=names))
-    begun = tokenizer.encode(BEGUN.format(values=plural, keys=names))
-    needles = [_needle(tokenizer, shape, key, value) for key in keys for value in values[key]]
+    wording, inline = shape.wording, haystack.inline
+    parts = (wording.introduction, wording.question, wording.begun)
+    introduction, question, begun = (
+        tokenizer.encode(part.format(value=shape.value_name, keys=names)) for part in parts
+    )
+    needles = [
+        _needle(tokenizer, shape, key, value, inline=inline)
+        for key in keys
+        for value in values[key]
+    ]
     dice.shuffle(needles)
     fixed = len(introduction) + len(question) + len(begun) + frame.size + ANSWER_TOKENS
     room = length - fixed
@@ -109,7 +153,7 @@ def _sample(
     if shape.haystack == "needles":
         context = _among_needles(tokenizer, shape, needles, room, dice)
     else:
-        context = _among_text(tokenizer, filler, needles, room, dice)
+        context = _among_text(tokenizer, haystack, needles, room, dice)
     references = tuple(value for key in asked for value in values[key])
     return WrittenSample(
         cells=(str(length),),
@@ -121,28 +165,36 @@ def _sample(
     )
 
 
-def _needle(tokenizer: Tokenizer, shape: Shape, key: str, value: str) -> list[int]:
+def _needle(
+    tokenizer: Tokenizer, shape: Shape, key: str, value: str, *, inline: bool = False
+) -> list[int]:
     sentence = NEEDLE.format(value_name=shape.value_name, key=key, value=value)
-    return tokenizer.encode(f"{sentence}\n")
+    return tokenizer.encode(f" {sentence}" if inline else f"{sentence}\n")
 
 
 def _among_text(
     tokenizer: Tokenizer,
-    filler: Sequence[int],
+    haystack: Haystack,
     needles: list[list[int]],
     room: int,
     dice: random.Random,
 ) -> list[int]:
-    """Needles behind the ends of sentences of a text, at different depths."""
-    text = repeated(filler, room - sum(map(len, needles)), dice.randrange(len(filler)))
-    depths = sorted(dice.sample(range(DEPTHS), len(needles)))
-    places = [
-        break_before(tokenizer, text, round(depth / (DEPTHS - 1) * len(text)), marks=".!?\n")
-        for depth in depths
-    ]
+    """Needles behind the ends of lines, or of sentences at different depths."""
+    filler = haystack.filler
+    begin = dice.randrange(len(filler))
+    text = repeated(filler, room - sum(map(len, needles)), begin)
+    if haystack.by_lines:
+        lines = range(-begin % len(filler), len(text) + 1, len(filler)) or [0]
+        places = sorted(dice.choices(lines, k=len(needles)))
+    else:
+        depths = sorted(dice.sample(range(DEPTHS), len(needles)))
+        places = [
+            break_before(tokenizer, text, round(depth / (DEPTHS - 1) * len(text)), marks=".!?\n")
+            for depth in depths
+        ]
     result: list[int] = []
-    for begin, end, needle in zip([0, *places], places, needles, strict=False):
-        result += [*text[begin:end], *needle]
+    for start, end, needle in zip([0, *places], places, needles, strict=False):
+        result += [*text[start:end], *needle]
     return [*result, *text[places[-1] :]]
 
 

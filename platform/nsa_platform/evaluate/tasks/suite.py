@@ -5,6 +5,7 @@ A model is three callables, so that any policy of attention can stand behind the
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from nsa_platform.config.tasks import (
     AimeTask,
@@ -27,7 +28,14 @@ from nsa_platform.evaluate.tasks.longbench_v2 import longbench_v2
 from nsa_platform.evaluate.tasks.mqar import mqar
 from nsa_platform.evaluate.tasks.niah import niah
 from nsa_platform.evaluate.tasks.results import Row, TaskResult
-from nsa_platform.evaluate.tasks.task import Decoding, ForcedSample, Sample, Task
+from nsa_platform.evaluate.tasks.task import (
+    Decoding,
+    ForcedSample,
+    ReasonedSample,
+    Sample,
+    Task,
+    WrittenSample,
+)
 from nsa_platform.evaluate.tasks.variables import variable_tracking
 
 Draw = Callable[[list[int], int, Decoding], list[int]]
@@ -89,11 +97,16 @@ def _answered(
         share = sum(counted) / len(counted)
         size = len(sample.prompt) + len(sample.answer)
         return Row(sample.cells, sample.unit, size, (), "", len(counted), share)
-    if sample.decoding.temperature > 0:
-        ids = draw(sample.prompt, sample.max_new_tokens, sample.decoding)
-    else:
-        ids = generate(sample.prompt, sample.max_new_tokens)
+    ids = _write(sample, generate, draw)
     written = tokenizer.decode(ids)
+    if isinstance(sample, ReasonedSample):
+        row = _answered(sample.conclude(written), tokenizer, generate, score, draw)
+        return replace(
+            row,
+            prompt_tokens=len(sample.prompt),
+            written=f"{written}\n\n{row.written}",
+            new_tokens=len(ids) + row.new_tokens,
+        )
     return Row(
         sample.cells,
         sample.unit,
@@ -103,3 +116,9 @@ def _answered(
         len(ids),
         sample.score(written),
     )
+
+
+def _write(sample: WrittenSample | ReasonedSample, generate: Generate, draw: Draw) -> list[int]:
+    if sample.decoding.temperature > 0:
+        return draw(sample.prompt, sample.max_new_tokens, sample.decoding)
+    return generate(sample.prompt, sample.max_new_tokens)

@@ -46,7 +46,18 @@ class ForcedSample:
     """Places in the answer; the score is the share of them that were the likeliest token."""
 
 
-Sample = WrittenSample | ForcedSample
+@dataclass(frozen=True, slots=True)
+class ReasonedSample:
+    """The model thinks first, and is asked for the answer in a second prompt."""
+
+    prompt: list[int]
+    max_new_tokens: int
+    decoding: Decoding
+    conclude: Callable[[str], WrittenSample]
+    """What it thought to the sample that is scored."""
+
+
+Sample = WrittenSample | ForcedSample | ReasonedSample
 
 
 @dataclass(frozen=True, slots=True)

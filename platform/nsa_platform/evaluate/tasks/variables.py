@@ -1,6 +1,7 @@
 """RULER's variable tracking: chains of assignments in noise, and who holds the first one's value.
 
-A solved short example stands before the text, as in RULER. Sentences are ours.
+A solved example of at most 500 tokens, the same for all samples, stands before the text, as in
+RULER. Sentences are ours.
 
 Source: arXiv 2404.06654, section 3; github.com/NVIDIA/RULER,
 scripts/data/synthetic/variable_tracking.py.
@@ -24,7 +25,9 @@ ANSWER_TOKENS = 30
 INTRODUCTION = "Variables are assigned in the text below. Follow the chains of assignments.\n\n"
 QUESTION = "\nQuestion: which variables hold the value {value} according to the text above?"
 BEGUN = " Answer: by the assignments in the text, {count} variables hold the value {value}:"
-EXAMPLE_NOISES, EXAMPLE_LETTERS, LETTERS = 5, 3, 5
+EXAMPLE_LETTERS, LETTERS = 3, 5
+EXAMPLE_TOKENS, EXAMPLE_NOISES, EXAMPLE_HOPS = 500, 5, 10
+"""The example has as many times so many noises as it has room for, once at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +46,13 @@ def variable_tracking(config: VariableTrackingTask, tokenizer: Tokenizer) -> Tas
         ValueError: a length is too short.
     """
     frame = open_frame(tokenizer, chat=config.chat)
+    shown = _example(config, tokenizer)
 
     def samples() -> Iterator[WrittenSample]:
         for length in sorted(config.lengths):
             for number in range(config.samples):
                 dice = random.Random(f"{config.seed}/vt/{length}/{number}")
-                yield _sample(config, tokenizer, frame, length, number, dice)
+                yield _sample(config, tokenizer, frame, shown, length, number, dice)
 
     return Task(config.kind, len(config.lengths) * config.samples, samples)
 
@@ -57,19 +61,13 @@ def _sample(
     config: VariableTrackingTask,
     tokenizer: Tokenizer,
     frame: Frame,
+    shown: list[int],
     length: int,
     number: int,
     dice: random.Random,
 ) -> WrittenSample:
-    example = _chains(dice, 1, config.hops, EXAMPLE_LETTERS)
     chains = _chains(dice, config.chains, config.hops, LETTERS)
     noise = tokenizer.encode(SYNTHETIC)
-    shown = [
-        *tokenizer.encode(INTRODUCTION),
-        *_mixed(tokenizer, example, noise, EXAMPLE_NOISES, dice),
-        *tokenizer.encode(_question(example) + " " + " ".join(example.variables) + "\n\n"),
-        *tokenizer.encode(INTRODUCTION),
-    ]
     question, begun = tokenizer.encode(_asked(chains)), tokenizer.encode(_begun(chains))
     lines = sum(len(tokenizer.encode(f"{line}\n")) for chain in chains.lines for line in chain)
     fixed = len(shown) + len(question) + len(begun) + frame.size + ANSWER_TOKENS
@@ -86,6 +84,20 @@ def _sample(
         max_new_tokens=ANSWER_TOKENS,
         score=share_of(chains.variables),
     )
+
+
+def _example(config: VariableTrackingTask, tokenizer: Tokenizer) -> list[int]:
+    """A solved example, and the introduction of what follows it."""
+    dice = random.Random(f"{config.seed}/vt/example")
+    chains = _chains(dice, 1, min(EXAMPLE_HOPS, config.hops), EXAMPLE_LETTERS)
+    noise = tokenizer.encode(SYNTHETIC)
+    text = _mixed(tokenizer, chains, [], 0, dice)
+    asked = tokenizer.encode(_question(chains) + " " + " ".join(chains.variables) + "\n\n")
+    introduction = tokenizer.encode(INTRODUCTION)
+    room = EXAMPLE_TOKENS - ANSWER_TOKENS - len(introduction) - len(text) - len(asked)
+    noises = max(1, room // (EXAMPLE_NOISES * len(noise))) * EXAMPLE_NOISES
+    mixed = _mixed(tokenizer, chains, noise, noises, dice)
+    return [*introduction, *mixed, *asked, *introduction]
 
 
 def _chains(dice: random.Random, count: int, hops: int, letters: int) -> Chains:

@@ -2,15 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
+from nsa_platform.config.base import ConfigError
 from nsa_platform.config.tasks import LongBenchTask, LongBenchV2Task
 from nsa_platform.evaluate.tasks import longbench_scores as scores
 from nsa_platform.evaluate.tasks.longbench import DATASETS, middle_left_out, scorer
 from nsa_platform.evaluate.tasks.longbench_v2 import letter_of
-from nsa_platform.evaluate.tasks.suite import open_task
-from nsa_platform.evaluate.tasks.task import WrittenSample
+from nsa_platform.evaluate.tasks.suite import open_task, run_task
+from nsa_platform.evaluate.tasks.task import Decoding, WrittenSample
 
 
 @pytest.mark.parametrize(
@@ -134,15 +136,25 @@ def test_choices_are_read_from_the_answer() -> None:
     assert letter_of("B") is None
 
 
-def test_version_2_asks_four_choices(corpus, tmp_path: Path) -> None:
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    """One question of version 2, whose texts look like a prompt's marks."""
     question = {
         "_id": "q1", "difficulty": "easy", "length": "short", "question": "Which $C_A$?",
         "choice_A": "one", "choice_B": "two", "choice_C": "three", "choice_D": "four",
         "answer": "B", "context": " The $Q$ text. ",
     }  # fmt: skip
     (tmp_path / "data.json").write_text(json.dumps([question]))
-    config = LongBenchV2Task.parse({"kind": "longbench_v2", "file": str(tmp_path / "data.json")})
-    (sample,) = open_task(config, corpus.tokenizer).samples()
+    return tmp_path
+
+
+def version_2(folder: Path, **changes: object) -> LongBenchV2Task:
+    tree = {"kind": "longbench_v2", "file": str(folder / "data.json"), **changes}
+    return LongBenchV2Task.parse(tree)
+
+
+def test_version_2_asks_four_choices(corpus, questions: Path) -> None:
+    (sample,) = open_task(version_2(questions), corpus.tokenizer).samples()
     assert isinstance(sample, WrittenSample)
     text = corpus.tokenizer.decode(sample.prompt)
     assert "\n\nThe $Q$ text.\n\nQuestion: Which $C_A$?\n(A) one\n(B) two\n(C) three" in text
@@ -150,3 +162,50 @@ def test_version_2_asks_four_choices(corpus, tmp_path: Path) -> None:
     assert sample.decoding.temperature == 0.1
     assert sample.score("The correct answer is (B)") == 1.0
     assert sample.score("The correct answer is (A)") == 0.0
+
+
+@pytest.mark.parametrize("own_prompts", [False, True])
+def test_a_chain_of_thought_is_asked_twice(corpus, questions: Path, own_prompts: bool) -> None:
+    files = {}
+    if own_prompts:
+        (questions / "cot.txt").write_text("READ $DOC$ ASKED $Q$ THINK:")
+        (questions / "ans.txt").write_text("ASKED $Q$ OF $C_A$ $C_D$ THOUGHT $COT$ ANSWER:")
+        names = {"prompt": "cot.txt", "answer_prompt": "ans.txt"}
+        files = {key: str(questions / name) for key, name in names.items()}
+    config = version_2(questions, cot=True, **files)
+    calls: list[tuple[str, int, Decoding]] = []
+    answers = ["Two of $Q$ fits.", "**The correct answer is (B)**"]
+
+    def draw(prompt: list[int], count: int, decoding: Decoding) -> list[int]:
+        calls.append((corpus.tokenizer.decode(prompt), count, decoding))
+        return corpus.tokenizer.encode(answers[len(calls) - 1])
+
+    def never(*_: object) -> NoReturn:
+        raise AssertionError("neither greedy nor forced")
+
+    task = open_task(config, corpus.tokenizer)
+    result = run_task(task, corpus.tokenizer, generate=never, score=never, draw=draw)
+    (thinking, first, decoding), (concluding, second, again) = calls
+    assert (first, second, decoding.temperature) == (1024, 128, 0.1) and again == decoding
+    assert "The $Q$ text." in thinking and "Which $C_A$?" in thinking
+    assert "The $Q$ text." not in concluding and "Which $C_A$?" in concluding
+    assert "Two of $Q$ fits." in concluding
+    if own_prompts:
+        assert concluding == "ASKED Which $C_A$? OF one four THOUGHT Two of $Q$ fits. ANSWER:"
+    (row,) = result.rows
+    assert (row.cells, row.score) == (("all", "easy", "short"), 1.0)
+    assert row.written == "\n\n".join(answers)
+    assert row.new_tokens == sum(len(corpus.tokenizer.encode(each)) for each in answers)
+    assert row.prompt_tokens == len(corpus.tokenizer.encode(thinking))
+
+
+def test_prompts_of_a_chain_of_thought_belong_together(corpus, questions: Path) -> None:
+    with pytest.raises(ConfigError, match="answer_prompt is of no use without cot: true"):
+        version_2(questions, answer_prompt="x.txt")
+    with pytest.raises(ConfigError, match="given both or neither"):
+        version_2(questions, cot=True, prompt="x.txt")
+    assert version_2(questions, cot=True, max_length=100).longest == 1124
+    (questions / "x.txt").write_text("no mark")
+    same = {"prompt": str(questions / "x.txt"), "answer_prompt": str(questions / "x.txt")}
+    with pytest.raises(ValueError, match=r"x\.txt has no place \$COT\$ for the thoughts"):
+        open_task(version_2(questions, cot=True, **same), corpus.tokenizer)

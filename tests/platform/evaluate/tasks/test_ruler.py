@@ -108,12 +108,49 @@ def test_kinds_differ_as_ruler_says(corpus) -> None:
     uuid = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
     assert re.fullmatch(uuid, first["niah_single_3"].references[0])
     assert len(re.findall(uuid, texts["niah_multikey_3"])) >= 6
+    one = {kind for kind, text in texts.items() if text.endswith("that the text names is")}
+    many = {kind for kind, text in texts.items() if text.endswith("that the text names are")}
+    assert many == {"niah_multivalue", "niah_multiquery"} == set(SHAPES) - one
+    limits = {kind: sample.max_new_tokens for kind, sample in first.items()}
+    assert limits == dict.fromkeys(SHAPES, 128)
+    others = {kind: written(config_of(kind), corpus.tokenizer)[0] for kind in ("vt", "cwe", "fwe")}
+    assert {kind: each.max_new_tokens for kind, each in others.items()} == {
+        "vt": 30, "cwe": 120, "fwe": 50,
+    }  # fmt: skip
+    assert {kind: len(each.references) for kind, each in others.items()} == {
+        "vt": 5, "cwe": 10, "fwe": 3,
+    }  # fmt: skip
+
+
+def test_needles_of_the_noise_lie_between_lines(corpus) -> None:
+    samples = written(config_of("niah_single_1", samples=12), corpus.tokenizer)
+    before = set()
+    for sample in samples:
+        text = corpus.tokenizer.decode(sample.prompt)
+        hay, _ = text.split("A magic number of")
+        assert hay.endswith("There and back again.\n") or hay.count("\n") == 1
+        before.add(hay.count("There and back again."))
+    assert len(before) > 3, "at any line"
+
+
+def test_the_example_of_variables_is_the_same_and_short(corpus) -> None:
+    texts = [
+        corpus.tokenizer.decode(sample.prompt)
+        for sample in written(config_of("vt"), corpus.tokenizer)
+    ]
+    examples = {text[: text.rindex("Variables are assigned")] for text in texts}
+    assert len(examples) == 1
+    (example,) = examples
+    # Five of these noises take the 500 tokens of this small vocabulary already.
+    assert example.count("There and back again.") == 5
+    assert len(re.findall("VAR [A-Z]{3} = ", example)) == 5
 
 
 def test_essays_are_the_haystack(corpus, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("Zebras graze. They   sleep.\n\nThey run.\n")
     essays = config_of("niah_single_2", essays=str(tmp_path))
     text = corpus.tokenizer.decode(written(essays, corpus.tokenizer)[0].prompt)
+    assert re.search(r"\. A magic number of \S+ is \d{7}\.( They|Zebras)", text), "a sentence of it"
     assert "They sleep. They run.Zebras graze." in text and "The grass is green" not in text
     (tmp_path / "a.txt").unlink()
     with pytest.raises(ValueError, match=r"holds no \.txt file"):
@@ -131,7 +168,7 @@ def test_the_chat_template_goes_around_the_text(corpus) -> None:
     frame_text = tokenizer.decode(frame, skip_special_tokens=False)
     assert text.startswith(frame_text.split("x")[0])
     assert message.endswith("does the text above name?")
-    assert answer.split("assistant\n")[1].startswith(" The magic numbers of")
+    assert answer.split("assistant\n")[1].startswith(" The magic number of")
 
 
 def squad() -> dict[str, object]:
