@@ -1,7 +1,9 @@
 """Validations of checkpoints beside the training that goes on, as Ray tasks.
 
 Which checkpoints await one is written in their markers, so it outlives workers and drivers. One
-after the other is validated, in the order of steps, by a process of its own.
+after the other is validated, in the order of steps, by a process of its own. If training is faster,
+no more of them wait than checkpoint.keep_latest: the oldest are left out, and said, for they cost
+disk. With export=best each may become the model, so all wait.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +37,8 @@ class _Run:
     task: Task
     is_due: bool
     """Whether its checkpoints are to be looked through."""
+    has_grown: bool = True
+    """Whether there may be more of them since it was made sure that not too many wait."""
     metrics: dict[int, dict[str, float]] = field(default_factory=dict)
     """Of each step that was validated."""
     given_up: set[int] = field(default_factory=set)
@@ -68,13 +72,15 @@ class Validations:
 
     def look(self, number: int) -> None:
         """A checkpoint of that run may await its validation."""
-        self._runs[number].is_due = True
+        self._runs[number].is_due = self._runs[number].has_grown = True
 
     def poll(self) -> None:
         """Begin what can begin and take in what is done."""
         for run in self._runs:
             if run.running is not None and ray.wait([run.running], timeout=0)[0]:
                 self._take_in(run, run.running)
+            if run.has_grown:
+                self._leave_out(run)
             if run.running is None and run.is_due:
                 self._begin_next(run)
 
@@ -108,6 +114,29 @@ class Validations:
             if run.running is not None:
                 ray.cancel(run.running, force=True)
                 run.running = None
+
+    def _leave_out(self, run: _Run) -> None:
+        """Let no more checkpoints wait than may, besides the one whose validation is at work."""
+        config = run.task.stages[-1].train.checkpoint
+        left_out: list[int] = []
+        try:
+            if config.export == "last":
+                waiting = [
+                    each
+                    for each in awaiting_validation(run.folder)
+                    if run.running is None or each.step != run.step
+                ]
+                room = config.keep_latest + (run.running is None)
+                for each in waiting[:-room]:
+                    settle(each, {})
+                    left_out.append(each.step)
+            run.has_grown = False
+        except OSError:
+            # Storage is away; the next poll may find it.
+            pass
+        if left_out:
+            steps = ", ".join(map(str, left_out))
+            self._say(f"validations take longer than training: left out that of step {steps}")
 
     def _begin_next(self, run: _Run) -> None:
         try:

@@ -133,7 +133,8 @@ class TrainConfig(Strict):
     validation: Literal["inline", "asynchronous"] = "inline"
     """inline: the workers validate and then train on. asynchronous: they train on, and a worker
     besides, which must hold the whole model, validates their checkpoints one after the other, with
-    the same result."""
+    the same result. If it is slower than they are, checkpoint.keep_latest wait for it and older
+    ones are left out; with checkpoint.export=best none is."""
     samples: SamplesConfig = SamplesConfig()
     needle: NeedleCurveConfig = NeedleCurveConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
