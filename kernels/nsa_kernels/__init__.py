@@ -4,7 +4,9 @@ from nsa_kernels.compressed import compressed_attention
 from nsa_kernels.few_rows import project
 from nsa_kernels.full import full_attention
 from nsa_kernels.new_rows import NewBlocks, NewRows, Phi, fold_blocks
+from nsa_kernels.new_tokens import NewPlaces, NewTokens
 from nsa_kernels.paged import full_paged_attention, nsa_paged_attention
+from nsa_kernels.paged_places import place_new_tokens
 from nsa_kernels.paged_writes import fold_and_write, rotate_and_write
 from nsa_kernels.projections import Projection, RmsNorm
 from nsa_kernels.selected import selected_attention
@@ -15,7 +17,9 @@ from nsa_kernels.whole import nsa_attention
 
 __all__ = [
     "NewBlocks",
+    "NewPlaces",
     "NewRows",
+    "NewTokens",
     "NsaConfig",
     "Phi",
     "Projection",
@@ -29,6 +33,7 @@ __all__ = [
     "nsa_attention",
     "nsa_paged_attention",
     "num_compressed_blocks",
+    "place_new_tokens",
     "project",
     "rotate_and_write",
     "select_blocks",

@@ -11,12 +11,17 @@ from nsa_kernels import NsaConfig, reference
 README = (Path(__file__).resolve().parents[2] / "kernels" / "README.md").read_text()
 
 
-def test_the_example_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+
+
+def test_the_examples_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    names: dict[str, object] = {}
-    exec(example, names)
-    assert names["q"].grad.abs().sum() > 0  # type: ignore[attr-defined]
+    trained, decoded = ({}, {})
+    for example, names in zip(EXAMPLES, (trained, decoded), strict=True):
+        exec(example, names)
+    assert trained["q"].grad.abs().sum() > 0
+    assert decoded["out"].shape == (1, 8, 64)
+    assert decoded["out"].isfinite().all()
 
 
 def test_every_public_name_is_explained() -> None:

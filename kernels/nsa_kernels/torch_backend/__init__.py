@@ -3,6 +3,7 @@
 from nsa_kernels.torch_backend.few_rows import project
 from nsa_kernels.torch_backend.mixing import mix_backward, mix_forward
 from nsa_kernels.torch_backend.paged import full_paged_attention, paged_attention
+from nsa_kernels.torch_backend.paged_places import place_new_tokens
 from nsa_kernels.torch_backend.paged_writes import fold_and_write, rotate_and_write
 from nsa_kernels.torch_backend.selected import selected_backward, selected_forward
 from nsa_kernels.torch_backend.selection import select_blocks
@@ -28,6 +29,7 @@ __all__ = [
     "nsa_backward",
     "nsa_forward",
     "paged_attention",
+    "place_new_tokens",
     "project",
     "rotate_and_write",
     "select_blocks",

@@ -6,6 +6,7 @@ from nsa_kernels.triton_backend.mixing import mix_backward, mix_forward
 from nsa_kernels.triton_backend.paged import full_paged_attention, paged_attention
 from nsa_kernels.triton_backend.paged_append import rotate_and_write
 from nsa_kernels.triton_backend.paged_fold import fold_and_write
+from nsa_kernels.triton_backend.paged_places import place_new_tokens
 from nsa_kernels.triton_backend.selected_backward import selected_backward
 from nsa_kernels.triton_backend.selected_forward import selected_forward
 from nsa_kernels.triton_backend.span_backward import (
@@ -32,6 +33,7 @@ __all__ = [
     "nsa_backward",
     "nsa_forward",
     "paged_attention",
+    "place_new_tokens",
     "project",
     "rotate_and_write",
     "select_blocks",

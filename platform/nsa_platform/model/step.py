@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsa_kernels import NewBlocks
+from nsa_kernels import NewBlocks, NewTokens, place_new_tokens
 from nsa_platform.config.model import ModelConfig, NsaAttentionConfig
 from nsa_platform.model.compression import CompressionBlocks, compression_blocks, kernel_config
 from nsa_platform.model.exchange import joined
 from nsa_platform.model.inputs import Attend, Observed, PackedInputs, PagedInputs
 from nsa_platform.model.partition import Partition
 from nsa_platform.model.probe import Probe
-from nsa_platform.model.rotary import Rotation, rotation_of
+from nsa_platform.model.rotary import Rotation, inverse_frequencies, rotation_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,78 +92,31 @@ def packed_step(inputs: PackedInputs, config: ModelConfig, *, dtype: torch.dtype
 
 def paged_step(inputs: PagedInputs, config: ModelConfig, *, dtype: torch.dtype) -> PagedStep:
     """Prepare a forward pass over new tokens."""
-    page_size = inputs.caches[0].page_size
-    num_tokens = inputs.positions.numel()
-    packed = torch.arange(num_tokens, device=inputs.positions.device)
-    sequence = _owner(inputs.cu_seqlens, packed)
-    positions = inputs.positions.long()
-
-    window_rows, new_blocks = None, None
-    if isinstance(config.attention, NsaAttentionConfig):
-        assert inputs.window_page_table is not None
-        window_rows = _rows(inputs.window_page_table, sequence, positions, page_size)
-        new_blocks = _new_blocks(inputs, config, config.attention, dtype)
-    token_rows = _rows(inputs.page_table, sequence, positions, page_size)
-    is_own = positions >= inputs.shared_lens[sequence]
+    attention = config.attention
+    is_sparse = isinstance(attention, NsaAttentionConfig)
+    places = place_new_tokens(
+        NewTokens(
+            positions=inputs.positions,
+            cu_seqlens=inputs.cu_seqlens,
+            context_lens=inputs.context_lens,
+            page_table=inputs.page_table,
+            window_page_table=inputs.window_page_table,
+            shared_lens=inputs.shared_lens,
+        ),
+        inverse_frequencies(config, device=inputs.positions.device),
+        page_size=inputs.caches[0].page_size,
+        config=kernel_config(attention) if is_sparse else None,
+        is_rotated=is_sparse and attention.compressed_rotary == "block_start",
+        dtype=torch.promote_types(dtype, torch.float32),
+    )
     return PagedStep(
         cu_seqlens=inputs.cu_seqlens,
         context_lens=inputs.context_lens,
         page_table=inputs.page_table,
         window_page_table=inputs.window_page_table,
-        rotation=rotation_of(inputs.positions, config, dtype=dtype),
-        token_rows=torch.where(is_own, token_rows, 0),
-        window_rows=window_rows,
-        new_blocks=new_blocks,
+        rotation=Rotation(places.cos, places.sin),
+        token_rows=places.token_rows,
+        window_rows=places.window_rows,
+        new_blocks=places.blocks,
         observed=inputs.observed,
     )
-
-
-def _new_blocks(
-    inputs: PagedInputs, config: ModelConfig, attention: NsaAttentionConfig, dtype: torch.dtype
-) -> NewBlocks:
-    """A block is new when its last token is; q new tokens complete ceil(q / d) blocks at most."""
-    size, stride = attention.compression_block_size, attention.compression_stride
-    page_size = inputs.caches[0].page_size
-    assert inputs.window_page_table is not None
-
-    contexts = inputs.context_lens.long()
-    before = _num_blocks(contexts - inputs.cu_seqlens.long().diff(), size, stride)
-    added = _num_blocks(contexts, size, stride) - before
-    offsets = torch.cat([added.new_zeros(1), added.cumsum(0)])
-    bound = (inputs.positions.numel() + contexts.numel() * (stride - 1)) // stride
-
-    entry = torch.arange(bound, device=contexts.device)
-    sequence = _owner(offsets, entry)
-    is_block = entry < offsets[-1]
-    index = before[sequence] + entry - offsets[sequence]
-    starts = torch.where(is_block, index * stride, 0)
-    tokens = starts[:, None] + torch.arange(size, device=contexts.device)
-    tail_rows = _rows(inputs.window_page_table, sequence[:, None], tokens, page_size)
-    rows = _rows(inputs.page_table, sequence, starts, page_size) // stride
-    rotation = rotation_of(starts, config, dtype=dtype)
-    return NewBlocks(
-        tail_rows=torch.where(is_block[:, None], tail_rows, 0),
-        rows=torch.where(is_block & (starts >= inputs.shared_lens[sequence]), rows, 0),
-        cos=rotation.cos,
-        sin=rotation.sin,
-        is_rotated=attention.compressed_rotary == "block_start",
-    )
-
-
-def _num_blocks(lengths: Tensor, size: int, stride: int) -> Tensor:
-    """Complete compression blocks of sequences with these lengths (none below l tokens)."""
-    whole = torch.div(lengths - size, stride, rounding_mode="floor") + 1
-    return whole.clamp(min=0)
-
-
-def _owner(offsets: Tensor, items: Tensor) -> Tensor:
-    """Which of the ranges [offsets[b], offsets[b + 1]) holds each item; the last for the rest."""
-    owner = torch.searchsorted(offsets.long(), items, right=True) - 1
-    return owner.clamp(0, offsets.numel() - 2)
-
-
-def _rows(page_table: Tensor, sequence: Tensor, positions: Tensor, page_size: int) -> Tensor:
-    """Pool row of each position; positions without a page share the scratch page 0."""
-    logical = (positions // page_size).clamp(max=page_table.shape[1] - 1)
-    page = page_table.long()[sequence, logical].clamp(min=0)
-    return page * page_size + positions % page_size

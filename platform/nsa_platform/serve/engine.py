@@ -7,7 +7,6 @@ decode, the device has the next step before the tokens of the last one are taken
 for Python. An engine belongs to one thread.
 """
 
-import logging
 import math
 import time
 from collections.abc import Sequence
@@ -27,12 +26,7 @@ from nsa_platform.serve.decode_graphs import DecodeGraphs
 from nsa_platform.serve.detokenizer import Detokenizer, StopStrings
 from nsa_platform.serve.grammar import Grammars
 from nsa_platform.serve.ranks import Ranks
-from nsa_platform.serve.request import (
-    FinishReason,
-    Output,
-    Request,
-    SamplingParams,
-)
+from nsa_platform.serve.request import FinishReason, Output, Request, SamplingParams
 from nsa_platform.serve.runner import ModelRunner
 from nsa_platform.serve.sampler import seed_of
 from nsa_platform.serve.scheduler import Scheduler, Step
@@ -40,8 +34,6 @@ from nsa_platform.serve.stats import EngineStats
 from nsa_platform.serve.step_cost import CostModel, StepWork
 from nsa_platform.serve.totals import Totals
 from nsa_platform.serve.trial_steps import warm_up
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -259,12 +251,8 @@ class Engine:
     def warm_up(self) -> None:
         """Run steps of all kinds, so that no request waits until a kernel is compiled. The engine
         must be idle; nothing of it changes. A CPU compiles nothing, and is left alone."""
-        assert not self.has_work
         if self.config.warm_up and self.cache.device.type != "cpu":
-            started = time.monotonic()
-            num_steps = warm_up(self.runner, self.scheduler.limits, self.max_model_len)
-            seconds = time.monotonic() - started
-            log.info("warmed up by %d steps of all kinds in %.1f s", num_steps, seconds)
+            warm_up(self.runner, self.scheduler.limits, self.max_model_len)
 
     def capture(self, *, context_lens: Sequence[int] | None = None) -> None:
         """Make ready the fixed shapes in which steps of decodes run, CUDA graphs on a GPU: for

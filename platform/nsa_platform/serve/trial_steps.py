@@ -1,6 +1,8 @@
 """Steps that are run for their own sake, before there are requests: to be measured, or to have been
 run once."""
 
+import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -10,6 +12,8 @@ from nsa_platform.serve.pages import SequencePages
 from nsa_platform.serve.runner import ModelRunner
 from nsa_platform.serve.scheduler import Limits
 from nsa_platform.serve.transfer import on_device
+
+log = logging.getLogger(__name__)
 
 LEAST_CHUNK = 16
 LEAST_CONTEXT = 512
@@ -60,8 +64,7 @@ def warm_up(runner: ModelRunner, limits: Limits, max_model_len: int) -> int:
     """Run a step of every kind that kernels are compiled for: chunks of doubling sizes on contexts
     of doubling lengths, alone and, on every other length, beside decodes of doubling numbers.
     Returns how many."""
-    room = room_for_trials(runner)
-    count = 0
+    started, room, count = time.monotonic(), room_for_trials(runner), 0
     for index, context in enumerate(_doublings(LEAST_CONTEXT, min(max_model_len, room))):
         most = min(context, limits.max_step_tokens)
         steps = [[(size, context)] for size in _doublings(LEAST_CHUNK, most)]
@@ -71,6 +74,7 @@ def warm_up(runner: ModelRunner, limits: Limits, max_model_len: int) -> int:
             with trial_step(runner, chunks) as run:
                 run()
         count += len(steps)
+    log.info("%d steps of all kinds were run in %.1f s", count, time.monotonic() - started)
     return count
 
 

@@ -24,6 +24,7 @@ from triton.runtime.jit import JITFunction
 from nsa_kernels import (
     NewBlocks,
     NewRows,
+    NewTokens,
     NsaConfig,
     Phi,
     Projection,
@@ -207,6 +208,9 @@ def run_paged(shape: Shape, tokens: int) -> None:
     write_paged(q, caches)
     if tokens == 2:
         project_few(q.flatten(1))
+        frequencies = torch.zeros(shape.key_width // 2, dtype=torch.float64)
+        places = NewTokens(cu_seqlens[:tokens], cu_seqlens, contexts, table, table, contexts)
+        triton_backend.place_new_tokens(places, frequencies, page, CONFIG, True, torch.float32)
 
 
 def project_few(x: Tensor) -> None:
