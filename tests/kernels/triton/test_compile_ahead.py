@@ -33,6 +33,7 @@ WITHOUT_DOTS = {
     "locate_rows_kernel",
     "paged_append_kernel",
     "paged_merge_kernel",
+    "paged_places_kernel",
     "merge_softmax_kernel",
     "merge_sum_kernel",
     "unite_choices_kernel",
