@@ -280,6 +280,18 @@ class CheckpointStore:
         what = f"writing checkpoint {target}"
         retried(action, what, say=self._say, delays_s=self._retry_delays_s)
 
+    def _insisted(self, question: Callable[[], Value]) -> Value:
+        """The answer, after a wait where the storage does not give one."""
+        answers: list[Value] = []
+        retried(
+            lambda: answers.append(question()),
+            f"reading {self.folder}",
+            say=self._say,
+            delays_s=self._retry_delays_s,
+            final=(storage.MissingFileError,),
+        )
+        return answers[0]
+
     def _commit(
         self, step: int, place: Path, target: str, *, facts: Mapping[str, Any]
     ) -> str | None:
@@ -333,11 +345,12 @@ class CheckpointStore:
         return gathered
 
     def _from_first(self, question: Callable[[], Value]) -> Value:
-        """Ask on the first worker; the answer, or the exception, on all."""
+        """Ask on the first worker, again where the storage is away; the answer, or the exception,
+        on all."""
         answer: Any = None
         if self._world.is_first:
             try:
-                answer = question()
+                answer = self._insisted(question)
             except (OSError, CheckpointError) as error:
                 answer = error
         box = [answer]

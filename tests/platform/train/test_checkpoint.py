@@ -261,6 +261,30 @@ def test_a_storage_that_fails_is_no_damage(tmp_path: Path, monkeypatch) -> None:
     assert not storage_is_away(CheckpointException("read", failures))
 
 
+def test_a_storage_that_is_away_for_a_moment_is_asked_again(tmp_path: Path, monkeypatch) -> None:
+    save_steps(tmp_path, 2, keep_latest=2)
+    lines: list[str] = []
+    checkpoints, list_names, calls = store(tmp_path, lines), storage.list_names, []
+
+    def away_at_first(folder: str) -> list[str]:
+        calls.append(folder)
+        if len(calls) % 2:
+            raise storage.StorageError("the storage is away")
+        return list_names(folder)
+
+    monkeypatch.setattr(storage, "list_names", away_at_first)
+    assert checkpoints.has_any()
+    assert checkpoints.newest_step() == 2
+    checkpoints.close()
+    assert (
+        lines
+        == [
+            f"reading {tmp_path} failed, next try in 0 s: the storage is away",
+        ]
+        * 2
+    )
+
+
 def test_a_folder_without_marker_does_not_count(tmp_path: Path) -> None:
     save_steps(tmp_path, 2)
     (tmp_path / "step-00000002" / MARKER).unlink()
