@@ -61,5 +61,11 @@ def _check_tokens(tokens: NewTokens, *, has_window: bool) -> None:
         checks.check_shape("window_page_table", tokens.window_page_table, "[B, M]", shape)
     for name in NewTokens.__slots__:
         tensor = getattr(tokens, name)
-        if tensor is not None and tensor.dtype != torch.int32:
+        if tensor is None:
+            continue
+        if tensor.dtype != torch.int32:
             raise ValueError(f"{name} must be int32, got {tensor.dtype}")
+        if tensor.device != tokens.positions.device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, positions are on {tokens.positions.device}"
+            )

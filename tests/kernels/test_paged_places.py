@@ -149,3 +149,6 @@ def test_bad_input() -> None:
     long = replace(tokens, positions=tokens.positions.long())
     with pytest.raises(ValueError, match="positions must be int32"):
         place_new_tokens(long, FREQUENCIES, **options)
+    elsewhere = replace(tokens, shared_lens=tokens.shared_lens.to("meta"))
+    with pytest.raises(ValueError, match="shared_lens is on meta, positions are on cpu"):
+        place_new_tokens(elsewhere, FREQUENCIES, **options)

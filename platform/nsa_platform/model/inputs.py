@@ -10,6 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from nsa_kernels import NewTokens
 from nsa_platform.model.cache import LayerCache
 from nsa_platform.model.partition import WHOLE, Partition
 from nsa_platform.model.probe import Probe
@@ -55,22 +56,13 @@ class Observed:
 
 
 @dataclass(frozen=True, slots=True)
-class PagedInputs:
-    """New tokens of sequences whose earlier tokens lie in paged caches (prefill and decoding)."""
+class PagedInputs(NewTokens):
+    """New tokens of sequences whose earlier tokens lie in paged caches (prefill and decoding).
 
-    positions: Tensor
-    """int32 [T], positions of the new tokens in their sequences."""
-    cu_seqlens: Tensor
-    """int32 [B + 1], starts of each sequence's new tokens in T, then T itself."""
-    context_lens: Tensor
-    """int32 [B], tokens of each sequence with the new ones."""
-    page_table: Tensor
-    """int32 [B, M], physical page of each logical page; -1 where there is none."""
-    window_page_table: Tensor | None
-    """int32 [B, M], the same for the window pool; None for full attention."""
-    shared_lens: Tensor
-    """int32 [B], so many first tokens lie in pages of other sequences too: their rows of the
-    selection pool are not written. A whole number of pages; 0 where nothing is shared."""
+    Rows of the selection pool are not written for tokens within shared_lens: a whole number of
+    pages; 0 where nothing is shared.
+    """
+
     caches: list[LayerCache]
     """One cache for each layer. The forward pass writes the new tokens into them."""
     observed: Observed | None = None

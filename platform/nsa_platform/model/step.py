@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsa_kernels import NewBlocks, NewTokens, place_new_tokens
+from nsa_kernels import NewBlocks, place_new_tokens
 from nsa_platform.config.model import ModelConfig, NsaAttentionConfig
 from nsa_platform.model.compression import CompressionBlocks, compression_blocks, kernel_config
 from nsa_platform.model.exchange import joined
@@ -95,14 +95,7 @@ def paged_step(inputs: PagedInputs, config: ModelConfig, *, dtype: torch.dtype) 
     attention = config.attention
     is_sparse = isinstance(attention, NsaAttentionConfig)
     places = place_new_tokens(
-        NewTokens(
-            positions=inputs.positions,
-            cu_seqlens=inputs.cu_seqlens,
-            context_lens=inputs.context_lens,
-            page_table=inputs.page_table,
-            window_page_table=inputs.window_page_table,
-            shared_lens=inputs.shared_lens,
-        ),
+        inputs,
         inverse_frequencies(config, device=inputs.positions.device),
         page_size=inputs.caches[0].page_size,
         config=kernel_config(attention) if is_sparse else None,
