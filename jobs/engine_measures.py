@@ -126,7 +126,8 @@ def fill_cache(engine: Engine) -> None:
     and blocks are chosen from everywhere: no locality helps."""
     for layer in engine.cache.layers:
         for tensor in layer.page_tensors() + layer.window_tensors():
-            tensor.normal_()
+            # Not in place: fp8 has no random numbers of its own.
+            tensor.copy_(torch.randn(tensor.shape, dtype=torch.bfloat16, device=tensor.device))
 
 
 def know_prompts(engine: Engine, prompts: Sequence[Sequence[int]], *, is_computed: bool) -> None:
@@ -179,7 +180,8 @@ def decode_speed(
     formula = cache_bytes(
         cache.config,
         engine.scheduler.running[0].pages.num_tokens,
-        element_bytes=cache.layers[0].page_tensors()[0].itemsize,
+        element_bytes=cache.layers[0].page_tensors()[-1].itemsize,
+        kv_bytes=cache.layers[0].page_tensors()[0].itemsize,
         page_size=cache.page_size,
     )
     busy_s = _device_seconds(engine)

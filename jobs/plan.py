@@ -25,7 +25,7 @@ from nsa_platform.config.model import ModelConfig
 from nsa_platform.config.serve import EngineConfig
 from nsa_platform.model.weights import ExportError, load_config
 from nsa_platform.serve.capacity import blocks_per_page_of
-from nsa_platform.serve.planning import GPUS, ServingPlan, plan_serving
+from nsa_platform.serve.planning import ELEMENT_BYTES, GPUS, ServingPlan, plan_serving
 
 EXIT_DOES_NOT_FIT = 1
 
@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             memory_share=engine.gpu_memory_utilization,
             blocks_per_page=blocks_per_page_of(model, engine),
             num_ranks=num_ranks,
+            kv_bytes=1 if engine.kv_cache_dtype == "fp8" else ELEMENT_BYTES,
         )
     except (ConfigError, ExportError, ValueError, OSError) as error:
         fail(str(error), status=EXIT_BAD_CONFIG)

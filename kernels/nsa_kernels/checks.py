@@ -19,7 +19,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _expect(is_met: bool, message: str) -> None:
+def expect(is_met: bool, message: str) -> None:
     if not is_met:
         raise ValueError(message)
 
@@ -30,7 +30,7 @@ def check_shape(name: str, tensor: Tensor, letters: str, sizes: tuple[int | None
     Args:
         letters: the shape in the legend's letters, for the message, e.g. "[T, H, K]".
     """
-    _expect(
+    expect(
         isinstance(tensor, Tensor), f"{name} must be a torch.Tensor, got {type(tensor).__name__}"
     )
     fits = tensor.dim() == len(sizes) and all(
@@ -43,7 +43,7 @@ def check_shape(name: str, tensor: Tensor, letters: str, sizes: tuple[int | None
 
 def check_config(config: NsaConfig) -> None:
     """The sizes are an NsaConfig, which has checked them."""
-    _expect(
+    expect(
         isinstance(config, NsaConfig), f"config must be an NsaConfig, got {type(config).__name__}"
     )
 
@@ -51,22 +51,22 @@ def check_config(config: NsaConfig) -> None:
 def check_query(q: Tensor) -> None:
     """q is [T, H, K] of a supported dtype."""
     check_shape("q", q, "[T, H, K]", (None, None, None))
-    _expect(q.shape[1] > 0 and q.shape[2] > 0, f"q must have heads and width: {list(q.shape)}")
+    expect(q.shape[1] > 0 and q.shape[2] > 0, f"q must have heads and width: {list(q.shape)}")
     allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-    _expect(q.dtype in DTYPES, f"q has dtype {q.dtype}; allowed are {allowed}")
+    expect(q.dtype in DTYPES, f"q has dtype {q.dtype}; allowed are {allowed}")
 
 
 def check_like_query(name: str, tensor: Tensor, q: Tensor) -> None:
     """The tensor shares q's dtype and device."""
-    _expect(
+    expect(
         tensor.dtype == q.dtype,
         f"{name} has dtype {tensor.dtype}, q has {q.dtype}: they must be the same",
     )
-    _expect_device(name, tensor, q)
+    expect_device(name, tensor, q)
 
 
-def _expect_device(name: str, tensor: Tensor, q: Tensor) -> None:
-    _expect(tensor.device == q.device, f"{name} is on {tensor.device}, q is on {q.device}")
+def expect_device(name: str, tensor: Tensor, q: Tensor) -> None:
+    expect(tensor.device == q.device, f"{name} is on {tensor.device}, q is on {q.device}")
 
 
 def check_keys(
@@ -86,7 +86,7 @@ def check_keys(
 
 def check_groups(name: str, groups: int, q: Tensor) -> None:
     """The key/value heads divide the query heads."""
-    _expect(
+    expect(
         groups > 0 and q.shape[1] % groups == 0,
         f"{name} has G={groups} key/value heads, which must divide the H={q.shape[1]} heads of q",
     )
@@ -96,19 +96,19 @@ def check_lse(lse: Tensor, q: Tensor) -> None:
     """lse [T, H] is what compressed_attention returned for this q."""
     check_shape("lse", lse, "[T, H]", (q.shape[0], q.shape[1]))
     wanted = accumulation_dtype(q.dtype)
-    _expect(lse.dtype == wanted, f"lse has dtype {lse.dtype}; for q of {q.dtype} it is {wanted}")
-    _expect_device("lse", lse, q)
+    expect(lse.dtype == wanted, f"lse has dtype {lse.dtype}; for q of {q.dtype} it is {wanted}")
+    expect_device("lse", lse, q)
 
 
 def check_gates(gates: Tensor, q: Tensor) -> None:
     """gates [T, H, 3], in q's dtype or in float32."""
     check_shape("gates", gates, "[T, H, 3]", (q.shape[0], q.shape[1], 3))
     allowed = dict.fromkeys((str(q.dtype), "torch.float32"))
-    _expect(
+    expect(
         str(gates.dtype) in allowed,
         f"gates have dtype {gates.dtype}; for q of {q.dtype} allowed: {', '.join(allowed)}",
     )
-    _expect_device("gates", gates, q)
+    expect_device("gates", gates, q)
 
 
 def check_gate_values(gates: Tensor) -> None:
@@ -120,13 +120,13 @@ def check_gate_values(gates: Tensor) -> None:
     if gates.device.type != "cpu" or not gates.numel():
         return
     least = float(gates.min())
-    _expect(least >= 0.0, f"gates must not be negative, as sigmoids are not; found {least:.3g}")
+    expect(least >= 0.0, f"gates must not be negative, as sigmoids are not; found {least:.3g}")
 
 
 def check_int32(name: str, tensor: Tensor, q: Tensor) -> None:
     """An index tensor: int32, on q's device."""
-    _expect(tensor.dtype == torch.int32, f"{name} must be int32, got {tensor.dtype}")
-    _expect_device(name, tensor, q)
+    expect(tensor.dtype == torch.int32, f"{name} must be int32, got {tensor.dtype}")
+    expect_device(name, tensor, q)
 
 
 def check_block_indices(block_indices: Tensor, q: Tensor, groups: int, config: NsaConfig) -> None:
@@ -144,7 +144,7 @@ def packed_offsets(cu_seqlens: Tensor | None, q: Tensor) -> Tensor:
     if cu_seqlens is None:
         return torch.arange(2, dtype=torch.int32, device=q.device) * q.shape[0]
     check_shape("cu_seqlens", cu_seqlens, "[B+1]", (None,))
-    _expect(cu_seqlens.shape[0] >= 2, "cu_seqlens must have B+1 >= 2 entries")
+    expect(cu_seqlens.shape[0] >= 2, "cu_seqlens must have B+1 >= 2 entries")
     check_int32("cu_seqlens", cu_seqlens, q)
     return cu_seqlens.contiguous()
 
@@ -159,7 +159,7 @@ def check_offsets(cu_seqlens: Tensor, num_tokens: int) -> None:
         return
     values = cu_seqlens.tolist()
     rising = all(a <= b for a, b in itertools.pairwise(values))
-    _expect(
+    expect(
         values[0] == 0 and values[-1] == num_tokens and rising,
         f"cu_seqlens must start with 0, never decrease and end with T={num_tokens}, got {values}",
     )
@@ -191,7 +191,7 @@ def check_compressed_rows(k_cmp: Tensor, cu_seqlens: Tensor, config: NsaConfig) 
     if cu_seqlens.device.type != "cpu":
         return
     blocks = int(compressed_cu_seqlens(cu_seqlens, config)[-1])
-    _expect(
+    expect(
         k_cmp.shape[0] >= blocks,
         f"k_cmp has {k_cmp.shape[0]} rows; these sequences have {blocks} compressed blocks",
     )
@@ -201,7 +201,7 @@ def resolve_scale(scale: float | None, q: Tensor) -> float:
     """The factor on q.k: 1/sqrt(K) unless given."""
     if scale is None:
         return q.shape[2] ** -0.5
-    _expect(
+    expect(
         isinstance(scale, int | float) and math.isfinite(scale) and scale > 0,
         f"scale={scale!r} must be a positive finite number",
     )
@@ -212,18 +212,18 @@ def check_limits(backend: str, q: Tensor, value_width: int, groups: int) -> None
     """What the Triton kernels take; the torch backend takes everything."""
     if backend != "triton":
         return
-    _expect(
+    expect(
         q.dtype in _TRITON_DTYPES,
         f"the triton backend takes bfloat16, float16 and float32, q has {q.dtype}; "
         f"backend='torch' takes float64",
     )
     for letter, width in (("K", q.shape[2]), ("V", value_width)):
-        _expect(
+        expect(
             width in _TRITON_WIDTHS,
             f"the triton backend takes widths that are multiples of 16 up to 256, "
             f"got {letter}={width}",
         )
-    _expect(
+    expect(
         q.shape[1] // groups <= _TRITON_HEADS_PER_GROUP,
         f"the triton backend takes up to {_TRITON_HEADS_PER_GROUP} query heads per group, "
         f"got R={q.shape[1] // groups}",
@@ -243,146 +243,11 @@ def check_branch(
     names: tuple[str, str], k: Tensor, v: Tensor, k_cmp: Tensor, v_cmp: Tensor
 ) -> None:
     """Every branch of the whole op has the same G and V."""
-    _expect(
+    expect(
         k.shape[1] == k_cmp.shape[1],
         f"{names[0]} has G={k.shape[1]} heads, k_cmp has {k_cmp.shape[1]}",
     )
-    _expect(
+    expect(
         v.shape[2] == v_cmp.shape[2],
         f"{names[1]} has width V={v.shape[2]}, v_cmp has {v_cmp.shape[2]}",
-    )
-
-
-def check_page_size(k_slc: Tensor, config: NsaConfig) -> None:
-    """A page holds a whole number of selection blocks."""
-    check_shape("k_slc", k_slc, "[P, page, G, K]", (None, None, None, None))
-    page, block = k_slc.shape[1], config.selection_block_size
-    _expect(
-        page > 0 and page % block == 0,
-        f"k_slc has pages of {page} tokens; allowed are multiples of selection_block_size={block}",
-    )
-
-
-def check_pages(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    names: tuple[str, str],
-    rows: int | None,
-    pages: int | None = None,
-    groups: int | None = None,
-    value_width: int | None = None,
-) -> None:
-    """k [pages, rows, G, K] and v [pages, rows, G, V] are pools that fit q and are not copied."""
-    check_shape(names[0], k, "[pages, rows, G, K]", (pages, rows, groups, q.shape[2]))
-    check_shape(names[1], v, "[pages, rows, G, V]", (*k.shape[:3], value_width))
-    check_groups(names[0], k.shape[2], q)
-    for name, pool in zip(names, (k, v), strict=True):
-        check_like_query(name, pool, q)
-        _expect(pool.is_contiguous(), f"{name} must be contiguous: a cache is never copied")
-
-
-def check_rows(name: str, rows: Tensor, shape: tuple[int, ...], letters: str, pool: Tensor) -> None:
-    """Rows of a pool [pages, rows, G, W]: int64 beside it; values are read on the CPU only."""
-    check_shape(name, rows, letters, shape)
-    _expect(rows.dtype == torch.int64, f"{name} must be int64, got {rows.dtype}")
-    _expect_device(name, rows, pool)
-    _expect(rows.is_contiguous(), f"{name} must be contiguous")
-    if rows.device.type == "cpu" and rows.numel():
-        most = pool.shape[0] * pool.shape[1] - 1
-        lowest, highest = int(rows.min()), int(rows.max())
-        _expect(
-            lowest >= 0 and highest <= most,
-            f"{name} must lie in [0, {most}], the rows of its pool, got {lowest} to {highest}",
-        )
-
-
-def check_angles(cos: Tensor, sin: Tensor, count: int, letter: str, x: Tensor) -> None:
-    """Cosines and sines [count, K / 2] for x [.., K], in the dtype of sums."""
-    width = x.shape[-1]
-    _expect(width % 2 == 0, f"keys must have an even width to be rotated, got K={width}")
-    for name, angles in (("cos", cos), ("sin", sin)):
-        check_shape(name, angles, f"[{letter}, K / 2]", (count, width // 2))
-        wanted = accumulation_dtype(x.dtype)
-        _expect(angles.dtype == wanted, f"{name} must be {wanted}, got {angles.dtype}")
-        _expect_device(name, angles, x)
-        _expect(angles.is_contiguous(), f"{name} must be contiguous")
-
-
-def check_pool(name: str, pool: Tensor, sizes: tuple[int | None, ...], x: Tensor) -> None:
-    """A cache [pages, rows, G, W] like x that is written in place."""
-    check_shape(name, pool, "[pages, rows, G, W]", sizes)
-    check_like_query(name, pool, x)
-    _expect(pool.is_contiguous(), f"{name} must be contiguous: a cache is written in place")
-
-
-def check_room(block_indices: Tensor | None, q: Tensor, groups: int, config: NsaConfig) -> None:
-    """block_indices, if given, is int32 [T, G, n] and can be written in place."""
-    if block_indices is None:
-        return
-    shape = (q.shape[0], groups, config.num_selected_blocks)
-    check_shape("block_indices", block_indices, "[T, G, n]", shape)
-    check_int32("block_indices", block_indices, q)
-    _expect(block_indices.is_contiguous(), "block_indices must be contiguous: it is written")
-
-
-def check_page_tables(
-    tables: dict[str, Tensor], context_lens: Tensor, cu_seqlens: Tensor, q: Tensor
-) -> None:
-    """context_lens int32 [B] and tables int32 [B, M] agree with cu_seqlens on B."""
-    sequences = cu_seqlens.shape[0] - 1
-    check_shape("context_lens", context_lens, "[B]", (sequences,))
-    check_int32("context_lens", context_lens, q)
-    for name, table in tables.items():
-        check_shape(name, table, "[B, M]", (sequences, None))
-        check_int32(name, table, q)
-
-
-def check_contexts(
-    context_lens: Tensor, cu_seqlens: Tensor, page_table: Tensor, num_pages: int, page: int
-) -> None:
-    """Every context holds its new tokens and every page of it exists (values, on the CPU only)."""
-    if context_lens.device.type != "cpu":
-        return
-    lengths = cu_seqlens.diff().tolist()
-    for b, (context, length) in enumerate(zip(context_lens.tolist(), lengths, strict=True)):
-        _expect(
-            context >= length,
-            f"context_lens[{b}]={context} must count the {length} new tokens of the sequence",
-        )
-        if length:
-            _check_pages_exist("page_table", page_table, b, 0, context, num_pages, page)
-
-
-def check_window_pages(
-    context_lens: Tensor,
-    cu_seqlens: Tensor,
-    window_page_table: Tensor,
-    num_pages: int,
-    page: int,
-    config: NsaConfig,
-) -> None:
-    """Every page that holds a token of a new token's window exists (values, on the CPU only)."""
-    if context_lens.device.type != "cpu":
-        return
-    lengths = cu_seqlens.diff().tolist()
-    for b, (context, length) in enumerate(zip(context_lens.tolist(), lengths, strict=True)):
-        start = max(0, context - length - config.window_size + 1)
-        if length:
-            _check_pages_exist(
-                "window_page_table", window_page_table, b, start, context, num_pages, page
-            )
-
-
-def _check_pages_exist(
-    name: str, table: Tensor, b: int, start: int, stop: int, num_pages: int, page: int
-) -> None:
-    """Positions [start, stop) of sequence b lie in pages of the pool."""
-    first, last = start // page, -(-stop // page)
-    entries = table[b, first:last].tolist()
-    _expect(
-        len(entries) == last - first and all(0 <= entry < num_pages for entry in entries),
-        f"{name}[{b}, {first}:{last}]={entries} must name {last - first} of the pool's "
-        f"{num_pages} pages to hold positions {start} to {stop - 1}",
     )

@@ -15,9 +15,9 @@ class NewRows:
     values: Tensor
     """[T, G, V]"""
     k_cache: Tensor
-    """[P, page, G, K]"""
+    """[P, page, G, K], like the keys or fp8."""
     v_cache: Tensor
-    """[P, page, G, V]"""
+    """[P, page, G, V], likewise."""
     rows: Tensor
     """int64 [T], row of the caches for each token; 0 for none."""
     is_rotated: bool = True

@@ -4,12 +4,15 @@ A page holds `page` tokens, a multiple of the selection block. Page p of a seque
 positions [p*page, (p+1)*page). One physical page number, page_table[b, p], finds the selection keys
 and values and the compressed ones (block i lies in page (i*d) // page, row (i*d % page) // d);
 window keys and values have a pool and a table of their own, whose old entries may be given up.
+
+Caches have q's dtype; all but the compressed ones may be torch.float8_e4m3fn together. They hold
+numbers up to 448 without a scale: keys and values behind a norm have a few units at most.
 """
 
 import torch
 from torch import Tensor
 
-from nsa_kernels import checks
+from nsa_kernels import checks, page_checks
 from nsa_kernels.dispatch import Backend, backend_module, resolve_backend
 from nsa_kernels.shapes import NsaConfig
 
@@ -37,8 +40,8 @@ def _attend(
     page = k_slc.shape[1]
     checks.check_offsets(cu_seqlens, q.shape[0])
     checks.check_gate_values(gates)
-    checks.check_contexts(context_lens, cu_seqlens, page_table, k_slc.shape[0], page)
-    checks.check_window_pages(
+    page_checks.check_contexts(context_lens, cu_seqlens, page_table, k_slc.shape[0], page)
+    page_checks.check_window_pages(
         context_lens, cu_seqlens, window_page_table, k_win.shape[0], page, config
     )
     return backend_module(backend).paged_attention(
@@ -82,7 +85,7 @@ def _attend_full(
     backend: str,
 ) -> Tensor:
     checks.check_offsets(cu_seqlens, q.shape[0])
-    checks.check_contexts(context_lens, cu_seqlens, page_table, k.shape[0], k.shape[1])
+    page_checks.check_contexts(context_lens, cu_seqlens, page_table, k.shape[0], k.shape[1])
     run = backend_module(backend).full_paged_attention
     return run(q, k, v, page_table, cu_seqlens, context_lens, scale)
 
@@ -111,19 +114,29 @@ def _check(
     v_win: Tensor,
     gates: Tensor,
     config: NsaConfig,
-) -> None:
-    """Refuse new tokens and caches that do not fit together."""
+    backend: Backend | None,
+) -> Backend:
+    """Refuse new tokens and caches that do not fit together; the backend that takes them."""
     checks.check_query(q)
     checks.check_config(config)
-    checks.check_page_size(k_slc, config)
-    page, strides = k_slc.shape[1], k_slc.shape[1] // config.compression_stride
-    checks.check_pages(q, k_slc, v_slc, names=("k_slc", "v_slc"), rows=page)
-    like = {"groups": k_slc.shape[2], "value_width": v_slc.shape[3]}
-    checks.check_pages(
-        q, k_cmp, v_cmp, names=("k_cmp", "v_cmp"), rows=strides, pages=k_slc.shape[0], **like
-    )
-    checks.check_pages(q, k_win, v_win, names=("k_win", "v_win"), rows=page, **like)
+    page_checks.check_page_size(k_slc, config)
+    pages, page, groups, _ = k_slc.shape
+    strides = page // config.compression_stride
+    for names, pair, rows, count, may_be_fp8 in (
+        (("k_slc", "v_slc"), (k_slc, v_slc), page, None, True),
+        (("k_cmp", "v_cmp"), (k_cmp, v_cmp), strides, pages, False),
+        (("k_win", "v_win"), (k_win, v_win), page, None, True),
+    ):
+        page_checks.check_pages(
+            q, *pair, names=names, rows=rows, pages=count, groups=groups, may_be_fp8=may_be_fp8,
+            value_width=None if pair[1] is v_slc else v_slc.shape[3],
+        )  # fmt: skip
+    page_checks.check_one_dtype({"k_slc": k_slc, "v_slc": v_slc, "k_win": k_win, "v_win": v_win})
     checks.check_gates(gates, q)
+    chosen = resolve_backend(q, backend)
+    checks.check_limits(chosen, q, v_slc.shape[3], k_slc.shape[2])
+    page_checks.check_fp8(chosen, (k_slc, v_slc, k_win, v_win))
+    return chosen
 
 
 def nsa_paged_attention(
@@ -173,13 +186,11 @@ def nsa_paged_attention(
         ValueError: shapes, dtypes or devices do not fit together, or the backend cannot run. The
             values of index tensors are checked on the CPU only: elsewhere it would cost a sync.
     """
-    _check(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, config)
+    chosen = _check(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, config, backend)
     offsets = checks.packed_offsets(cu_seqlens, q)
     tables = {"page_table": page_table, "window_page_table": window_page_table}
-    checks.check_page_tables(tables, context_lens, offsets, q)
-    checks.check_room(block_indices, q, k_slc.shape[2], config)
-    chosen = resolve_backend(q, backend)
-    checks.check_limits(chosen, q, v_slc.shape[3], k_slc.shape[2])
+    page_checks.check_page_tables(tables, context_lens, offsets, q)
+    page_checks.check_room(block_indices, q, k_slc.shape[2], config)
     return _attend(
         q.contiguous(), k_cmp.contiguous(), v_cmp.contiguous(), k_slc.contiguous(),
         v_slc.contiguous(), k_win.contiguous(), v_win.contiguous(), gates.contiguous(),
@@ -218,11 +229,13 @@ def full_paged_attention(
         ValueError: as nsa_paged_attention.
     """
     checks.check_query(q)
-    checks.check_pages(q, k, v, names=("k", "v"), rows=None)
+    page_checks.check_pages(q, k, v, names=("k", "v"), rows=None, may_be_fp8=True)
+    page_checks.check_one_dtype({"k": k, "v": v})
     offsets = checks.packed_offsets(cu_seqlens, q)
-    checks.check_page_tables({"page_table": page_table}, context_lens, offsets, q)
+    page_checks.check_page_tables({"page_table": page_table}, context_lens, offsets, q)
     chosen = resolve_backend(q, backend)
     checks.check_limits(chosen, q, v.shape[3], k.shape[2])
+    page_checks.check_fp8(chosen, (k, v))
     return _attend_full(
         q.contiguous(), k.contiguous(), v.contiguous(), page_table.contiguous(), offsets,
         context_lens.contiguous(), checks.resolve_scale(scale, q), chosen,

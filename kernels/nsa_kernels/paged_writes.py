@@ -4,13 +4,14 @@ Two ops that belong before nsa_paged_attention in a layer: rotate_and_write puts
 of new tokens into their pages, fold_and_write folds the blocks whose last token has come (Eq. 7).
 Neither is differentiable, neither waits for the device, and both write rows named by the caller:
 row r of a cache [P, page, G, W] is row r % page of physical page r // page. Row 0 is scratch.
+A cache that is not folded from may be fp8 (torch.float8_e4m3fn): what is beyond 448 becomes 448.
 """
 
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from nsa_kernels import checks
+from nsa_kernels import checks, page_checks
 from nsa_kernels.dispatch import Backend, backend_module, resolve_backend
 from nsa_kernels.new_rows import NewBlocks, NewRows, Phi
 
@@ -41,7 +42,7 @@ def rotate_and_write(
     checks.check_query(q)
     if not 1 <= len(branches) <= 3:
         raise ValueError(f"branches must be one to three, got {len(branches)}")
-    checks.check_angles(cos, sin, len(q), "T", q)
+    page_checks.check_angles(cos, sin, len(q), "T", q)
     groups, value_width = _groups_and_width(branches[0])
     checks.check_groups("values", groups, q)
     for branch in branches:
@@ -50,12 +51,14 @@ def rotate_and_write(
         checks.check_shape("values", branch.values, "[T, G, V]", values)
         checks.check_like_query("keys", branch.keys, q)
         checks.check_like_query("values", branch.values, q)
-        checks.check_pool("k_cache", branch.k_cache, (None, None, groups, q.shape[2]), q)
+        pool = (None, None, groups, q.shape[2])
+        page_checks.check_pool("k_cache", branch.k_cache, pool, q, may_be_fp8=True)
         pool = (*branch.k_cache.shape[:2], groups, value_width)
-        checks.check_pool("v_cache", branch.v_cache, pool, q)
-        checks.check_rows("rows", branch.rows, (len(q),), "[T]", branch.k_cache)
+        page_checks.check_pool("v_cache", branch.v_cache, pool, q, may_be_fp8=True)
+        page_checks.check_rows("rows", branch.rows, (len(q),), "[T]", branch.k_cache)
     chosen = resolve_backend(q, backend)
     checks.check_limits(chosen, q, value_width, groups)
+    page_checks.check_fp8(chosen, (c for one in branches for c in (one.k_cache, one.v_cache)))
     run = backend_module(chosen).rotate_and_write
     return run(q, branches, cos, sin)
 
@@ -81,15 +84,15 @@ def fold_and_write(
     """
     (k_tail, v_tail), (k_cmp, v_cmp) = tails, caches
     for name, tail in (("k_tail", k_tail), ("v_tail", v_tail)):
-        checks.check_pool(name, tail, (*k_tail.shape[:2], k_tail.shape[2], None), k_tail)
+        page_checks.check_pool(name, tail, (*k_tail.shape[:2], k_tail.shape[2], None), k_tail)
     groups, widths = k_tail.shape[2], (k_tail.shape[3], v_tail.shape[3])
-    checks.check_pool("k_cmp", k_cmp, (None, None, groups, widths[0]), k_tail)
-    checks.check_pool("v_cmp", v_cmp, (*k_cmp.shape[:2], groups, widths[1]), k_tail)
+    page_checks.check_pool("k_cmp", k_cmp, (None, None, groups, widths[0]), k_tail)
+    page_checks.check_pool("v_cmp", v_cmp, (*k_cmp.shape[:2], groups, widths[1]), k_tail)
     checks.check_shape("tail_rows", new.tail_rows, "[E, l]", (None, None))
     count, size = new.tail_rows.shape
-    checks.check_rows("tail_rows", new.tail_rows, (count, size), "[E, l]", k_tail)
-    checks.check_rows("rows", new.rows, (count,), "[E]", k_cmp)
-    checks.check_angles(new.cos, new.sin, count, "E", k_tail)
+    page_checks.check_rows("tail_rows", new.tail_rows, (count, size), "[E, l]", k_tail)
+    page_checks.check_rows("rows", new.rows, (count,), "[E]", k_cmp)
+    page_checks.check_angles(new.cos, new.sin, count, "E", k_tail)
     for name, phi, width in zip(("keys", "values"), phis, widths, strict=True):
         _check_phi(f"phi of {name}", phi, phis[0], (groups, size, width), k_tail)
     chosen = resolve_backend(k_tail, backend)

@@ -64,8 +64,9 @@ def test_a_latent_cache_holds_and_reads_its_latents_alone(model):
 
 
 @pytest.mark.parametrize("context", [32768, 131072])
-def test_the_cache_is_as_large_as_the_real_one(model, context):
-    found = plan_serving(model, GPUS["H100"], context=context, max_num_seqs=16)
+@pytest.mark.parametrize("kv_bytes", [2, 1])
+def test_the_cache_is_as_large_as_the_real_one(model, context, kv_bytes):
+    found = plan_serving(model, GPUS["H100"], context=context, max_num_seqs=16, kv_bytes=kv_bytes)
     real = KvCache(
         model,
         num_tokens=8 * context,
@@ -74,6 +75,7 @@ def test_the_cache_is_as_large_as_the_real_one(model, context):
         max_step_tokens=2048,
         device=torch.device("meta"),
         dtype=torch.bfloat16,
+        kv_dtype=torch.float8_e4m3fn if kv_bytes == 1 else None,
     )
     assert found.sequence.total == pytest.approx(real.num_bytes() / 8, rel=0.05)
 
@@ -86,6 +88,9 @@ def test_memory_decides_how_many(model):
     assert found.num_sequences == pytest.approx(21, abs=3)
     few = plan_serving(model, GPUS["H100"], context=131072, max_num_seqs=4)
     assert few.num_sequences == 4
+    rounded = plan_serving(model, GPUS["H100"], context=131072, max_num_seqs=1000, kv_bytes=1)
+    assert 1.7 * found.num_sequences < rounded.num_sequences < 2 * found.num_sequences
+    assert rounded.step_s < found.step_s
     twice = plan_serving(model, GPUS["H200"], context=131072, max_num_seqs=1000)
     assert twice.num_sequences > 1.7 * found.num_sequences
 

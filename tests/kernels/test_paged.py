@@ -71,6 +71,19 @@ def test_prompt_in_chunks(config: NsaConfig) -> None:
         assert_close(attend(paged), whole[start:stop], f"rows {start} to {stop}")
 
 
+def test_fp8_caches() -> None:
+    paged = make_paged([101, 40], [37, 1], config=SMALL, is_fp8=True)
+    assert paged.caches["k_win"].dtype == torch.float8_e4m3fn
+    assert_close(attend(paged), one_shot(paged), "paged")
+    for name, dtype, message in (
+        ("v_slc", torch.float32, "caches must have one dtype, got .*'v_slc': torch.float32"),
+        ("k_cmp", torch.float8_e4m3fn, "k_cmp has dtype torch.float8_e4m3fn, q has"),
+    ):
+        paged.caches[name] = paged.caches[name].to(dtype)
+        with pytest.raises(ValueError, match=message):
+            attend(paged)
+
+
 def test_the_blocks_are_told() -> None:
     batch = make_paged([5, 30, 65, 200], [1, 3, 2, 40], config=SMALL, groups=2)
     told, wanted = batch.selected(backend="torch")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nsa_kernels.new_rows import NewBlocks, NewRows, Phi, fold_blocks
+from nsa_kernels.page_checks import FP8
 
 
 def rotate_and_write(q: Tensor, branches: Sequence[NewRows], cos: Tensor, sin: Tensor) -> Tensor:
@@ -39,4 +40,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _write(cache: Tensor, rows: Tensor, values: Tensor) -> None:
+    if cache.dtype == FP8:
+        most = torch.finfo(FP8).max
+        values = values.clamp(-most, most)
     cache.view(-1, *cache.shape[2:])[rows] = values.to(cache.dtype)

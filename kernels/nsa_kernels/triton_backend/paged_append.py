@@ -64,6 +64,18 @@ def _by_rows(x: Tensor) -> Tensor:
 
 
 @triton.jit
+def as_cached(x, source, target):
+    """x, computed from the source's numbers, as the target keeps it: through the source's dtype.
+
+    What is too large for fp8 becomes its largest: fp8 has no infinity, and NaN would spread.
+    """
+    x = x.to(source.dtype.element_ty)
+    if target.dtype.element_ty == tl.float8e4nv:
+        x = tl.clamp(x.to(tl.float32), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    return x.to(target.dtype.element_ty)
+
+
+@triton.jit
 def turn_row(
     source,
     target,
@@ -88,8 +100,8 @@ def turn_row(
         sin = tl.load(p_sin + o_half, m_half, 0.0)[None, :]
         first, second = first.to(tl.float32), second.to(tl.float32)
         first, second = first * cos - second * sin, second * cos + first * sin
-    tl.store(target + o_first, first.to(target.dtype.element_ty), m_first)
-    tl.store(target + o_first + HALF, second.to(target.dtype.element_ty), m_first)
+    tl.store(target + o_first, as_cached(first, source, target), m_first)
+    tl.store(target + o_first + HALF, as_cached(second, source, target), m_first)
 
 
 @triton.jit
@@ -122,7 +134,7 @@ def write_branch(
         o_value = o_group[:, None] * V + o_v[None, :]
         m_value = m_group[:, None] & (o_v < V)[None, :]
         b_value = tl.load(values + i_token * v_stride + o_value, m_value, 0.0)
-        tl.store(v_cache + row * (G * V) + o_value, b_value.to(v_cache.dtype.element_ty), m_value)
+        tl.store(v_cache + row * (G * V) + o_value, as_cached(b_value, values, v_cache), m_value)
     else:
         turn_row(
             keys + i_token * k_stride, k_cache + row * (G * K), p_cos, p_sin, o_group, m_group,

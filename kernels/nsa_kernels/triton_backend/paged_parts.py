@@ -1,5 +1,6 @@
 """What the paged kernels share: rows of one new token, scores, a running softmax, its parts.
 
+Keys and values of a cache may be fp8: they are widened to the query's dtype where they are read.
 A program reads one part of the keys that its queries see and leaves a normalised partial output
 with its lse; paged_merge joins the parts.
 """
@@ -75,6 +76,7 @@ def attend_keys(
     """
     b_k, b_k_tail = load_split(k, o_row * K, m_row, K, K_MAIN, K_TAIL)
     b_v = load_rows(v, o_row * V, m_row, 0, V_PADDED, V, True)
+    b_k, b_k_tail, b_v = b_k.to(b_q.dtype), b_k_tail.to(b_q.dtype), b_v.to(b_q.dtype)
     score = score_split(b_q, b_q_tail, b_k, b_k_tail, K_TAIL) * scale_log2
     score = tl.where(seen, score, -float("inf"))
     grown, b_p, decay = soften(score, largest)

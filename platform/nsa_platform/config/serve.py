@@ -75,6 +75,10 @@ class EngineConfig(Strict):
     """Share of the free GPU memory that the cache may take when num_kv_tokens is null."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of weights and cache; auto: bfloat16 on a GPU, float32 on a CPU."""
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """Of the keys and values that attention reads as they are. fp8 (e4m3) takes a byte for each
+    number and rounds it: about twice as many tokens fit. What blocks are chosen by, and what phi
+    folds, stays as it is. GPUs of compute capability 8.9 or later have it. auto: dtype."""
     identity_mismatch: Literal["warn", "error", "ignore"] = "warn"
     """What to do with a model that was exported with other kernels or another configuration than
     those here: its selected blocks may differ from those of its training."""

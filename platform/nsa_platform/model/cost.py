@@ -223,18 +223,26 @@ def cached_channels(attention: AttentionConfig) -> int:
 
 
 def cache_bytes(
-    config: ModelConfig, context: int, *, element_bytes: int = 2, page_size: int | None = None
+    config: ModelConfig,
+    context: int,
+    *,
+    element_bytes: int = 2,
+    kv_bytes: int | None = None,
+    page_size: int | None = None,
 ) -> CacheBytes:
     """Cache of one sequence of `context` tokens between two steps.
 
+    kv_bytes: of a number among the keys and values that attention reads as they are; None:
+    element_bytes, which all others take.
     page_size: tokens of a page, of which the sequence takes whole ones; None: not rounded to
     pages, the least that the method needs.
     """
     attention = config.attention
-    row = config.layers * cached_channels(attention) * element_bytes
+    channels = config.layers * cached_channels(attention)
+    row, kept_row = channels * element_bytes, channels * (kv_bytes or element_bytes)
     tokens = context if page_size is None else -(-context // page_size) * page_size
     if not isinstance(attention, NsaAttentionConfig):
-        return CacheBytes(compressed=0, selected=tokens * row, sliding=0, tail=0)
+        return CacheBytes(compressed=0, selected=tokens * kept_row, sliding=0, tail=0)
 
     blocks = (
         _num_blocks(attention, context)
@@ -249,8 +257,8 @@ def cache_bytes(
         window = tail = tokens - first_page * page_size
     return CacheBytes(
         compressed=blocks * row,
-        selected=tokens * row,
-        sliding=0 if attention.branch_kv == "shared" else window * row,
+        selected=tokens * kept_row,
+        sliding=0 if attention.branch_kv == "shared" else window * kept_row,
         tail=tail * row,
     )
 

@@ -166,4 +166,5 @@ def _cache(
         enable_prefix_caching=config.enable_prefix_caching,
         device=device,
         dtype=dtype,
+        kv_dtype=torch.float8_e4m3fn if config.kv_cache_dtype == "fp8" else None,
     )

@@ -60,6 +60,7 @@ class KvCache:
         enable_prefix_caching: bool = False,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         """Reserve memory for max_sequences sequences that hold num_tokens tokens together.
 
@@ -67,10 +68,13 @@ class KvCache:
         max_step_tokens bounds those of all sequences in one step: then the window pool can be
         smaller, and suffices as long as sequences are trimmed after each step.
         enable_prefix_caching: pages stay known after their sequences; the window pool is larger.
+        kv_dtype: of keys and values that attention reads as they are (NSA: of the selected and the
+        sliding branch); float8_e4m3fn, or None for dtype.
         """
         self.config = config
         self.device = torch.device(device)
-        _check_width(config, self.device)
+        kv_dtype = dtype if kv_dtype is None else kv_dtype
+        _check_device(config, self.device, kv_dtype)
         page_size = page_size_of(config, blocks_per_page)
         # The last page of each sequence may be partly empty; one page more is scratch.
         num_pages = -(-num_tokens // page_size) + max_sequences
@@ -100,7 +104,7 @@ class KvCache:
             lookahead=lookahead,
         )
         self.layers: list[LayerCache] = [
-            _layer_cache(config, page_size, num_pages, num_window_pages or 0, self.device, dtype)
+            _layer_cache(config, self.book, self.device, dtype, kv_dtype)
             for _ in range(config.layers)
         ]
 
@@ -189,11 +193,25 @@ class KvCache:
         return on_device(table, torch.int32, self.device)
 
 
-def _check_width(config: ModelConfig, device: torch.device) -> None:
+def _check_device(config: ModelConfig, device: torch.device, kv_dtype: torch.dtype) -> None:
+    """The device can read such a cache."""
     attention = config.attention
-    if device.type != "cuda" or not isinstance(attention, MlaAttentionConfig):
+    is_latent = isinstance(attention, MlaAttentionConfig)
+    if kv_dtype.itemsize == 1 and is_latent:
+        raise ValueError(
+            "kv_cache_dtype=fp8 takes a model with attention.kind=nsa or full: the latents of mla "
+            "are keys and values of all heads, and are not rounded"
+        )
+    if device.type != "cuda":
         return
-    if attention.cached_width > 256 or attention.cached_width % 16:
+    if kv_dtype.itemsize == 1 and not torch.version.hip:
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) < (8, 9):
+            raise ValueError(
+                "kv_cache_dtype=fp8 takes a GPU of compute capability 8.9 or later, "
+                f"{torch.cuda.get_device_name(device)} has {major}.{minor}"
+            )
+    if is_latent and (attention.cached_width > 256 or attention.cached_width % 16):
         raise ValueError(
             "attention.kind=mla decodes on a GPU with kv_lora_rank + rotary_width of up to 256, a "
             f"multiple of 16, got {attention.kv_lora_rank} + {attention.rotary_width}"
@@ -202,24 +220,25 @@ def _check_width(config: ModelConfig, device: torch.device) -> None:
 
 def _layer_cache(
     config: ModelConfig,
-    page_size: int,
-    num_pages: int,
-    num_window_pages: int,
+    book: PageBook,
     device: torch.device,
     dtype: torch.dtype,
+    kv_dtype: torch.dtype,
 ) -> LayerCache:
-    attention = config.attention
+    attention, page_size, num_pages = config.attention, book.page_size, book.pool.num_pages
+    num_window_pages = 0 if book.window_pool is None else book.window_pool.num_pages
     is_latent = isinstance(attention, MlaAttentionConfig)
     groups = 1 if is_latent else attention.kv_heads
     key_width, value_width = attention.key_width, attention.value_width
 
-    def zeros(pages: int, rows: int, width: int) -> Tensor:
+    def zeros(pages: int, rows: int, width: int, kept: torch.dtype = dtype) -> Tensor:
         # Zeros, for a kernel multiplies rows that it masks by 0, and 0 * NaN is NaN.
-        return torch.zeros(pages, rows, groups, width, device=device, dtype=dtype)
+        return torch.zeros(pages, rows, groups, width, device=device, dtype=kept)
 
     if is_latent:
         return LatentLayerCache(zeros(num_pages, page_size, attention.cached_width))
-    k, v = zeros(num_pages, page_size, key_width), zeros(num_pages, page_size, value_width)
+    k = zeros(num_pages, page_size, key_width, kv_dtype)
+    v = zeros(num_pages, page_size, value_width, kv_dtype)
     if not isinstance(attention, NsaAttentionConfig):
         return FullLayerCache(k, v)
     block_rows = page_size // attention.compression_stride
@@ -229,8 +248,8 @@ def _layer_cache(
         v_slc=v,
         k_cmp=zeros(num_pages, block_rows, key_width),
         v_cmp=zeros(num_pages, block_rows, value_width),
-        k_win=k if is_shared else zeros(num_window_pages, page_size, key_width),
-        v_win=v if is_shared else zeros(num_window_pages, page_size, value_width),
+        k_win=k if is_shared else zeros(num_window_pages, page_size, key_width, kv_dtype),
+        v_win=v if is_shared else zeros(num_window_pages, page_size, value_width, kv_dtype),
         k_tail=zeros(num_window_pages, page_size, key_width),
         v_tail=zeros(num_window_pages, page_size, value_width),
     )

@@ -93,6 +93,7 @@ def plan_serving(
     memory_share: float = 0.9,
     blocks_per_page: int = 1,
     num_ranks: int = 1,
+    kv_bytes: int = ELEMENT_BYTES,
 ) -> ServingPlan:
     """Work it out; nothing is built or read.
 
@@ -101,6 +102,7 @@ def plan_serving(
         max_num_seqs: sequences that run at once at most.
         memory_share: of what the weights leave, what the cache may take.
         num_ranks: GPUs that compute the model together (tensor_parallel_size).
+        kv_bytes: of a number of the cache's keys and values, 1 for kv_cache_dtype=fp8.
 
     Raises:
         ValueError: context or max_num_seqs is not positive, or the model cannot be dealt to so
@@ -114,11 +116,13 @@ def plan_serving(
     free = gpu.memory_bytes - WORKSPACE_BYTES - weight_bytes
     budget = int(free * memory_share) if free > 0 else free
     page_size = page_size_of(model, blocks_per_page)
-    sequence = cache_bytes(model, context, element_bytes=ELEMENT_BYTES, page_size=page_size)
+    sequence = cache_bytes(
+        model, context, element_bytes=ELEMENT_BYTES, kv_bytes=kv_bytes, page_size=page_size
+    )
     num_fitting = max(0, budget // sequence.total)
     num_sequences = min(max_num_seqs, num_fitting)
     read = parameters.active * ELEMENT_BYTES
-    cached = decode_read_bytes(model, context)
+    cached = decode_read_bytes(model, context, kv_bytes=kv_bytes)
     prefill_flops = flops_per_token(model, context).forward * context
     return ServingPlan(
         weight_bytes=weight_bytes,
@@ -132,10 +136,11 @@ def plan_serving(
     )
 
 
-def decode_read_bytes(model: ModelConfig, context: int) -> int:
+def decode_read_bytes(model: ModelConfig, context: int, *, kv_bytes: int = ELEMENT_BYTES) -> int:
     """Bytes of the cache that one new token after `context` others reads, over all layers."""
-    keys = _decode_keys(model.attention, context)
-    return model.layers * cached_channels(model.attention) * ELEMENT_BYTES * keys
+    compressed, kept = _decode_keys(model.attention, context)
+    read = compressed * ELEMENT_BYTES + kept * kv_bytes
+    return model.layers * cached_channels(model.attention) * read
 
 
 def decode_attention_flops(model: ModelConfig, context: int) -> int:
@@ -144,14 +149,15 @@ def decode_attention_flops(model: ModelConfig, context: int) -> int:
     widths = attention.key_width + attention.value_width
     if isinstance(attention, MlaAttentionConfig):
         widths = attention.cached_width + attention.kv_lora_rank
-    keys = _decode_keys(attention, context)
+    keys = sum(_decode_keys(attention, context))
     return model.layers * 2 * attention.query_heads * widths * keys
 
 
-def _decode_keys(attention: AttentionConfig, context: int) -> int:
+def _decode_keys(attention: AttentionConfig, context: int) -> tuple[int, int]:
+    """Compressed keys, and keys kept as they are, that one new token reads."""
     if not isinstance(attention, NsaAttentionConfig):
-        return context
+        return 0, context
     size, stride = attention.compression_block_size, attention.compression_stride
     blocks = 0 if context < size else (context - size) // stride + 1
     selected = attention.num_selected_blocks * attention.selection_block_size
-    return blocks + min(selected, context) + min(attention.window_size, context)
+    return blocks, min(selected, context) + min(attention.window_size, context)

@@ -31,6 +31,7 @@ from nsa_kernels import (
     RmsNorm,
     triton_backend,
 )
+from nsa_kernels.page_checks import FP8
 from nsa_kernels.triton_backend import tiles
 
 TOKENS = 1024
@@ -79,7 +80,7 @@ PARTS: dict[str, tuple[str, list[Shape]]] = {
     "sm_90 narrow": (
         "sm_90",
         [
-            Shape(torch.bfloat16, 128, 128, 16, ("full", *ONE_SPAN, "prefill")),
+            Shape(torch.bfloat16, 128, 128, 16, ("full", *ONE_SPAN, "prefill", "fp8")),
             Shape(torch.float16, 64, 64, 4, ("sliding", "selected")),
             Shape(torch.float32, 16, 16, 1, ONE_SPAN),
         ],
@@ -91,9 +92,9 @@ PARTS: dict[str, tuple[str, list[Shape]]] = {
             Shape(torch.bfloat16, 256, 256, 16, ("full", "selected", "select_blocks", "decode")),
         ],
     ),
-    "sm_100": ("sm_100", OTHERS),
+    "sm_100": ("sm_100", [*OTHERS, Shape(torch.bfloat16, 64, 64, 16, ("fp8",))]),
     "sm_80": ("sm_80", OTHERS),
-    "gfx942": ("gfx942", OTHERS),
+    "gfx942": ("gfx942", [*OTHERS, Shape(torch.bfloat16, 64, 64, 16, ("fp8",))]),
 }
 PRODUCTS = ("tcgen05", "wgmma", "mma.", "mfma")
 """How assembly names the instructions of tensor cores."""
@@ -170,6 +171,9 @@ def run_op(op: str, shape: Shape) -> None:
         triton_backend.select_blocks(q, k, lse, cu_seqlens, CONFIG, scale)
     elif op in ("decode", "prefill"):
         run_paged(shape, tokens=2 if op == "decode" else 512)
+    elif op == "fp8":
+        for tokens in (2, 512):
+            run_paged(shape, tokens, cache_dtype=FP8)
     elif op == "full":
         triton_backend.full_forward(q, k, v, cu_seqlens, scale)
         triton_backend.full_backward(out, lse, q, k, v, out, lse, cu_seqlens, scale)
@@ -181,8 +185,11 @@ def run_op(op: str, shape: Shape) -> None:
         getattr(triton_backend, f"{op}_backward")(out, lse, q, k, v, out, lse, *rest)
 
 
-def run_paged(shape: Shape, tokens: int) -> None:
-    """New tokens of two sequences over pages of two selection blocks."""
+def run_paged(shape: Shape, tokens: int, *, cache_dtype: torch.dtype | None = None) -> None:
+    """New tokens of two sequences over pages of two selection blocks.
+
+    cache_dtype: of all caches but the compressed ones; None: the shape's.
+    """
     pages, page = 64, 2 * CONFIG.selection_block_size
     table = torch.zeros(2, pages, dtype=torch.int32)
     contexts = torch.tensor([4000, 8000], dtype=torch.int32)
@@ -197,6 +204,7 @@ def run_paged(shape: Shape, tokens: int) -> None:
         for rows in (short, page, page)
         for width in (shape.key_width, shape.value_width)
     ]
+    caches[2:] = [cache.to(cache_dtype or shape.dtype) for cache in caches[2:]]
     heads = GROUPS * shape.heads_per_group
     q = torch.zeros(tokens, heads, shape.key_width, dtype=shape.dtype)
     gates = torch.zeros(tokens, heads, 3, dtype=shape.dtype)
@@ -230,7 +238,7 @@ def write_paged(q: Tensor, caches: list[Tensor]) -> None:
     tokens, size = len(q), CONFIG.compression_block_size
     rows = torch.zeros(tokens, dtype=torch.int64)
     angles = torch.zeros(tokens, q.shape[2] // 2)
-    keys, values = k_slc.flatten(0, 1)[:tokens], v_slc.flatten(0, 1)[:tokens]
+    keys, values = (c.flatten(0, 1)[:tokens].to(q.dtype) for c in (k_slc, v_slc))
     slc, win = (NewRows(keys, values, *pair, rows) for pair in ((k_slc, v_slc), (k_win, v_win)))
     triton_backend.rotate_and_write(q, [slc, win, win], angles, angles)
     phis = []
@@ -238,7 +246,8 @@ def write_paged(q: Tensor, caches: list[Tensor]) -> None:
         make = partial(torch.zeros, GROUPS, dtype=q.dtype)
         phis.append(Phi(make(size, width), make(size * width, width), make(width, width)))
     new = NewBlocks(torch.zeros(tokens, size, dtype=torch.int64), rows, angles, angles)
-    triton_backend.fold_and_write((phis[0], phis[1]), (k_win, v_win), (k_cmp, v_cmp), new)
+    tails = (k_win.to(q.dtype), v_win.to(q.dtype))
+    triton_backend.fold_and_write((phis[0], phis[1]), tails, (k_cmp, v_cmp), new)
 
 
 def backend_kernels() -> Iterator[str]:

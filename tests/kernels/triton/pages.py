@@ -1,6 +1,6 @@
 """Paged caches for tests: whole sequences laid out over shuffled pages, NaN where nothing lies."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from nsa_kernels import (
     select_blocks,
 )
 from nsa_kernels.dispatch import Backend
+from nsa_kernels.page_checks import FP8
 from tests.kernels.cases import Inputs, make_inputs, offsets
 
 
@@ -125,8 +126,12 @@ def make_paged(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     seed: int = 0,
+    is_fp8: bool = False,
 ) -> PagedBatch:
-    """Sequences of these context lengths of which the last new_tokens each are asked about."""
+    """Sequences of these context lengths of which the last new_tokens each are asked about.
+
+    is_fp8: all caches but the compressed ones are, and `whole` has the numbers that they hold.
+    """
     page = page or config.selection_block_size
     whole = make_inputs(
         contexts,
@@ -139,6 +144,9 @@ def make_paged(
         device=device,
         seed=seed,
     )
+    kept = ("k_slc", "v_slc", "k_win", "v_win")
+    if is_fp8:
+        whole = replace(whole, **{n: getattr(whole, n).to(FP8).to(dtype) for n in kept})
     table, window_table, num_pages = page_tables(contexts, new_tokens, page, config, seed)
     starts = whole.cu_seqlens.tolist()
     starts_cmp = compressed_cu_seqlens(whole.cu_seqlens.cpu(), config).tolist()
@@ -147,17 +155,20 @@ def make_paged(
         torch.arange(stop - length, stop)
         for stop, length in zip(starts[1:], new_tokens, strict=True)
     ]
+    caches = {
+        "k_cmp": lay_out(whole.k_cmp, starts_cmp, table, strides, num_pages),
+        "v_cmp": lay_out(whole.v_cmp, starts_cmp, table, strides, num_pages),
+        "k_slc": lay_out(whole.k_slc, starts, table, page, num_pages),
+        "v_slc": lay_out(whole.v_slc, starts, table, page, num_pages),
+        "k_win": lay_out(whole.k_win, starts, window_table, page, num_pages),
+        "v_win": lay_out(whole.v_win, starts, window_table, page, num_pages),
+    }
+    if is_fp8:
+        caches |= {name: caches[name].to(FP8) for name in kept}
     return PagedBatch(
         whole=whole,
         rows=torch.cat(rows).to(device),
-        caches={
-            "k_cmp": lay_out(whole.k_cmp, starts_cmp, table, strides, num_pages),
-            "v_cmp": lay_out(whole.v_cmp, starts_cmp, table, strides, num_pages),
-            "k_slc": lay_out(whole.k_slc, starts, table, page, num_pages),
-            "v_slc": lay_out(whole.v_slc, starts, table, page, num_pages),
-            "k_win": lay_out(whole.k_win, starts, window_table, page, num_pages),
-            "v_win": lay_out(whole.v_win, starts, window_table, page, num_pages),
-        },
+        caches=caches,
         page_table=table.to(device),
         window_page_table=window_table.to(device),
         cu_seqlens=offsets(new_tokens, device),

@@ -124,6 +124,12 @@ def test_half_precision() -> None:
     assert_equals_reference(make_paged([100, 31], [2, 1], config=SMALL, dtype=torch.float16))
 
 
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_fp8_caches(dtype: torch.dtype) -> None:
+    assert_equals_reference(make_paged([100, 31], [2, 1], config=SMALL, dtype=dtype, is_fp8=True))
+
+
 def test_empty_sequences_and_no_tokens() -> None:
     batch = make_paged([50, 20, 33], [0, 3, 0], config=SMALL, groups=1)
     assert_equals_reference(batch)
@@ -231,6 +237,22 @@ def test_compiled_equals_the_reference(
         dtype=dtype,
         device=device,
     )
+    assert_equals_reference(batch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("widths", [(192, 128), (64, 64), (96, 48)])
+@pytest.mark.parametrize("new_tokens", [1, 40])
+def test_compiled_fp8_caches(
+    dtype: torch.dtype, widths: tuple[int, int], new_tokens: int, device: str
+) -> None:
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this GPU has no fp8")
+    config, sizes = NsaConfig(num_selected_blocks=4), {"groups": 1, "heads_per_group": 16}
+    batch = make_paged([833, 65], [new_tokens, 1], config=config, **sizes, is_fp8=True,
+                       key_width=widths[0], value_width=widths[1], dtype=dtype,
+                       device=device)  # fmt: skip
     assert_equals_reference(batch)
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from nsa_kernels import NewBlocks, NewRows, Phi, fold_and_write, rotate_and_write
+from nsa_kernels.dispatch import Backend
+from nsa_kernels.page_checks import FP8
 from tests.kernels.cases import assert_close
 
 PAGES, PAGE = 6, 8
@@ -63,6 +65,44 @@ def check_rotate(
             others = torch.ones(len(flat), dtype=torch.bool, device=device)
             others[branch.rows] = False
             assert (flat[others] == 7.0).all()
+
+
+def fp8_rows(values: Tensor, backend: Backend, device: str) -> tuple[Tensor, Tensor]:
+    """Caches of keys and values after a step with these keys and values, [T, 1, 16] each."""
+    count = len(values)
+    q = torch.zeros(count, 2, 16, dtype=values.dtype, device=device)
+    caches = [torch.zeros(4, 4, 1, 16, dtype=FP8, device=device) for _ in range(2)]
+    rows = torch.arange(1, count + 1, device=device)
+    values = values.to(device)
+    new = NewRows(values, values, caches[0], caches[1], rows, is_rotated=False)
+    rotate_and_write(q, [new], *angles(count, 16, device), backend=backend)
+    return caches[0].flatten(0, 1)[rows].cpu(), caches[1].flatten(0, 1)[rows].cpu()
+
+
+def test_fp8_rows_are_the_nearest_and_never_infinite() -> None:
+    values = torch.cat([draw(6, 1, 16) * 4, torch.full((1, 1, 16), 1e4)]).float()
+    for cache in fp8_rows(values, "torch", "cpu"):
+        assert torch.equal(cache[:6].float(), values[:6].to(FP8).float())
+        assert (cache[6:].float() == 448).all()
+    # The interpreter rounds in its own way: it gets numbers that need no rounding.
+    kept = values.clamp(-448, 448).to(FP8).float()
+    kept[6:] = 1e4
+    for cache, wanted in zip(
+        fp8_rows(kept, "triton", "cpu"), fp8_rows(kept, "torch", "cpu"), strict=True
+    ):
+        assert torch.equal(cache.view(torch.uint8), wanted.view(torch.uint8))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_compiled_fp8_rows(dtype: torch.dtype, device: str) -> None:
+    values = torch.cat([draw(9, 1, 16), draw(5, 1, 16) / 500, draw(1, 1, 16) * 1e4]).to(dtype)
+    for cache, wanted in zip(
+        fp8_rows(values, "triton", device), fp8_rows(values, "torch", "cpu"), strict=True
+    ):
+        assert torch.equal(cache.view(torch.uint8), wanted.view(torch.uint8))
+    values[0, 0, 0] = torch.nan
+    assert all(cache[0, 0, 0].isnan() for cache in fp8_rows(values, "triton", device))
 
 
 def in_float64(phi: Phi) -> Phi:

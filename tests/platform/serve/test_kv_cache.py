@@ -133,15 +133,24 @@ def test_window_pages_are_given_back(make_model):
 
 @pytest.mark.parametrize("attention", [{}, {"branch_kv": "shared"}, {"kind": "full"}])
 @pytest.mark.parametrize("context", [1, 8, 13, 21, 64, 100])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pages_in_use_take_the_bytes_that_cost_says(make_model, attention, context, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"),
+    [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, torch.float8_e4m3fn)],
+)
+def test_pages_in_use_take_the_bytes_that_cost_says(
+    make_model, attention, context, dtype, kv_dtype
+):
     config = make_model(attention).config
-    cache = KvCache(config, num_tokens=120, max_new_tokens=120, dtype=dtype)
+    cache = KvCache(config, num_tokens=120, max_new_tokens=120, dtype=dtype, kv_dtype=kv_dtype)
     sequence = SequencePages()
     cache.book.extend(sequence, context)
     cache.book.trim(sequence)
     cost = cache_bytes(
-        config, context, element_bytes=dtype.itemsize, page_size=page_size_of(config)
+        config,
+        context,
+        element_bytes=dtype.itemsize,
+        kv_bytes=None if kv_dtype is None else kv_dtype.itemsize,
+        page_size=page_size_of(config),
     )
 
     def bytes_in_use(tensors: list[torch.Tensor], allocator: PagePool | None) -> int:
@@ -154,10 +163,38 @@ def test_pages_in_use_take_the_bytes_that_cost_says(make_model, attention, conte
     assert cache.num_bytes() == sum(tensor.nbytes for tensor in pages + window)
 
 
+@pytest.mark.parametrize("attention", [{}, {"branch_kv": "shared"}, {"kind": "full"}])
+def test_an_fp8_cache_rounds_what_is_read_as_it_is(make_model, attention):
+    """In the first layer it holds the same numbers, rounded; however a text comes, the same."""
+    model, ids, fp8 = make_model(attention, dtype=torch.float64), ids_of(90), torch.float8_e4m3fn
+
+    def read(kv_dtype: torch.dtype | None, chunks: list[int]) -> tuple[torch.Tensor, KvCache]:
+        sizes = {"num_tokens": 90, "max_new_tokens": 90, "dtype": torch.float64}
+        cache, sequence = KvCache(model.config, **sizes, kv_dtype=kv_dtype), SequencePages()
+        with torch.no_grad():
+            hidden = [
+                model(chunk, cache.extend([sequence], [len(chunk)])).hidden
+                for chunk in ids.split(chunks)
+            ]
+        return torch.cat(hidden), cache
+
+    exact, kept = read(None, [90])
+    rounded, cache = read(fp8, [90])
+    torch.testing.assert_close(read(fp8, [41, 8, 1, 40])[0], rounded)
+    assert not torch.allclose(rounded, exact, rtol=1e-4)
+    tensors = [layer.page_tensors() + layer.window_tensors() for layer in (kept.layers[0],
+               cache.layers[0])]  # fmt: skip
+    assert {tensor.dtype for tensor in tensors[1]} <= {fp8, torch.float64}
+    for wanted, found in zip(*tensors, strict=True):
+        assert torch.equal(found.double(), wanted.to(found.dtype).double())
+
+
 def test_a_latent_that_kernels_cannot_read_is_refused(make_model):
     attention = {"kind": "mla", "kv_lora_rank": 256, "key_width": 64, "rotary_width": 32}
     config = make_model(attention).config
     KvCache(config, num_tokens=16, max_new_tokens=16)
+    with pytest.raises(ValueError, match=r"kv_cache_dtype=fp8 takes a model .*kind=nsa or full"):
+        KvCache(config, num_tokens=16, max_new_tokens=16, kv_dtype=torch.float8_e4m3fn)
     with pytest.raises(ValueError, match=r"up to 256, a multiple of 16, got 256 \+ 32"):
         KvCache(config, num_tokens=16, max_new_tokens=16, device="cuda")
 
