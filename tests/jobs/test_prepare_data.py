@@ -162,7 +162,10 @@ def test_the_result_does_not_depend_on_the_number_of_tasks(
     assert files_below(tmp_path / "out") == files_below(tmp_path / "here")
     assert f"digest {expected.digests['train'][:12]}" in shown.out
     assert "vocabulary  400 tokens\n" in shown.out
-    assert f"skipped     {'1 copy' if deduplicate else 'none'}" in shown.out
+    # The library of some interpreters has copies of its own.
+    assert ("copy" in expected.skipped) == (deduplicate is not None)
+    reasons = [f"{count} {reason}" for reason, count in expected.skipped.items()]
+    assert f"skipped     {', '.join(reasons) or 'none'}" in shown.out
     told = rf"1 equal and 0 near ones of 1 documents, 100.0% of [\d,]+ tokens, left out of {copy}"
     assert bool(re.search(told, shown.out)) == (deduplicate is not None)
     assert "tokenising: 41 of 41 files" in shown.err

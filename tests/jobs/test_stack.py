@@ -10,6 +10,7 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -187,12 +188,15 @@ def generation(folder: Path, environment: dict[str, str]) -> list[str]:
 
 def listening_elsewhere(pid: int) -> list[Any]:
     """Listeners of the stack that another machine could reach."""
-    found = [
-        (process.name(), connection.laddr)
-        for process in family_of(pid)
-        for connection in process.net_connections(kind="inet")
-        if connection.status == psutil.CONN_LISTEN
-    ]
+    found: list[Any] = []
+    for process in family_of(pid):
+        # Some live only for a moment.
+        with suppress(psutil.NoSuchProcess):
+            found += [
+                (process.name(), connection.laddr)
+                for connection in process.net_connections(kind="inet")
+                if connection.status == psutil.CONN_LISTEN
+            ]
     assert len(found) > 8
     return [(name, address) for name, address in found if not address.ip.endswith("127.0.0.1")]
 
