@@ -11,6 +11,7 @@ from typing import Any
 import ray
 
 from jobs.ports import LOOPBACK, free_ports, is_free
+from nsa_platform.retry import first_line
 
 # A cluster of this process alone, on loopback: no token to exchange, no report to anyone.
 LOCAL_ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -50,6 +51,15 @@ def connect(*, num_cpus: int | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def lost_cluster(error: Exception) -> str:
+    """A line for a person whose run has lost Ray: its head node, or that of its own actors."""
+    return (
+        "Ray's head node, or another that the run hung on, is gone; when the cluster is back the "
+        f"same command goes on from the newest checkpoint ({type(error).__name__}: "
+        f"{first_line(error)})"
+    )
 
 
 @contextmanager

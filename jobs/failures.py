@@ -1,28 +1,15 @@
-"""What Ray Train's controller tells the driver: who it is, and why a training worker failed.
+"""What Ray Train's controller tells the driver: why a training worker failed.
 
 The controller loads this file and nothing of the model, so it must stay light to import.
 """
 
 from typing import Any
 
-import ray
 from ray.train import UserCallback
-from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.queue import Queue
 
 # Of the workers that failed together, this many are named.
 NAMED_FAILURES = 4
-
-
-class ControllerTeller(ControllerCallback):
-    """Tells the driver which actor the controller is: only its end ends a fit() early."""
-
-    def __init__(self, events: Queue) -> None:
-        self._events = events
-
-    def after_controller_start(self, train_run_context: Any) -> None:
-        """Called by Ray Train before any worker starts."""
-        self._events.put_nowait({"controller": ray.get_runtime_context().current_actor})
 
 
 class FailureTeller(UserCallback):

@@ -5,16 +5,15 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import ray
-from ray.train.torch import TorchTrainer
 from ray.util.queue import Queue
 
+from jobs.controlled import ControlledTrainer
 from jobs.progress import TrainingProgress
 from jobs.validations import Validations
 from nsa_platform.train.task import Outcome
 
 POLL_S = 0.3
-# Within this time a controller has started, or has ended after it was killed.
+# Within this time fit() has ended after its controller was killed.
 CONTROLLER_S = 30
 
 
@@ -31,13 +30,13 @@ class Fitting:
 
     def __init__(
         self,
-        trainer: TorchTrainer,
+        trainer: ControlledTrainer,
         events: Queue,
         progress: TrainingProgress,
         validations: Validations,
         concluded: Callable[[int, Outcome], None] | None = None,
     ) -> None:
-        """events: what the workers and the controller tell (failures.py) comes from here.
+        """events: what the workers and the controller (failures.py) tell comes from here.
 
         validations: of the tasks' checkpoints, beside the training.
         concluded: told the number of a task and its outcome as soon as it is done and validated.
@@ -49,7 +48,6 @@ class Fitting:
         self._ended: dict[int, Outcome] = {}
         """Tasks that are done, of which checkpoints are still being validated."""
         self._concluded = concluded
-        self._controller: Any = None
         self._has_said_so = False
         self._outcomes: dict[int, Outcome] = {}
         self._error: BaseException | None = None
@@ -105,11 +103,8 @@ class Fitting:
             self._error = error
 
     def _news(self) -> list[dict[str, Any]]:
-        """What was told since the last call, but for the controller, which is kept."""
-        events = self._events.get_nowait_batch(self._events.size())
-        for event in events:
-            self._controller = event.get("controller", self._controller)
-        return [event for event in events if "controller" not in event]
+        """What was told since the last call."""
+        return self._events.get_nowait_batch(self._events.size())
 
     def _show(self, event: dict[str, Any]) -> None:
         if "fatal" in event:
@@ -130,14 +125,9 @@ class Fitting:
         """End the controller, and with it its workers, unless fit() has ended by itself; and the
         validations."""
         self._validations.stop()
-        for _ in range(int(CONTROLLER_S / POLL_S)):
-            if self._controller is not None or not self._thread.is_alive():
-                break
-            self._thread.join(POLL_S)
-            self._news()
-        if self._controller is not None and self._thread.is_alive():
-            ray.kill(self._controller)
-        self._thread.join(CONTROLLER_S)
+        if self._thread.is_alive():
+            self._trainer.end()
+            self._thread.join(CONTROLLER_S)
 
 
 def fit(fittings: Sequence[Fitting]) -> list[list[Outcome]]:
@@ -147,9 +137,9 @@ def fit(fittings: Sequence[Fitting]) -> list[list[Outcome]]:
         HopelessRun: a worker has said that trying again is useless; the others are stopped.
         TrainingFailedError: as fit() does, when the others have ended.
     """
-    for each in fittings:
-        each.start()
     try:
+        for each in fittings:
+            each.start()
         is_running = True
         while is_running:
             time.sleep(POLL_S)

@@ -12,8 +12,8 @@ With --k8s the run becomes a RayJob, a cluster of its own from an image that hol
 travels inside it; --dry-run prints it, otherwise kubectl creates it and its logs are streamed.
 
 Exit status: 0 the job succeeded (or was accepted, with --no-wait); 1 it failed or the cluster
-could not be reached; 2 the configuration is wrong, or kubectl or its cluster is missing (nothing
-was submitted).
+could not be reached or went away; 2 the configuration is wrong, or kubectl or its cluster is
+missing (nothing was submitted).
 """
 
 import argparse
@@ -187,13 +187,19 @@ def _follow(client: JobSubmissionClient, job_id: str, address: str) -> int:
 
     try:
         asyncio.run(stream())
+        info = client.get_job_info(job_id)
     except KeyboardInterrupt:
         print(f"\nThe job goes on. Stop it: ray job stop --address {address} {job_id}")
         return 130
-    status = client.get_job_status(job_id)
-    print(f"Job {job_id}: {status.value}")
-    if status != JobStatus.SUCCEEDED:
-        print(f"error: {client.get_job_info(job_id).message}", file=sys.stderr)
+    except (OSError, RuntimeError) as error:
+        fail(
+            f"{address} went away while job {job_id} ran ({_reason(error)}). If the cluster is "
+            "gone, the same command goes on from the newest checkpoint when it is back; if not, "
+            f"follow the job: ray job logs --address {address} --follow {job_id}"
+        )
+    print(f"Job {job_id}: {info.status.value}")
+    if info.status != JobStatus.SUCCEEDED:
+        print(f"error: {info.message}", file=sys.stderr)
         return 1
     return 0
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from jobs.attempt import Attempt, AttemptError
-from jobs.cluster import connect
+from jobs.cluster import connect, lost_cluster
 from jobs.fitting import HopelessRun, fit
 from jobs.lock import alone
 from jobs.progress import TrainingProgress
@@ -137,6 +138,8 @@ class Sweep:
                 fit(fittings)
         except (HopelessRun, TrainingFailedError) as error:
             raise RuntimeError(f"{self.config.name} cannot go on: {error}") from error
+        except RayError as error:
+            raise RuntimeError(f"{self.config.name} stopped: {lost_cluster(error)}") from error
         except KeyboardInterrupt:
             for lane in begun:
                 lane.end("KILLED")

@@ -6,11 +6,12 @@ from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 from ray.util.queue import Queue
 
 from jobs.attempt import Attempt
-from jobs.failures import ControllerTeller, FailureTeller
+from jobs.controlled import ControlledTrainer
+from jobs.failures import FailureTeller
 from jobs.fitting import Fitting
 from jobs.progress import TrainingProgress
 from jobs.termination import ResizeSaver, TerminationHeeder
@@ -37,11 +38,8 @@ def make_fitting(
     cluster = attempts[0].run.cluster
     events = Queue(actor_options={"num_cpus": 0})
     # Ray takes callbacks of the controller too; its annotation names the workers' only.
-    callbacks: list[Any] = [
-        *(ControllerTeller(events), FailureTeller(events)),
-        *(TerminationHeeder(), ResizeSaver()),
-    ]
-    trainer = TorchTrainer(
+    callbacks: list[Any] = [FailureTeller(events), TerminationHeeder(), ResizeSaver()]
+    trainer = ControlledTrainer(
         train_worker,
         train_loop_config={"tasks": tuple(attempt.task(events) for attempt in attempts)},
         scaling_config=ScalingConfig(

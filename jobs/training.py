@@ -4,12 +4,13 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
+from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 from rich.console import Console
 
 from jobs.attempt import Attempt, AttemptError, close_folder
 from jobs.cli import EXIT_INTERRUPTED, fail
-from jobs.cluster import connect
+from jobs.cluster import connect, lost_cluster
 from jobs.fitting import HopelessRun, fit
 from jobs.lock import alone
 from jobs.progress import TrainingProgress
@@ -72,6 +73,8 @@ def _train(attempt: Attempt, console: Console) -> Outcome:
         fail(f"{run.name} cannot go on: {error}")
     except TrainingFailedError as error:
         fail(f"{run.name} failed, the same command goes on from the newest checkpoint: {error}")
+    except RayError as error:
+        fail(f"{run.name} stopped: {lost_cluster(error)}")
     finally:
         if status is not None:
             attempt.end(status)

@@ -1,9 +1,15 @@
 """Submission: what is sent and what is refused; test_stack.py submits to a real cluster."""
 
+import asyncio
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import ray
+from aiohttp import web
 
 from jobs.submit import ROOT, build, main
 from nsa_platform.config.base import ConfigError
@@ -71,3 +77,65 @@ def test_no_cluster_is_said_in_a_line(capsys: pytest.CaptureFixture[str]) -> Non
             main(["pretrain", "--config", CONFIG, "--address", address])
     assert caught.value.code == 1
     assert f"{address} did not take the job" in capsys.readouterr().err
+
+
+@contextmanager
+def vanishing_dashboard() -> Iterator[str]:
+    """Takes a job, sends a line of its log and is gone; what Ray's own client then says is real."""
+    loop, gone = asyncio.new_event_loop(), asyncio.Event()
+
+    async def version(request: web.Request) -> web.Response:
+        return web.json_response({"version": "4", "ray_version": ray.__version__, "ray_commit": ""})
+
+    async def package(request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def take(request: web.Request) -> web.Response:
+        return web.json_response({"job_id": "job-1", "submission_id": "job-1"})
+
+    async def tail(request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        await socket.send_str("step 1\n")
+        assert request.transport is not None
+        request.transport.abort()
+        gone.set()
+        return socket
+
+    async def serve(ready: list[str], is_up: threading.Event) -> None:
+        app = web.Application()
+        app.router.add_get("/api/version", version)
+        app.router.add_get("/api/packages/{name:.*}", package)
+        app.router.add_post("/api/jobs/", take)
+        app.router.add_get("/api/jobs/{name}/logs/tail", tail)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        ready.append(runner.addresses[0][1])
+        is_up.set()
+        await gone.wait()
+        await runner.cleanup()
+
+    ready, is_up = [], threading.Event()
+    thread = threading.Thread(target=loop.run_until_complete, args=[serve(ready, is_up)])
+    thread.start()
+    is_up.wait()
+    yield f"http://127.0.0.1:{ready[0]}"
+    loop.call_soon_threadsafe(gone.set)
+    thread.join()
+    loop.close()
+
+
+# Of Ray's client.
+@pytest.mark.filterwarnings("ignore:ssl=None is deprecated:DeprecationWarning")
+def test_a_cluster_that_goes_away_is_said_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with vanishing_dashboard() as address:
+        with pytest.raises(SystemExit) as caught:
+            main(["pretrain", "--config", CONFIG, "--address", address])
+    assert caught.value.code == 1
+    said = capsys.readouterr()
+    assert "step 1\n" in said.out
+    last = said.err.splitlines()[-1]
+    assert last.startswith(f"error: {address} went away while job job-1 ran (")
+    assert "the same command goes on" in last and "Traceback" not in said.err

@@ -18,10 +18,13 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from ray.exceptions import RayActorError
+from ray.train import RunConfig, ScalingConfig, UserCallback
 from safetensors.torch import load_file
 
 from jobs import pretrain, sft, sweep
 from jobs.cluster import connect
+from jobs.controlled import ControlledTrainer
 from nsa_platform import storage
 from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.model.weights import load_model
@@ -517,3 +520,39 @@ def test_a_broken_shard_ends_the_run_with_its_name(
     # Ray aborts a process that disconnects while one of its threads waits for Ray.
     assert "fit" not in {thread.name for thread in threading.enumerate()}
     assert place.client().get_run(place.run_id("broken")).info.status == "FAILED"
+
+
+class Stuck(UserCallback):
+    """Whoever unpickles it writes its process id down and sleeps: a controller that never is up."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        write = f"pathlib.Path({str(self._file)!r}).write_text(str(os.getpid()))"
+        return exec, (f"import os, pathlib, time; {write}; time.sleep(3000)",)
+
+
+def test_a_run_is_ended_before_its_controller_is_up(cluster: None, tmp_path: Path) -> None:
+    file, errors = tmp_path / "pid", []
+    trainer = ControlledTrainer(
+        lambda: None,
+        scaling_config=ScalingConfig(num_workers=1),
+        run_config=RunConfig(storage_path=str(tmp_path / "ray"), callbacks=[Stuck(file)]),
+    )
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except (RayActorError, InterruptedError) as error:
+            errors.append(type(error))
+
+    thread = threading.Thread(target=fit)
+    thread.start()
+    controller = int(eventually(lambda: file.exists() and file.read_text(), "controller"))
+    trainer.end()
+    thread.join(PATIENCE_S)
+    assert not thread.is_alive()
+    eventually(lambda: not psutil.pid_exists(controller), "end of the controller")
+    fit()
+    assert issubclass(errors[0], RayActorError) and errors[1:] == [InterruptedError]
