@@ -25,7 +25,7 @@ from nsa_platform.config.model import ModelConfig
 from nsa_platform.config.serve import EngineConfig
 from nsa_platform.model.weights import ExportError, load_config
 from nsa_platform.serve.capacity import blocks_per_page_of
-from nsa_platform.serve.planning import ELEMENT_BYTES, GPUS, ServingPlan, plan_serving
+from nsa_platform.serve.planning import GPUS, ServingPlan, kv_bytes_of, plan_serving
 
 EXIT_DOES_NOT_FIT = 1
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             memory_share=engine.gpu_memory_utilization,
             blocks_per_page=blocks_per_page_of(model, engine),
             num_ranks=num_ranks,
-            kv_bytes=1 if engine.kv_cache_dtype == "fp8" else ELEMENT_BYTES,
+            kv_bytes=kv_bytes_of(engine),
         )
     except (ConfigError, ExportError, ValueError, OSError) as error:
         fail(str(error), status=EXIT_BAD_CONFIG)
@@ -93,6 +93,7 @@ def _table(plan: ServingPlan, title: str) -> Table:
     for branch in fields(plan.sequence):
         size = getattr(plan.sequence, branch.name)
         table.add_row(f"  {branch.name}", f"{size / gib:.3f} GiB ({size:,} bytes)")
+    table.add_row("memory of the host", f"{plan.host_bytes / gib:.1f} GiB")
     table.add_row("sequences that fit", f"{plan.num_fitting:,}")
     table.add_row("sequences at once (max_num_seqs)", f"{plan.num_sequences:,}")
     table.add_row("time to first token, at least", f"{plan.ttft_s:.3f} s")

@@ -34,7 +34,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from jobs import submit_kubernetes
 from jobs.cli import EXIT_BAD_CONFIG, describe_run, fail
-from jobs.kubernetes import JOBS, refuse_relative, relative_places
+from jobs.rayjob import JOBS, refuse_relative, relative_places
 from nsa_platform.config.base import ConfigError, Strict
 from nsa_platform.config.locations import absolute
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.cli import EXIT_BAD_CONFIG, EXIT_INTERRUPTED, fail
-from jobs.kubernetes import render_job, to_yaml
+from jobs.manifest_yaml import to_yaml
+from jobs.rayjob import render_job
 from nsa_platform.config.base import ConfigError
 
 DEFAULT_NAMESPACE = "nsa"

@@ -14,20 +14,10 @@ import yaml
 from deployments.config import read_args
 from jobs import kubernetes
 from jobs.cli import read_run
-from jobs.kubernetes import (
-    JOBS,
-    OVERLAYS,
-    ROOT,
-    RUN_ANNOTATION,
-    RUN_FILE,
-    OverlayRuns,
-    ServeSource,
-    main,
-    object_name,
-    render_job,
-    render_service,
-    to_yaml,
-)
+from jobs.kubernetes import OVERLAYS, OverlayRuns, main
+from jobs.manifest_yaml import to_yaml
+from jobs.rayjob import JOBS, ROOT, RUN_ANNOTATION, RUN_FILE, object_name, render_job
+from jobs.rayservice import PodPlan, ServeSource, render_pods, render_service
 from nsa_platform.config.base import ConfigError
 
 SMOKE = ROOT / "jobs/configs/pretrain/smoke.yaml"
@@ -186,6 +176,41 @@ def test_what_is_served_is_valid_and_fits_its_pods(road: str) -> None:
         # Found from anywhere in the cluster, not below some folder.
         assert model.model_loading_config.model_source.startswith(("models:/", "s3://"))
         assert model.model_loading_config.tracking_uri is None
+
+
+NSA_1B = PodPlan(model="jobs/configs/pretrain/nsa_1b.yaml", gpu="H100")
+ENGINE = "applications.0.args.llm_configs.0.engine_kwargs"
+
+
+def planned(*changes: str, plan: PodPlan = NSA_1B, name: str = "nsa_150m") -> dict[str, Any]:
+    """Values of the patch of pods, by the end of their paths."""
+    source = ServeSource(config=f"deployments/configs/{name}.yaml", set=changes, plan=plan)
+    return {each["path"].rpartition("/")[2]: each["value"] for each in render_pods(source)}
+
+
+def test_pods_are_what_the_planner_says() -> None:
+    one = planned()
+    assert one["resources"]["requests"] == one["resources"]["limits"]
+    # 1.43B parameters of two bytes, twice, and 8 GiB.
+    assert one["resources"]["limits"] == {"cpu": "4", "memory": "14Gi", "nvidia.com/gpu": "1"}
+    assert one["sizeLimit"] == "3Gi" and one["maxReplicas"] == 4
+    gpus = "applications.0.args.llm_configs.0.deployment_config.ray_actor_options.num_gpus=2"
+    two = planned(f"{ENGINE}.tensor_parallel_size=2", gpus)
+    assert two["resources"]["limits"] == {"cpu": "6", "memory": "22Gi", "nvidia.com/gpu": "2"}
+
+
+def test_a_plan_that_cannot_be_is_refused() -> None:
+    def refusal(*changes: str, **options: Any) -> str:
+        with pytest.raises(ConfigError) as caught:
+            planned(*changes, **options)
+        return str(caught.value)
+
+    longest = f"{ENGINE}.hf_overrides={{max_context: 16777216}}"
+    assert "not one request of 16,777,216 tokens fits on 1 x H100" in refusal(longest)
+    assert "max_model_len=999999 must not exceed" in refusal(f"{ENGINE}.max_model_len=999999")
+    other = NSA_1B.model_copy(update={"gpu": "H1000"})
+    assert "plan.gpu='H1000' must be one of A100" in refusal(plan=other)
+    assert "serves on CPUs, and plan.gpu='H100'" in refusal(name="smoke")
 
 
 def test_ray_serve_takes_what_is_rendered() -> None:

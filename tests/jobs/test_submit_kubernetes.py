@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from jobs import submit_kubernetes
-from jobs.kubernetes import ROOT, render_job
+from jobs.rayjob import ROOT, render_job
 from jobs.submit import main
 from nsa_platform.config.runs import PretrainRun
 from tests.k8s.api_server import Cluster, serving

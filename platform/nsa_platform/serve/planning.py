@@ -14,6 +14,7 @@ from nsa_platform.config.model import (
     ModelConfig,
     NsaAttentionConfig,
 )
+from nsa_platform.config.serve import EngineConfig
 from nsa_platform.model.cost import (
     CacheBytes,
     cache_bytes,
@@ -28,6 +29,8 @@ ELEMENT_BYTES = 2
 """bfloat16 weights and cache."""
 WORKSPACE_BYTES = 2 << 30
 """What torch, the kernels' scratch and the tokens of a step take beside them, about."""
+HOST_BYTES = 8 << 30
+"""What Ray, torch and CUDA take of the host's memory, about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,11 @@ class ServingPlan:
     def tokens_per_s(self) -> float:
         """Most tokens a second of one sequence alone."""
         return 1 / self.step_s
+
+    @property
+    def host_bytes(self) -> int:
+        """Of the host's memory for each GPU: weights pass through it twice while they load."""
+        return HOST_BYTES + 2 * self.weight_bytes
 
     @property
     def full_tokens_per_s(self) -> float:
@@ -134,6 +142,11 @@ def plan_serving(
         step_s=(read + cached) / gpu.bytes_per_s,
         full_step_s=(read + num_sequences * cached) / gpu.bytes_per_s if num_sequences else 0.0,
     )
+
+
+def kv_bytes_of(config: EngineConfig) -> int:
+    """Bytes of a number of the cache's keys and values."""
+    return 1 if config.kv_cache_dtype == "fp8" else ELEMENT_BYTES
 
 
 def decode_read_bytes(model: ModelConfig, context: int, *, kv_bytes: int = ELEMENT_BYTES) -> int:
