@@ -21,6 +21,7 @@ import asyncio
 import ipaddress
 import json
 import os
+import secrets
 import shlex
 import sys
 import time
@@ -156,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         client = JobSubmissionClient(options.address)
         job_id = _send(client, submission)
-    except (ConnectionError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         fail(f"{options.address} did not take the job: {_reason(error)}")
     print(f"Job        {job_id}\nDashboard  {options.address}/#/jobs/{job_id}")
     print(f"MLflow     {_tracking_link(run)}", flush=True)
@@ -167,15 +168,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _send(client: JobSubmissionClient, submission: Submission) -> str:
-    """Submit; a cluster that has only just started is given time for its first agent."""
+    """Submit; a cluster that has only just started is given time for its first agent, and may
+    drop a connection until then."""
     deadline = time.monotonic() + START_PATIENCE_S
+    # Chosen here, so that what is sent again is never taken twice.
+    job_id = f"raysubmit_{secrets.token_hex(8)}"
     while True:
         try:
             return client.submit_job(
-                entrypoint=submission.entrypoint, runtime_env=submission.runtime_env
+                entrypoint=submission.entrypoint,
+                runtime_env=submission.runtime_env,
+                submission_id=job_id,
             )
-        except RuntimeError as error:
-            if "No available agent" not in str(error) or time.monotonic() > deadline:
+        except (OSError, RuntimeError) as error:
+            if f"{job_id} already exists" in str(error):
+                return job_id
+            may_pass = isinstance(error, OSError) or "No available agent" in str(error)
+            if not may_pass or time.monotonic() > deadline:
                 raise
             time.sleep(1)
 

@@ -1,6 +1,7 @@
 """Submission: what is sent and what is refused; test_stack.py submits to a real cluster."""
 
 import asyncio
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -81,8 +82,10 @@ def test_no_cluster_is_said_in_a_line(capsys: pytest.CaptureFixture[str]) -> Non
 
 @contextmanager
 def vanishing_dashboard() -> Iterator[str]:
-    """Takes a job, sends a line of its log and is gone; what Ray's own client then says is real."""
+    """Takes a job and drops the connection, says at the second try that it has it, sends a line of
+    its log and is gone; what Ray's own client then says is real."""
     loop, gone = asyncio.new_event_loop(), asyncio.Event()
+    taken: list[str] = []
 
     async def version(request: web.Request) -> web.Response:
         return web.json_response({"version": "4", "ray_version": ray.__version__, "ray_commit": ""})
@@ -91,7 +94,14 @@ def vanishing_dashboard() -> Iterator[str]:
         return web.Response()
 
     async def take(request: web.Request) -> web.Response:
-        return web.json_response({"job_id": "job-1", "submission_id": "job-1"})
+        job_id = (await request.json())["submission_id"]
+        if job_id in taken:
+            text = f"ValueError: Job with submission_id {job_id} already exists. Use another."
+            return web.Response(status=500, text=text)
+        taken.append(job_id)
+        assert request.transport is not None
+        request.transport.abort()
+        return web.Response()
 
     async def tail(request: web.Request) -> web.WebSocketResponse:
         socket = web.WebSocketResponse()
@@ -137,5 +147,5 @@ def test_a_cluster_that_goes_away_is_said_in_a_line(capsys: pytest.CaptureFixtur
     said = capsys.readouterr()
     assert "step 1\n" in said.out
     last = said.err.splitlines()[-1]
-    assert last.startswith(f"error: {address} went away while job job-1 ran (")
+    assert re.match(rf"error: {address} went away while job raysubmit_\w{{16}} ran \(", last)
     assert "the same command goes on" in last and "Traceback" not in said.err
