@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from jobs.cli import fail
-from jobs.evaluation_inputs import open_loader
+from jobs.evaluation_inputs import held_out_parser, open_loader
 from nsa_platform import figures, storage
 from nsa_platform.config.base import ConfigError
 from nsa_platform.data.tokenizer import Tokenizer
@@ -112,14 +112,7 @@ def measure(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model")
-    parser.add_argument("data")
-    parser.add_argument("output")
-    parser.add_argument("--length", type=int, required=True, help="tokens of a text")
-    parser.add_argument("--texts", type=int, default=4, help="held-out rows that are read")
+    parser = held_out_parser(__doc__)
     parser.add_argument("--num-blocks", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--top-p", type=float, nargs="*", default=[0.5, 0.7, 0.9])
     return parser

@@ -3,11 +3,10 @@
     python -m jobs.cache_precision runs/nsa-150m/model runs/data/pretrain out --length 8192
 
 MODEL is an exported model, DATA a folder of prepare_data with its tokenizer: held-out rows are
-read, each as one prompt whose log probabilities are asked for. Writes cache_precision.json below
-OUTPUT.
+read, each as one prompt of --length tokens less the one that is sampled, whose log probabilities
+are asked for. Writes cache_precision.json below OUTPUT.
 """
 
-import argparse
 import json
 import math
 from collections.abc import Sequence
@@ -15,9 +14,11 @@ from statistics import fmean
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 
 from jobs.cli import fail
-from jobs.evaluation_inputs import open_loader
+from jobs.evaluation_inputs import held_out_parser, open_loader
 from nsa_platform import storage
 from nsa_platform.config.serve import EngineConfig
 from nsa_platform.data.tokenizer import Tokenizer
@@ -31,16 +32,9 @@ CacheDtype = Literal["auto", "fp8"]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Score, write and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model")
-    parser.add_argument("data")
-    parser.add_argument("output")
-    parser.add_argument("--length", type=int, required=True, help="tokens of a text")
-    parser.add_argument("--texts", type=int, default=4, help="held-out rows that are read")
+    parser = held_out_parser(__doc__)
     options = parser.parse_args(argv)
-    for name, least in (("length", 2), ("texts", 1)):
+    for name, least in (("length", 3), ("texts", 1)):
         if getattr(options, name) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")
     try:
@@ -68,9 +62,10 @@ def measure(
     tokenizer = Tokenizer(model_folder)
     loader = open_loader(data, "validation", tokenizer, length)
     rows = first_batches(loader, tokens=texts * length, batch_rows=1)
-    prompts = [row.ids.tolist() for row in rows]
-    exact, about = _scores(model_folder, prompts, "auto")
+    prompts = [row.ids[:-1].tolist() for row in rows]
+    # A model that cannot have this cache is refused before anything is read.
     rounded, about_fp8 = _scores(model_folder, prompts, "fp8")
+    exact, about = _scores(model_folder, prompts, "auto")
     sizes = tokenizer.token_bytes()
     num_bytes = sum(int(sizes[token]) for prompt in prompts for token in prompt[1:])
     if not num_bytes:
@@ -112,9 +107,12 @@ def _scores(
     for number, prompt in enumerate(prompts):
         engine.add(str(number), prompt, params)
     found: dict[str, tuple[TokenLogprob, ...]] = {}
-    while engine.has_work:
-        for out in engine.step():
-            found[out.request_id] = out.prompt_logprobs or ()
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task(f"texts with the {dtype} cache", total=len(prompts))
+        while engine.has_work:
+            for out in engine.step():
+                found[out.request_id] = out.prompt_logprobs or ()
+                progress.advance(task)
     about = {
         "model": engine.cache.config.name,
         "device": device_name(engine.cache.device),

@@ -1,5 +1,6 @@
 """What an evaluation reads: held-out rows, and the text of a haystack."""
 
+import argparse
 import random
 from collections.abc import Callable, Iterator, Mapping
 
@@ -16,6 +17,19 @@ from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.evaluate.bits_per_byte import BitsPerByte, bits_per_byte, first_batches
 from nsa_platform.evaluate.scores import Score
 from nsa_platform.evaluate.tasks.words import uuid_pairs
+
+
+def held_out_parser(description: str | None) -> argparse.ArgumentParser:
+    """Arguments of a command that reads held-out rows with an exported model."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("data")
+    parser.add_argument("output")
+    parser.add_argument("--length", type=int, required=True, help="tokens of a text")
+    parser.add_argument("--texts", type=int, default=4, help="held-out rows that are read")
+    return parser
 
 
 def counted(batches: Iterator[Batch], advance: Callable[[int], None]) -> Iterator[Batch]:

@@ -7,7 +7,6 @@ read, each as one text. Writes mechanism.json, attention_held.png and block_atte
 OUTPUT.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 from jobs.cli import fail
-from jobs.evaluation_inputs import open_loader
+from jobs.evaluation_inputs import held_out_parser, open_loader
 from nsa_platform import figures, storage
 from nsa_platform.config.model import NsaAttentionConfig
 from nsa_platform.data.tokenizer import Tokenizer
@@ -31,14 +30,7 @@ SHOWN_LAYERS = 4
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Look, write and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model")
-    parser.add_argument("data")
-    parser.add_argument("output")
-    parser.add_argument("--length", type=int, required=True, help="tokens of a text")
-    parser.add_argument("--texts", type=int, default=4, help="held-out rows that are read")
+    parser = held_out_parser(__doc__)
     parser.add_argument("--queries", type=int, default=64, help="positions looked at in each")
     options = parser.parse_args(argv)
     for name in ("length", "texts", "queries"):

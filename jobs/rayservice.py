@@ -72,7 +72,9 @@ def render_pods(source: ServeSource) -> list[dict[str, Any]]:
     assert source.plan is not None
     applications = _serve_config(source)["applications"]
     models = [
-        model for each in applications for model in read_args(each["args"], root=ROOT).llm_configs
+        model
+        for each in applications
+        for model in read_args(each.get("args", {}), root=ROOT).llm_configs
     ]
     if len(models) != 1:
         raise ConfigError(f"{source.config}: pods are planned for one model, got {len(models)}")

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import requests
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from jobs import submit_kubernetes
@@ -172,7 +173,7 @@ def _send(client: JobSubmissionClient, submission: Submission) -> str:
     drop a connection until then."""
     deadline = time.monotonic() + START_PATIENCE_S
     # Chosen here, so that what is sent again is never taken twice.
-    job_id = f"raysubmit_{secrets.token_hex(8)}"
+    job_id, has_said_so = f"raysubmit_{secrets.token_hex(8)}", False
     while True:
         try:
             return client.submit_job(
@@ -180,12 +181,16 @@ def _send(client: JobSubmissionClient, submission: Submission) -> str:
                 runtime_env=submission.runtime_env,
                 submission_id=job_id,
             )
-        except (OSError, RuntimeError) as error:
+        except (requests.ConnectionError, RuntimeError) as error:
             if f"{job_id} already exists" in str(error):
                 return job_id
-            may_pass = isinstance(error, OSError) or "No available agent" in str(error)
+            is_dropped = isinstance(error, requests.ConnectionError)
+            may_pass = is_dropped or "No available agent" in str(error)
             if not may_pass or time.monotonic() > deadline:
                 raise
+            if not has_said_so:
+                print(f"The cluster is not ready, waiting up to {START_PATIENCE_S} s", flush=True)
+                has_said_so = True
             time.sleep(1)
 
 

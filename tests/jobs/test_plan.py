@@ -58,6 +58,10 @@ def test_a_latent_cache_holds_and_reads_its_latents_alone(model):
     assert decode_read_bytes(latent, 1000) == 12_288 * 1000
     found = plan_serving(latent, GPUS["H100"], context=32768, max_num_seqs=4)
     assert found.sequence.total == 12_288 * 32768
+    with pytest.raises(ValueError, match=r"kv_cache_dtype=fp8 takes a model .*kind=nsa or full"):
+        plan_serving(latent, GPUS["H100"], context=32768, max_num_seqs=4, kv_bytes=1)
+    with pytest.raises(ValueError, match=r"kv_cache_dtype=fp8 takes a GPU .* 8\.9"):
+        plan_serving(model, GPUS["A100"], context=32768, max_num_seqs=4, kv_bytes=1)
     blocks = ModelConfig.parse(model.model_dump() | {"attention": MOBA})
     with pytest.raises(ValueError, match="kind=moba has no cache"):
         plan_serving(blocks, GPUS["H100"], context=32768, max_num_seqs=4)

@@ -146,6 +146,7 @@ def test_a_cluster_that_goes_away_is_said_in_a_line(capsys: pytest.CaptureFixtur
     assert caught.value.code == 1
     said = capsys.readouterr()
     assert "step 1\n" in said.out
+    assert said.out.count("The cluster is not ready, waiting up to 60 s\n") == 1
     last = said.err.splitlines()[-1]
     assert re.match(rf"error: {address} went away while job raysubmit_\w{{16}} ran \(", last)
     assert "the same command goes on" in last and "Traceback" not in said.err

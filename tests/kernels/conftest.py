@@ -76,6 +76,14 @@ def target(request: pytest.FixtureRequest) -> Target:
 
 
 @pytest.fixture
+def fp8_device(device: str) -> str:
+    """The device of a GPU test that needs fp8."""
+    if not torch.version.hip and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs a GPU of compute capability 8.9 or later")
+    return device
+
+
+@pytest.fixture
 def device(request: pytest.FixtureRequest) -> str:
     """cuda for tests marked gpu (skipped where there is none), else cpu."""
     if "target" in request.fixturenames:

@@ -45,6 +45,19 @@ def page_size_of(config: ModelConfig, blocks_per_page: int = 1) -> int:
     return FULL_ATTENTION_PAGE_SIZE * blocks_per_page
 
 
+def check_fp8_cache(config: ModelConfig) -> None:
+    """Refuse a model whose cache is not rounded to fp8.
+
+    Raises:
+        ValueError: it keeps latents.
+    """
+    if isinstance(config.attention, MlaAttentionConfig):
+        raise ValueError(
+            "kv_cache_dtype=fp8 takes a model with attention.kind=nsa or full: the latents of mla "
+            "are keys and values of all heads, and are not rounded"
+        )
+
+
 class KvCache:
     """Paged caches of all layers, shared by any number of sequences."""
 
@@ -197,11 +210,8 @@ def _check_device(config: ModelConfig, device: torch.device, kv_dtype: torch.dty
     """The device can read such a cache."""
     attention = config.attention
     is_latent = isinstance(attention, MlaAttentionConfig)
-    if kv_dtype.itemsize == 1 and is_latent:
-        raise ValueError(
-            "kv_cache_dtype=fp8 takes a model with attention.kind=nsa or full: the latents of mla "
-            "are keys and values of all heads, and are not rounded"
-        )
+    if kv_dtype.itemsize == 1:
+        check_fp8_cache(config)
     if device.type != "cuda":
         return
     if kv_dtype.itemsize == 1 and not torch.version.hip:

@@ -23,7 +23,7 @@ from nsa_platform.model.cost import (
     flops_per_token,
 )
 from nsa_platform.model.tensor_parallel import share_of
-from nsa_platform.serve.kv_cache import page_size_of
+from nsa_platform.serve.kv_cache import check_fp8_cache, page_size_of
 
 ELEMENT_BYTES = 2
 """bfloat16 weights and cache."""
@@ -43,10 +43,12 @@ class Gpu:
     """Bandwidth of its memory."""
     flops_per_s: float
     """Dense bfloat16 products."""
+    has_fp8: bool = True
+    """Whether it can read an fp8 cache."""
 
 
 GPUS = {
-    "A100": Gpu(79 << 30, 2.04e12, 312e12),
+    "A100": Gpu(79 << 30, 2.04e12, 312e12, has_fp8=False),
     "H100": Gpu(79 << 30, 3.35e12, 989e12),
     "H200": Gpu(139 << 30, 4.8e12, 989e12),
     "B200": Gpu(178 << 30, 8.0e12, 2250e12),
@@ -113,11 +115,15 @@ def plan_serving(
         kv_bytes: of a number of the cache's keys and values, 1 for kv_cache_dtype=fp8.
 
     Raises:
-        ValueError: context or max_num_seqs is not positive, or the model cannot be dealt to so
-            many GPUs.
+        ValueError: context or max_num_seqs is not positive, the model cannot be dealt to so many
+            GPUs, or model or GPU cannot have an fp8 cache.
     """
     if context < 1 or max_num_seqs < 1:
         raise ValueError(f"context={context} and max_num_seqs={max_num_seqs} must be positive")
+    if kv_bytes < ELEMENT_BYTES:
+        check_fp8_cache(model)
+        if not gpu.has_fp8:
+            raise ValueError("kv_cache_dtype=fp8 takes a GPU of compute capability 8.9 or later")
     model = share_of(model, num_ranks)
     parameters = count_parameters(model)
     weight_bytes = parameters.total * ELEMENT_BYTES

@@ -95,14 +95,14 @@ def test_fp8_rows_are_the_nearest_and_never_infinite() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_compiled_fp8_rows(dtype: torch.dtype, device: str) -> None:
+def test_compiled_fp8_rows(dtype: torch.dtype, fp8_device: str) -> None:
     values = torch.cat([draw(9, 1, 16), draw(5, 1, 16) / 500, draw(1, 1, 16) * 1e4]).to(dtype)
     for cache, wanted in zip(
-        fp8_rows(values, "triton", device), fp8_rows(values, "torch", "cpu"), strict=True
+        fp8_rows(values, "triton", fp8_device), fp8_rows(values, "torch", "cpu"), strict=True
     ):
         assert torch.equal(cache.view(torch.uint8), wanted.view(torch.uint8))
     values[0, 0, 0] = torch.nan
-    assert all(cache[0, 0, 0].isnan() for cache in fp8_rows(values, "triton", device))
+    assert all(cache[0, 0, 0].isnan() for cache in fp8_rows(values, "triton", fp8_device))
 
 
 def in_float64(phi: Phi) -> Phi:
