@@ -1,7 +1,7 @@
 """Native Sparse Attention as differentiable torch ops, in Triton and in plain torch."""
 
 from nsa_kernels.compressed import compressed_attention
-from nsa_kernels.few_rows import project
+from nsa_kernels.few_rows import new_tallies, project
 from nsa_kernels.full import full_attention
 from nsa_kernels.new_rows import NewBlocks, NewRows, Phi, fold_blocks
 from nsa_kernels.new_tokens import NewPlaces, NewTokens
@@ -30,6 +30,7 @@ __all__ = [
     "fold_blocks",
     "full_attention",
     "full_paged_attention",
+    "new_tallies",
     "nsa_attention",
     "nsa_paged_attention",
     "num_compressed_blocks",

@@ -18,6 +18,13 @@ from nsa_kernels.projections import Activation, Projection, RmsNorm
 MOST_ROWS = 64
 """Up to so many rows the Triton backend has a kernel; more go through torch's matrix product."""
 MOST_PROJECTIONS = 3
+NUM_TALLIES = 128
+"""Of a call's tallies."""
+
+
+def new_tallies(device: torch.device | str) -> Tensor:
+    """Tallies for project, int32 [NUM_TALLIES]: zeros before a call and after it."""
+    return torch.zeros(NUM_TALLIES, dtype=torch.int32, device=device)
 
 
 def project(
@@ -26,6 +33,7 @@ def project(
     *,
     norm: RmsNorm | None = None,
     residual: Tensor | None = None,
+    tallies: Tensor | None = None,
     backend: Backend | None = None,
 ) -> list[Tensor]:
     """Each projection of x, or of its norm: activation(norm(x) weight^T + bias) + residual.
@@ -39,6 +47,8 @@ def project(
         projections: one to three; swiglu only alone.
         norm: of x, before them.
         residual: [T, N], added to the result of a single projection.
+        tallies: of new_tallies, for one call after the other, on one stream: programs can share the
+            outputs of a narrow layer then, and its weights come faster. None: they do not.
         backend: "triton" or "torch"; None leaves it to the device (see dispatch.py).
 
     Returns:
@@ -58,18 +68,29 @@ def project(
             raise ValueError(f"residual needs a single projection, got {len(projections)}")
         checks.check_shape("residual", residual, "[T, N]", (len(x), projections[0].width))
         _check_like("residual", residual, x)
+    if tallies is not None:
+        _check_tallies(tallies, x)
     chosen = resolve_backend(x, backend)
     if chosen == "triton" and x.dtype == torch.float64:
         raise ValueError("the triton backend takes no float64, backend='torch' does")
     # With many rows it is the product that costs, which torch's library does best.
     run = backend_module("torch" if len(x) > MOST_ROWS else chosen).project
-    return run(x, projections, norm, residual)
+    return run(x, projections, norm, residual, tallies)
 
 
 def _check_dtype(x: Tensor) -> None:
     if x.dtype not in checks.DTYPES:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in checks.DTYPES)
         raise ValueError(f"x has dtype {x.dtype}; allowed are {allowed}")
+
+
+def _check_tallies(tallies: Tensor, x: Tensor) -> None:
+    wanted, got = (torch.int32, (NUM_TALLIES,), x.device), (tallies.dtype, tuple(tallies.shape))
+    if (*got, tallies.device) != wanted:
+        raise ValueError(
+            f"tallies must be int32 [{NUM_TALLIES}] on {x.device}, as new_tallies makes them, got "
+            f"{got[0]} {list(got[1])} on {tallies.device}"
+        )
 
 
 def _check_projections(x: Tensor, projections: Sequence[Projection]) -> None:

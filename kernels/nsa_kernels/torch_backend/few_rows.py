@@ -13,8 +13,9 @@ def project(
     projections: Sequence[Projection],
     norm: RmsNorm | None,
     residual: Tensor | None,
+    tallies: Tensor | None,
 ) -> list[Tensor]:
-    """Each projection of x, or of its norm."""
+    """Each projection of x, or of its norm. No one shares here: tallies are left alone."""
     if norm is not None:
         x = rms_norm(x, (x.shape[1],), norm.weight, norm.eps)
     results = [_project(x, projection) for projection in projections]

@@ -10,6 +10,8 @@ import triton.language as tl
 
 # Above every importance: the bits of infinity.
 FORCED = tl.constexpr(0x7F800000)
+# Trials of a pass of the search: a pass waits for all threads, and with more there are fewer.
+TRIALS = tl.constexpr(16)
 
 
 @triton.jit
@@ -112,23 +114,26 @@ def store_chosen(
     keys = tl.minimum(b_importance.to(tl.int32, bitcast=True), FORCED - 1)
     is_forced = (o_block < INITIAL) | (o_block >= num_candidates - LOCAL)
     keys = tl.where(o_block < num_candidates, tl.where(is_forced, FORCED, keys), -1)
-    # The CHOSEN-th largest is at least low and less than high. Eight trials a pass; the first ones
-    # are octaves down from the largest that CHOSEN of them can be at once.
-    o_trial = tl.arange(0, 8)
+    # The CHOSEN-th largest is at least low and less than high. The first trials are octaves down
+    # from the largest that CHOSEN of them can be at once.
+    o_trial = tl.arange(0, TRIALS)
     low = num_candidates * 0
     high = low + FORCED
     num_left = num_candidates
-    first = tl.full([], OVERLAPS / CHOSEN, tl.float32).to(tl.int32, bitcast=True) - (7 << 23)
+    first = tl.full([], OVERLAPS / CHOSEN, tl.float32).to(tl.int32, bitcast=True) - (
+        (TRIALS - 1) << 23
+    )
     step = low + (1 << 23)
     while (high - low > 1) & (num_left > CHOSEN):
         counts = tl.sum((keys[None, :] >= (first + o_trial * step)[:, None]).to(tl.int32), 1)
         # Counts fall with the trial: the least that suffices belongs to the last that is reached.
-        best = tl.min(tl.where(counts >= CHOSEN, counts * 8 + 7 - o_trial, num_left * 8 + 8), 0)
-        num_reached = tl.where(best < num_left * 8 + 8, 8 - best % 8, 0)
-        high = tl.where(num_reached < 8, first + num_reached * step, high)
+        none = (num_left + 1) * TRIALS
+        best = tl.min(tl.where(counts >= CHOSEN, (counts + 1) * TRIALS - 1 - o_trial, none), 0)
+        num_reached = tl.where(best < none, TRIALS - best % TRIALS, 0)
+        high = tl.where(num_reached < TRIALS, first + num_reached * step, high)
         low = tl.where(num_reached > 0, first + (num_reached - 1) * step, low)
-        num_left = tl.minimum(best // 8, num_left)
-        step = (high - low + 8) // 9
+        num_left = tl.minimum(best // TRIALS, num_left)
+        step = (high - low + TRIALS) // (TRIALS + 1)
         first = low + step
     threshold = low
     is_above = (keys > threshold).to(tl.int32)

@@ -163,6 +163,8 @@ def paged_chosen_kernel(
 ):
     """Write the parts of partial_out [T, H, ALL_SPLITS, V] and partial_lse after the compressed.
 
+    The programs of the window come first: they run while the compressed branch still does.
+
     shares, rests, maxima: as paged_compressed_kernel leaves them; importance [T, G, SPLITS_SLC, N,
     TILE_S] and chosen_blocks [T, G, SPLITS_SLC, CHOSEN] are room for the choice.
     """
@@ -182,26 +184,24 @@ def paged_chosen_kernel(
     b_q, b_q_tail = load_split(q, o_head * K, m_head, K, K_MAIN, K_TAIL)
 
     # Keys lie in a list of blocks: the chosen ones, or those that the window touches.
-    is_window = i_split >= SPLITS_SLC
+    is_window = i_split < SPLITS_WIN
+    i_chosen = tl.maximum(i_split - SPLITS_WIN, 0)
+    i_part = SPLITS_CMP + tl.where(is_window, SPLITS_SLC + i_split, i_chosen)
     last_block = position // SELECTION_BLOCK
-    i_choice = (i_token.to(tl.int64) * G + i_group) * SPLITS_SLC + tl.minimum(
-        i_split, SPLITS_SLC - 1
-    )
+    i_choice = (i_token.to(tl.int64) * G + i_group) * SPLITS_SLC + i_chosen
     p_chosen = chosen_blocks + i_choice * CHOSEN
     if is_window:
         low = visible_low(position, WINDOW)
         first_block = low // SELECTION_BLOCK
         num_listed = last_block + 1 - first_block
-        first_tile, last_tile = cut_tiles(
-            num_listed, i_split - SPLITS_SLC, SPLITS_WIN, SELECTION_BLOCK, TILE_K
-        )
+        first_tile, last_tile = cut_tiles(num_listed, i_split, SPLITS_WIN, SELECTION_BLOCK, TILE_K)
         p_table = window_page_table
         k, v = k_win, v_win
     else:
         low = position * 0
         first_block = low
         num_listed = tl.minimum(last_block + 1, CHOSEN)
-        first_tile, last_tile = cut_tiles(num_listed, i_split, SPLITS_SLC, SELECTION_BLOCK, TILE_K)
+        first_tile, last_tile = cut_tiles(num_listed, i_chosen, SPLITS_SLC, SELECTION_BLOCK, TILE_K)
         await_launch(STARTS_EARLY)
         if last_block >= CHOSEN:
             choose_blocks(
@@ -221,6 +221,6 @@ def paged_chosen_kernel(
         SELECTION_BLOCK, PAGE_ROWS, TILE_K, R_PADDED, K, K_MAIN, K_TAIL, V, V_PADDED,
     )  # fmt: skip
     store_partial(
-        partial_out, partial_lse, o_head, m_head, SPLITS_CMP + i_split, largest, total, acc,
+        partial_out, partial_lse, o_head, m_head, i_part, largest, total, acc,
         ALL_SPLITS, V, V_PADDED,
     )  # fmt: skip

@@ -4,6 +4,9 @@ A program takes a tile of new tokens of one sequence, one group and one part of 
 Beside its part of the branch it leaves, for each head, how much every selection block weighs
 against the maximum that the head had by then (Eq. 9 before the sum over heads, Eq. 10): no second
 pass over the keys is needed once all parts are known.
+
+Most of the keys are as old as the steps before: they are asked for before the launch before this
+one has ended, and only the queries wait for it.
 """
 
 import triton
@@ -11,7 +14,12 @@ import triton.language as tl
 
 from nsa_kernels.triton_backend.paged_parts import attend_keys, load_split, store_partial
 from nsa_kernels.triton_backend.paged_rows import find_new_tokens
-from nsa_kernels.triton_backend.tiles import await_launch, let_next_start, visible_high
+from nsa_kernels.triton_backend.tiles import (
+    EARLY_BLOCKS,
+    await_launch,
+    let_next_start,
+    visible_high,
+)
 
 
 @triton.jit
@@ -38,6 +46,13 @@ def block_shares(
     o_block = tl.arange(0, TILE_S)[None, :] + tl.zeros([TILE_ROWS, TILE_S], tl.int32)
     before = tl.gather(rest, tl.maximum(o_block - 1, 0), 1)
     return share + tl.where(o_block > 0, before, 0.0), rest
+
+
+@triton.jit
+def await_then_let_start(STARTS_EARLY: tl.constexpr):
+    """In this order: the launch after this one reads the window without waiting for this one."""
+    await_launch(STARTS_EARLY)
+    let_next_start(STARTS_EARLY)
 
 
 @triton.jit(do_not_specialize=["num_sequences", "M"])
@@ -83,9 +98,6 @@ def paged_compressed_kernel(
     Key tiles hold TILE_S selection blocks; shares [T, H, N, TILE_S], rests and maxima [T, H, N]
     are written for those tiles that have a key, where queries choose at all.
     """
-    # In this order: the launch after this one reads the window without waiting for this one.
-    await_launch(STARTS_EARLY)
-    let_next_start(STARTS_EARLY)
     TOKENS: tl.constexpr = TILE_ROWS // R_PADDED
     SELECTION_STRIDES: tl.constexpr = SELECTION_BLOCK // STRIDE
     TILE_STRIDES: tl.constexpr = TILE_S * SELECTION_STRIDES
@@ -96,6 +108,7 @@ def paged_compressed_kernel(
         cu_seqlens, context_lens, num_sequences, tl.program_id(0) // G, TOKENS, TILE_B
     )
     if count <= 0:
+        await_then_let_start(STARTS_EARLY)
         return
     last_position = first_position + count - 1
     num_keys = visible_high(last_position, COMPRESSION_BLOCK, STRIDE)
@@ -108,7 +121,6 @@ def paged_compressed_kernel(
     o_r = o_query % R_PADDED
     m_query = (o_r < R) & (o_token < count)
     o_head = (first_token.to(tl.int64) + o_token) * (G * R) + i_group * R + o_r
-    b_q, b_q_tail = load_split(q, o_head * K, m_query, K, K_MAIN, K_TAIL)
     num_seen = visible_high(first_position + o_token, COMPRESSION_BLOCK, STRIDE)
     largest = tl.full([TILE_ROWS], -float("inf"), tl.float32)
     total = tl.zeros([TILE_ROWS], tl.float32)
@@ -122,12 +134,24 @@ def paged_compressed_kernel(
     is_chosen_from = last_position // SELECTION_BLOCK >= CHOSEN
     m_share = m_query & is_chosen_from
     p_table = page_table + i_sequence.to(tl.int64) * M
+    last = tl.load(context_lens + i_sequence) - 1
+    num_old = visible_high(last, COMPRESSION_BLOCK, STRIDE) - EARLY_BLOCKS
+    if last_tile * TILE_STRIDES > num_old:
+        await_launch(STARTS_EARLY)
+    b_q = tl.zeros([TILE_ROWS, K_MAIN], q.dtype.element_ty)
+    b_q_tail = b_q
+    if K_TAIL > 0:
+        b_q_tail = tl.zeros([TILE_ROWS, K_TAIL], q.dtype.element_ty)
     # Page numbers are asked for one tile ahead: keys and values need not wait for them.
     o_key = first_tile * TILE_STRIDES + o_in_tile
     page = tl.load(p_table + o_key // PAGE_ROWS, m_column & (o_key < num_keys), 0)
     for i_tile in range(first_tile, last_tile):
         o_key = i_tile * TILE_STRIDES + o_in_tile
         m_key = m_column & (o_key < num_keys)
+        # In the loop, whose first keys are under way by then.
+        if i_tile == first_tile:
+            await_then_let_start(STARTS_EARLY)
+            b_q, b_q_tail = load_split(q, o_head * K, m_query, K, K_MAIN, K_TAIL)
         o_cache = (page.to(tl.int64) * PAGE_ROWS + o_key % PAGE_ROWS) * G + i_group
         o_next = o_key + TILE_STRIDES
         page = tl.load(p_table + o_next // PAGE_ROWS, m_column & (o_next < num_keys), 0)
@@ -144,6 +168,8 @@ def paged_compressed_kernel(
         p_rest = rests + o_tile[:, None] + o_block[None, :] * 0
         tl.store(p_rest, rest, m_share[:, None] & (o_block == TILE_S - 1)[None, :])
         tl.store(maxima + o_tile, largest, m_share)
+    if first_tile == last_tile:
+        await_then_let_start(STARTS_EARLY)
     store_partial(
         partial_out, partial_lse, o_head, m_query, i_split, largest, total, acc,
         ALL_SPLITS, V, V_PADDED,

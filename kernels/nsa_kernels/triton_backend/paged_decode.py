@@ -25,8 +25,11 @@ from nsa_kernels.triton_backend.tiles import (
     value_widths,
 )
 
-# Two programs for each processor of a large GPU.
+# Two programs for each processor of a large GPU, and one for each: of those that choose every one
+# reads all importances, so they are few, of many threads.
 _WANTED_PROGRAMS = 264
+_WANTED_CHOICES = 132
+_CHOICE_WARPS = 8
 _MOST_SPLITS = 64
 # Rows of a matrix product: the least there is for one token, more where tokens share their keys.
 _LEAST_ROWS = 16
@@ -35,10 +38,10 @@ _SHARING_ROWS = 64
 _MOST_BLOCKS = 4096
 _MOST_TOKENS = 16
 _TILE_B = 256
-# Importances that a program holds at once. With four to a thread and four warps 512 blocks fit side
-# by side, so that the heads of a block lie in one thread and are summed without waiting.
+# Importances that a program holds at once, and twice as many where they are more than that anyway:
+# each turn waits for its loads.
 _HELD_IMPORTANCES = 8192
-# Registers of a thread, with which three programs of the choice share a multiprocessor.
+# Registers of a thread, with which a program of the choice leaves room for one of another launch.
 _CHOICE_REGISTERS = 168
 
 
@@ -173,16 +176,18 @@ def make_plan(
         tokens=tokens,
         tile_blocks=tile_blocks,
         compressed=Launch(keys, _num_splits(num_keys, keys, programs)),
-        selected=Launch(keys, _num_splits(chosen, keys, one_token)),
-        sliding_splits=_num_splits(window, keys, one_token),
+        selected=Launch(
+            keys, _num_splits(chosen, keys, one_token, _WANTED_CHOICES), num_warps=_CHOICE_WARPS
+        ),
+        sliding_splits=_num_splits(window, keys, one_token, _WANTED_CHOICES),
     )
 
 
-def _num_splits(num_keys: int, tile: int, programs: int) -> int:
+def _num_splits(num_keys: int, tile: int, programs: int, wanted: int = _WANTED_PROGRAMS) -> int:
     """Parts of num_keys keys that keep a GPU busy, whole tiles each; a power of two, as each number
     is a kernel of its own.
     """
-    most = min(_MOST_SPLITS, triton.cdiv(num_keys, tile), _WANTED_PROGRAMS // programs)
+    most = min(_MOST_SPLITS, triton.cdiv(num_keys, tile), wanted // programs)
     return power_of_two_within(max(1, most))
 
 
@@ -259,6 +264,7 @@ def _chosen_parts(
     padded = triton.next_power_of_2(num_heads // num_groups)
     tiles, launch = scratch.tiles, plan.selected
     held = max(1, _HELD_IMPORTANCES // (padded * plan.tile_blocks))
+    held *= 2 if tiles > 2 * held else 1
     paged_chosen_kernel[(num_tokens * num_groups, launch.splits + plan.sliding_splits)](
         q, *caches, places.page_table, places.window_page_table, places.cu_seqlens,
         places.context_lens, scratch.shares, scratch.rests, scratch.maxima, scratch.importance,

@@ -14,7 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.new_rows import NewBlocks, Phi
-from nsa_kernels.triton_backend.tiles import await_launch, early_start, let_next_start
+from nsa_kernels.triton_backend.tiles import (
+    EARLY_BLOCKS,
+    await_launch,
+    early_start,
+    let_next_start,
+)
 
 # Blocks of a tile: the least rows of a matrix product.
 _TILE_E = 16
@@ -75,6 +80,7 @@ def fold_and_write(
         parts, *corrects, new.rows, new.cos, new.sin, k_cmp, v_cmp, num_blocks,
         key_width, value_width, **sizes,
         IS_ROTATED=new.is_rotated,
+        LETS_START=bool(options) and num_blocks <= EARLY_BLOCKS.value,
     )  # fmt: skip
 
 
@@ -186,13 +192,14 @@ def paged_fold_write_kernel(
     KIND: tl.constexpr,
     PRECISION: tl.constexpr,
     STARTS_EARLY: tl.constexpr,
+    LETS_START: tl.constexpr,
     IS_ROTATED: tl.constexpr,
 ):
     """Add the parts of a tile of blocks, correct, rotate the keys, and write them.
 
     Rounds to the caches' precision where new_rows.fold_blocks does.
     """
-    let_next_start(STARTS_EARLY)
+    let_next_start(LETS_START)
     await_launch(STARTS_EARLY)
     i_tile = tl.program_id(0)
     i_group = tl.program_id(1) // 2

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from nsa_kernels.triton_backend.tiles import await_launch, let_next_start
 
-# Few rows are cut into columns, so that they still fill the GPU.
-_FEW_PROGRAMS = 264
+# Few rows are cut into columns, of which one warp holds all parts and waits for no other.
+_FEW_PROGRAMS = 1024
 _FEW_COLUMNS = 32
 
 
@@ -95,7 +95,6 @@ def paged_merge_kernel(
     without them rows are the packed tokens, of which those past the last sequence get 0.
     """
     let_next_start(STARTS_EARLY)
-    await_launch(STARTS_EARLY)
     i_row = tl.program_id(0).to(tl.int64)
     i_head = tl.program_id(1)
     ALL_SPLITS: tl.constexpr = SPLITS_CMP + SPLITS_SLC + SPLITS_WIN
@@ -104,6 +103,7 @@ def paged_merge_kernel(
     if row_positions is None:
         i_out = i_row * H + i_head
         if i_row >= tl.load(cu_seqlens + num_sequences):
+            await_launch(STARTS_EARLY)
             b_zero = tl.zeros([TILE_V], tl.float32)
             tl.store(out + i_out * V + o_v, b_zero.to(out.dtype.element_ty), o_v < V)
             return
@@ -113,11 +113,6 @@ def paged_merge_kernel(
         i_out = tl.load(row_tokens + i_row).to(tl.int64) * H + i_head
     o_part = (i_row * H + i_head) * ALL_SPLITS + o_split
     m_part = o_split < ALL_SPLITS
-    b_lse = tl.load(partial_lse + o_part, m_part, -float("inf"))
-    p_partial = partial_out + o_part[:, None] * V + o_v[None, :]
-    b_partial = tl.load(p_partial, m_part[:, None] & (o_v < V)[None, :], 0.0)
-    # Parts without keys were never written.
-    b_partial = tl.where((b_lse > -float("inf"))[:, None], b_partial, 0.0)
     o_branch = tl.arange(0, 4)
     i_branch = o_split * 0
     b_gate = tl.where(o_branch == 0, 1.0, 0.0)
@@ -125,6 +120,13 @@ def paged_merge_kernel(
         i_branch += (o_split >= SPLITS_CMP).to(tl.int32)
         i_branch += (o_split >= SPLITS_CMP + SPLITS_SLC).to(tl.int32)
         b_gate = tl.load(gates + i_out * 3 + o_branch, o_branch < 3, 0.0).to(tl.float32)
+    # Gates are as old as the projections, and the launch before has waited for those.
+    await_launch(STARTS_EARLY)
+    b_lse = tl.load(partial_lse + o_part, m_part, -float("inf"))
+    p_partial = partial_out + o_part[:, None] * V + o_v[None, :]
+    b_partial = tl.load(p_partial, m_part[:, None] & (o_v < V)[None, :], 0.0)
+    # Parts without keys were never written.
+    b_partial = tl.where((b_lse > -float("inf"))[:, None], b_partial, 0.0)
     weight = part_weights(b_lse, o_branch, i_branch, b_gate)
     b_out = tl.sum(b_partial * weight[:, None], 0)
     tl.store(out + i_out * V + o_v, b_out.to(out.dtype.element_ty), o_v < V)

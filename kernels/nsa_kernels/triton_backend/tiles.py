@@ -25,6 +25,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+# So many of a sequence's last compressed keys may still be written when attention starts early.
+EARLY_BLOCKS = tl.constexpr(64)
 
 
 @dataclass(frozen=True, slots=True)

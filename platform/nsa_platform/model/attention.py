@@ -115,10 +115,10 @@ class NsaAttention(nn.Module):
         layers = [projection(self.query), projection(self.key_value)]
         if self.gate is not None:
             layers.append(replace(projection(self.gate), activation="sigmoid"))
-        q, keys_values, *gates = project(x, layers, norm=rms_norm(norm))
+        q, keys_values, *gates = project(x, layers, norm=rms_norm(norm), tallies=step.tallies)
         raw = self._arranged(q, keys_values, gates[0] if gates else None)
         out = self._attend_paged(raw, step, cache)
-        return added(self.output, out.flatten(1), x)
+        return added(self.output, out.flatten(1), x, step.tallies)
 
     def _project(self, x: Tensor, tensor: Axis) -> _Raw:
         """Projections of the heads that this worker of the tensor axis has."""
@@ -349,7 +349,7 @@ class FullAttention(nn.Module):
         layers = [projection(self.query), projection(self.key_value)]
         if self.gate is not None:
             layers.append(replace(projection(self.gate), activation="sigmoid"))
-        q, keys_values, *gates = project(x, layers, norm=rms_norm(norm))
+        q, keys_values, *gates = project(x, layers, norm=rms_norm(norm), tallies=step.tallies)
         q, k, v = self._arranged(q, keys_values)
         rows = NewRows(k, v, cache.k, cache.v, step.token_rows)
         out = full_paged_attention(
@@ -363,7 +363,7 @@ class FullAttention(nn.Module):
         )
         if gates:
             out = out * gates[0][..., None]
-        return added(self.output, out.flatten(1), x)
+        return added(self.output, out.flatten(1), x, step.tallies)
 
     def _arranged(self, q: Tensor, keys_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [T, H, K], k [T, G, K] and v [T, G, V] of the projections [T, heads * width]."""

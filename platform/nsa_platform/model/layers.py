@@ -64,13 +64,17 @@ class RowParallelLinear(nn.Linear):
         return total(nn.functional.linear(x, self.weight), self.axis)
 
 
-def added(linear: nn.Linear, x: Tensor, residual: Tensor) -> Tensor:
+def added(linear: nn.Linear, x: Tensor, residual: Tensor, tallies: Tensor) -> Tensor:
     """residual + linear(x), [T, D], for few rows. Where ranks share its inputs, the first one's
-    part of the sum has the residual."""
+    part of the sum has the residual.
+
+    tallies: as the op for few rows takes them.
+    """
     if not isinstance(linear, RowParallelLinear):
-        return project(x, [projection(linear)], residual=residual)[0]
+        return project(x, [projection(linear)], residual=residual, tallies=tallies)[0]
     own = residual if linear.axis.rank == 0 else None
-    return total(project(x, [projection(linear)], residual=own)[0], linear.axis)
+    (part,) = project(x, [projection(linear)], residual=own, tallies=tallies)
+    return total(part, linear.axis)
 
 
 class SwiGlu(nn.Module):
@@ -89,8 +93,8 @@ class SwiGlu(nn.Module):
         gate, up = both.chunk(2, dim=-1)
         return from_own_inputs(self.down, nn.functional.silu(gate) * up, tensor)
 
-    def added_to(self, x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    def added_to(self, x: Tensor, norm: nn.RMSNorm, tallies: Tensor) -> Tensor:
         """x + forward(norm(x)), x [T, D], as few new tokens want it: two launches."""
         gate_up = replace(projection(self.gate_up), activation="swiglu")
-        (hidden,) = project(x, [gate_up], norm=rms_norm(norm))
-        return added(self.down, hidden, x)
+        (hidden,) = project(x, [gate_up], norm=rms_norm(norm), tallies=tallies)
+        return added(self.down, hidden, x, tallies)

@@ -62,9 +62,9 @@ class MlaAttention(nn.Module):
         """x + attention(norm(x)), x [T, D], for new tokens; what they leave goes to the cache."""
         assert isinstance(cache, LatentLayerCache)
         layers = [projection(self.query), projection(self.latent)]
-        q, latent = project(x, layers, norm=rms_norm(norm))
+        q, latent = project(x, layers, norm=rms_norm(norm), tallies=step.tallies)
         out = self._attend_paged(*self._arranged(q, latent, step.rotation), step, cache)
-        return added(self.output, out.flatten(1), x)
+        return added(self.output, out.flatten(1), x, step.tallies)
 
     def _arranged(self, q: Tensor, latent: Tensor, rotation: Rotation) -> _Arranged:
         """The parts of the projections q [T, heads * K] and latent [T, rank + rotary_width]."""

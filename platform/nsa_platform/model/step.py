@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsa_kernels import NewBlocks, place_new_tokens
+from nsa_kernels import NewBlocks, new_tallies, place_new_tokens
 from nsa_platform.config.model import ModelConfig, NsaAttentionConfig
 from nsa_platform.model.compression import CompressionBlocks, compression_blocks, kernel_config
 from nsa_platform.model.exchange import joined
@@ -56,6 +56,8 @@ class PagedStep:
     none."""
     observed: Observed | None
     """As PagedInputs has it."""
+    tallies: Tensor
+    """Of the linear layers, which take their turns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,4 +114,5 @@ def paged_step(inputs: PagedInputs, config: ModelConfig, *, dtype: torch.dtype) 
         window_rows=places.window_rows,
         new_blocks=places.blocks,
         observed=inputs.observed,
+        tallies=new_tallies(inputs.positions.device),
     )

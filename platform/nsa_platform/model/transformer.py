@@ -81,7 +81,7 @@ class Layer(nn.Module):
         """x [T, D] -> x [T, D] for new tokens of sequences that the cache holds."""
         x = self.attention.added_to(x, self.attention_norm, step, cache)
         if isinstance(self.ffn, SwiGlu):
-            return self.ffn.added_to(x, self.ffn_norm)
+            return self.ffn.added_to(x, self.ffn_norm, step.tallies)
         return x + self.ffn(self.ffn_norm(x))[0]
 
     def attend(self, x: Tensor, step: PackedStep | PolicyStep) -> Tensor:

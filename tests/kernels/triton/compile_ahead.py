@@ -29,6 +29,7 @@ from nsa_kernels import (
     Phi,
     Projection,
     RmsNorm,
+    new_tallies,
     triton_backend,
 )
 from nsa_kernels.page_checks import FP8
@@ -227,9 +228,10 @@ def project_few(x: Tensor) -> None:
     many, few = x.new_zeros(2 * width, width), x.new_zeros(96, width)
     norm = RmsNorm(x.new_zeros(width), 1e-5)
     layers = [Projection(many), Projection(few), Projection(few, few[:, 0], "sigmoid")]
-    triton_backend.project(x, layers, norm, None)
-    triton_backend.project(x, [Projection(many, None, "swiglu")], norm, None)
-    triton_backend.project(x, [Projection(many[:width])], None, x)
+    for tallies in (None, new_tallies("cpu")):
+        triton_backend.project(x, layers, norm, None, tallies)
+        triton_backend.project(x, [Projection(many, None, "swiglu")], norm, None, tallies)
+        triton_backend.project(x, [Projection(many[:width])], None, x, tallies)
 
 
 def write_paged(q: Tensor, caches: list[Tensor]) -> None:

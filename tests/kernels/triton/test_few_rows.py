@@ -1,12 +1,13 @@
 """Linear layers on few rows with norm, activation and residual, against float64."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from nsa_kernels import Projection, RmsNorm, project
+from nsa_kernels import Projection, RmsNorm, new_tallies, project
 from nsa_kernels.few_rows import MOST_ROWS
 from nsa_kernels.projections import Activation
 from nsa_kernels.triton_backend.few_rows import plan
@@ -71,11 +72,15 @@ def check(case: Case, dtype: torch.dtype, device: str, backend: str) -> None:
     residual = None
     if case.is_added:
         residual = draw(case.rows, case.layers[0][0], seed=3).to(device, dtype)
-    outs = project(x, layers, norm=norm, residual=residual, backend=backend)  # pyright: ignore
-    assert len(outs) == len(layers)
-    for out, one in zip(outs, layers, strict=True):
-        assert out.dtype == dtype
-        assert_close(out, expected(x, one, norm, residual), "out")
+    tallies = new_tallies(device)
+    rest: Any = {"norm": norm, "residual": residual, "backend": backend}
+    for shared in (None, tallies, tallies):
+        outs = project(x, layers, tallies=shared, **rest)
+        assert len(outs) == len(layers)
+        for out, one in zip(outs, layers, strict=True):
+            assert out.dtype == dtype
+            assert_close(out, expected(x, one, norm, residual), "out")
+    assert not tallies.any()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -99,6 +104,7 @@ def test_kernel_on_gpu(dtype: torch.dtype) -> None:
     for case in (*CASES, Case(16, 2048, ((4096, "none"), (1536, "none"), (96, "sigmoid")))):
         check(case, dtype, "cuda", "triton")
     check(Case(33, 2048, ((5632, "swiglu"),)), dtype, "cuda", "triton")
+    check(Case(32, 4096, ((2048, "none"),), is_normed=False), dtype, "cuda", "triton")
     check(Case(2, 5632, ((2048, "none"),), is_normed=False, is_added=True), dtype, "cuda", "triton")
 
 
@@ -116,16 +122,27 @@ def test_a_row_hangs_on_no_other() -> None:
 
 @pytest.mark.parametrize("is_alone", [True, False])
 def test_plans_fill_a_gpu(is_alone: bool) -> None:
-    shared = 192 * 2**10 if is_alone else 48 * 2**10
+    shared = 227 * 2**10 if is_alone else 60 * 2**10
     for outputs in ([4096, 1536, 96], [5632], [2048]):
         for rows in (1, 16, 32, 64):
             is_swiglu = len(outputs) == 1
-            launch = plan(rows, 2048, outputs, 2, is_swiglu=is_swiglu, is_alone=is_alone)
+            options: Any = {"is_swiglu": is_swiglu, "is_alone": is_alone}
+            launch = plan(rows, 2048, outputs, 2, **options)
             assert sum(-(-n // launch.outputs) for n in outputs) >= 88
             assert launch.rows >= rows
+            assert launch.parts == 1
             tile_bytes = 2 * launch.channels * (launch.outputs * (1 + is_swiglu) + launch.rows)
-            assert shared // 3 < launch.num_stages * tile_bytes <= shared
+            assert shared // 3 < (launch.num_stages + 1) * tile_bytes <= shared
     assert plan(64, 24, [8], 4).channels == 32
+
+
+def test_programs_share_what_is_narrow() -> None:
+    launch = plan(16, 4096, [2048], 2, is_alone=True, can_share=True)
+    assert (launch.outputs, launch.parts, launch.channels) == (64, 4, 256)
+    assert plan(16, 2048, [4096, 1536, 96], 2, is_alone=True, can_share=True).parts == 1
+    # Fewer channels than would fill a GPU: the tile is cut too.
+    small = plan(16, 128, [96], 4, can_share=True)
+    assert (small.outputs, small.parts) == (16, 4)
 
 
 def test_bad_input() -> None:
@@ -147,6 +164,8 @@ def test_bad_input() -> None:
         project(x, [layer], norm=RmsNorm(torch.zeros(8), 1e-5))
     with pytest.raises(ValueError, match="residual must have shape"):
         project(x, [layer], residual=torch.zeros(2, 16))
+    with pytest.raises(ValueError, match=r"tallies must be int32 \[128\] on cpu, .*int64 \[128\]"):
+        project(x, [layer], tallies=new_tallies("cpu").long())
     with pytest.raises(ValueError, match="residual needs a single projection, got 2"):
         project(x, [layer, layer], residual=torch.zeros(2, 8))
     with pytest.raises(ValueError, match=r"x has dtype torch\.int64"):
