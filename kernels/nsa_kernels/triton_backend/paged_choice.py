@@ -10,8 +10,8 @@ import triton.language as tl
 
 # Above every importance: the bits of infinity.
 FORCED = tl.constexpr(0x7F800000)
-# Trials of a pass of the search: a pass waits for all threads, and with more there are fewer.
-TRIALS = tl.constexpr(16)
+# Trials of a pass of the search. With more there are fewer passes, which take longer.
+TRIALS = tl.constexpr(8)
 
 
 @triton.jit

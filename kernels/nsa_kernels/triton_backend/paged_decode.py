@@ -38,8 +38,8 @@ _SHARING_ROWS = 64
 _MOST_BLOCKS = 4096
 _MOST_TOKENS = 16
 _TILE_B = 256
-# Importances that a program holds at once, and twice as many where they are more than that anyway:
-# each turn waits for its loads.
+# Importances that a program holds at once, and twice as many where they are more than that anyway
+# or programs are few: each turn waits for its loads.
 _HELD_IMPORTANCES = 8192
 # Registers of a thread, with which a program of the choice leaves room for one of another launch.
 _CHOICE_REGISTERS = 168
@@ -264,7 +264,8 @@ def _chosen_parts(
     padded = triton.next_power_of_2(num_heads // num_groups)
     tiles, launch = scratch.tiles, plan.selected
     held = max(1, _HELD_IMPORTANCES // (padded * plan.tile_blocks))
-    held *= 2 if tiles > 2 * held else 1
+    is_lonely = num_tokens * num_groups * launch.splits <= _WANTED_CHOICES // 2
+    held *= 2 if is_lonely or tiles > 2 * held else 1
     paged_chosen_kernel[(num_tokens * num_groups, launch.splits + plan.sliding_splits)](
         q, *caches, places.page_table, places.window_page_table, places.cu_seqlens,
         places.context_lens, scratch.shares, scratch.rests, scratch.maxima, scratch.importance,

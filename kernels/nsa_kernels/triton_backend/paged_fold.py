@@ -114,15 +114,17 @@ def paged_fold_kernel(
     parts [2, SPLITS, blocks, 2 G, PADDED]: products with phi's matrix, and plain sums.
     """
     let_next_start(STARTS_EARLY)
-    await_launch(STARTS_EARLY)
     i_tile = tl.program_id(0)
     i_group = tl.program_id(1) // 2
     i_split = tl.program_id(2) % SPLITS
     o_out = tl.program_id(2) // SPLITS * TILE_N + tl.arange(0, TILE_N)
     o_block = i_tile * TILE_E + tl.arange(0, TILE_E)
+    # Rows are as old as the step: a step without blocks waits for nothing else.
     row = tl.load(rows + o_block, o_block < num_blocks, 0)
     m_block = row > 0
-    if tl.max(row, 0) == 0:
+    has_block = tl.max(row, 0) > 0
+    await_launch(STARTS_EARLY)
+    if not has_block:
         return
     tail, position, fold, width = k_tail, k_position, k_fold, key_width
     if tl.program_id(1) % 2 == 1:
@@ -200,14 +202,15 @@ def paged_fold_write_kernel(
     Rounds to the caches' precision where new_rows.fold_blocks does.
     """
     let_next_start(LETS_START)
-    await_launch(STARTS_EARLY)
     i_tile = tl.program_id(0)
     i_group = tl.program_id(1) // 2
     is_value = tl.program_id(1) % 2 == 1
     o_block = i_tile * TILE_E + tl.arange(0, TILE_E)
     row = tl.load(rows + o_block, o_block < num_blocks, 0)
     m_block = row > 0
-    if tl.max(row, 0) == 0:
+    has_block = tl.max(row, 0) > 0
+    await_launch(STARTS_EARLY)
+    if not has_block:
         return
     correct, cache, width = k_correct, k_cmp, key_width
     if is_value:
