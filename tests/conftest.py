@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from pyarrow import fs
 
@@ -53,6 +54,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     slow = {item.path for item in items if item.get_closest_marker("cluster")}
     slow |= {item.path for item in items if item.path.stem in SLOW}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(autouse=True)
+def gpu_memory_is_given_back(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Several processes share a GPU: what one test has had is free for the tests of others."""
+    yield
+    if request.node.get_closest_marker("gpu"):
+        torch.cuda.empty_cache()
 
 
 @dataclass
