@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,10 @@ def main() -> int:
     device = "cuda"
     names = set(arguments.only or ((*QUICK, "decode") if arguments.quick else every))
     is_whole = names == set(every) and not arguments.quick
-    command = "python kernels/benchmarks/bench.py" + (" --quick" if arguments.quick else "")
+    if is_whole and find_spec("matplotlib") is None:
+        print("bench: the pictures need matplotlib: pip install matplotlib", file=sys.stderr)
+        return 2
+    command = "make bench" + (" ARGS=--quick" if arguments.quick else "")
     try:
         check_gate([w for w in WORKLOADS if w.name in names], device)
     except RedGate as error:

@@ -52,8 +52,13 @@ def check_query(q: Tensor) -> None:
     """q is [T, H, K] of a supported dtype."""
     check_shape("q", q, "[T, H, K]", (None, None, None))
     expect(q.shape[1] > 0 and q.shape[2] > 0, f"q must have heads and width: {list(q.shape)}")
+    check_dtype("q", q)
+
+
+def check_dtype(name: str, tensor: Tensor) -> None:
+    """The tensor's dtype is one that is computed with."""
     allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-    expect(q.dtype in DTYPES, f"q has dtype {q.dtype}; allowed are {allowed}")
+    expect(tensor.dtype in DTYPES, f"{name} has dtype {tensor.dtype}; allowed are {allowed}")
 
 
 def check_like_query(name: str, tensor: Tensor, q: Tensor) -> None:

@@ -5,6 +5,7 @@ With few rows a linear layer costs what reading its weights costs; launches and 
 tensors between two of them cost as much again. Not differentiable.
 """
 
+import math
 from collections.abc import Sequence
 from typing import get_args
 
@@ -27,6 +28,7 @@ def new_tallies(device: torch.device | str) -> Tensor:
     return torch.zeros(NUM_TALLIES, dtype=torch.int32, device=device)
 
 
+@torch.no_grad()
 def project(
     x: Tensor,
     projections: Sequence[Projection],
@@ -58,9 +60,13 @@ def project(
         ValueError: shapes do not fit together, or the backend cannot run.
     """
     checks.check_shape("x", x, "[T, D]", (None, None))
-    _check_dtype(x)
+    checks.check_dtype("x", x)
     _check_projections(x, projections)
     if norm is not None:
+        if not isinstance(norm, RmsNorm):
+            raise ValueError(f"norm must be an RmsNorm, got {type(norm).__name__}")
+        if not (isinstance(norm.eps, float | int) and 0 <= norm.eps < math.inf):
+            raise ValueError(f"norm.eps={norm.eps} must be a number from 0 on")
         checks.check_shape("norm.weight", norm.weight, "[D]", (x.shape[1],))
         _check_like("norm.weight", norm.weight, x)
     if residual is not None:
@@ -78,22 +84,26 @@ def project(
     return run(x, projections, norm, residual, tallies)
 
 
-def _check_dtype(x: Tensor) -> None:
-    if x.dtype not in checks.DTYPES:
-        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in checks.DTYPES)
-        raise ValueError(f"x has dtype {x.dtype}; allowed are {allowed}")
-
-
 def _check_tallies(tallies: Tensor, x: Tensor) -> None:
+    if not isinstance(tallies, Tensor):
+        raise ValueError(f"tallies must be a torch.Tensor, got {type(tallies).__name__}")
     wanted, got = (torch.int32, (NUM_TALLIES,), x.device), (tallies.dtype, tuple(tallies.shape))
     if (*got, tallies.device) != wanted:
         raise ValueError(
             f"tallies must be int32 [{NUM_TALLIES}] on {x.device}, as new_tallies makes them, got "
             f"{got[0]} {list(got[1])} on {tallies.device}"
         )
+    if not tallies.is_contiguous():
+        raise ValueError("tallies must be contiguous, as new_tallies makes them")
+    if tallies.device.type == "cpu" and tallies.any():
+        raise ValueError("tallies must be zeros: give each stream its own new_tallies")
 
 
 def _check_projections(x: Tensor, projections: Sequence[Projection]) -> None:
+    given = projections if isinstance(projections, list | tuple) else [projections]
+    kinds = ", ".join(type(one).__name__ for one in given)
+    if given is not projections or not all(isinstance(one, Projection) for one in given):
+        raise ValueError(f"projections must be a list of Projection, got {kinds}")
     if not 1 <= len(projections) <= MOST_PROJECTIONS:
         raise ValueError(f"projections must be one to three, got {len(projections)}")
     for index, projection in enumerate(projections):

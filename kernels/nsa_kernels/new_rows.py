@@ -39,6 +39,14 @@ class Phi:
     correct: Tensor | None = None
     """[G, W, W]"""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for parts that make no kind."""
+        is_mean = self.fold is None
+        if is_mean != (self.position is None) or (is_mean and self.correct is not None):
+            raise ValueError(
+                "phi: give nothing (mean), position and fold (linear), or correct as well (mlp)"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class NewBlocks:

@@ -231,6 +231,7 @@ def full_paged_attention(
     checks.check_query(q)
     page_checks.check_pages(q, k, v, names=("k", "v"), rows=None, may_be_fp8=True)
     page_checks.check_one_dtype({"k": k, "v": v})
+    checks.expect(k.shape[1] > 0, "k and v must have pages of at least one token, got 0")
     offsets = checks.packed_offsets(cu_seqlens, q)
     page_checks.check_page_tables({"page_table": page_table}, context_lens, offsets, q)
     chosen = resolve_backend(q, backend)

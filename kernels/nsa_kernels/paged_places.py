@@ -10,6 +10,7 @@ from nsa_kernels.new_tokens import NewPlaces, NewTokens
 from nsa_kernels.shapes import NsaConfig
 
 
+@torch.no_grad()
 def place_new_tokens(
     tokens: NewTokens,
     frequencies: Tensor,
@@ -38,8 +39,17 @@ def place_new_tokens(
     checks.check_shape("frequencies", frequencies, "[K / 2]", (None,))
     if frequencies.dtype != torch.float64:
         raise ValueError(f"frequencies must be float64, got {frequencies.dtype}")
-    if page_size < 1:
-        raise ValueError(f"page_size={page_size} must be positive")
+    if not isinstance(page_size, int) or page_size < 1:
+        raise ValueError(f"page_size={page_size} must be a positive whole number")
+    if config is not None:
+        checks.check_config(config)
+        block = config.selection_block_size
+        if page_size % block:
+            raise ValueError(
+                f"page_size={page_size} must be a multiple of selection_block_size={block}"
+            )
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype must be float32 or float64, got {dtype}")
     chosen = resolve_backend(tokens.positions, backend)
     if chosen == "triton" and dtype != torch.float32:
         raise ValueError(f"the triton backend gives angles in float32, not in {dtype}")

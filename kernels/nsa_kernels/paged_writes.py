@@ -9,6 +9,7 @@ A cache that is not folded from may be fp8 (torch.float8_e4m3fn): what is beyond
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from nsa_kernels import checks, page_checks
@@ -16,6 +17,7 @@ from nsa_kernels.dispatch import Backend, backend_module, resolve_backend
 from nsa_kernels.new_rows import NewBlocks, NewRows, Phi
 
 
+@torch.no_grad()
 def rotate_and_write(
     q: Tensor,
     branches: Sequence[NewRows],
@@ -55,6 +57,7 @@ def rotate_and_write(
         page_checks.check_pool("k_cache", branch.k_cache, pool, q, may_be_fp8=True)
         pool = (*branch.k_cache.shape[:2], groups, value_width)
         page_checks.check_pool("v_cache", branch.v_cache, pool, q, may_be_fp8=True)
+        page_checks.check_one_dtype({"k_cache": branch.k_cache, "v_cache": branch.v_cache})
         page_checks.check_rows("rows", branch.rows, (len(q),), "[T]", branch.k_cache)
     chosen = resolve_backend(q, backend)
     checks.check_limits(chosen, q, value_width, groups)
@@ -63,6 +66,7 @@ def rotate_and_write(
     return run(q, branches, cos, sin)
 
 
+@torch.no_grad()
 def fold_and_write(
     phis: tuple[Phi, Phi],
     tails: tuple[Tensor, Tensor],
@@ -82,9 +86,12 @@ def fold_and_write(
     Raises:
         ValueError: shapes do not fit together, or the backend cannot run.
     """
+    for name, pair in (("phis", phis), ("tails", tails), ("caches", caches)):
+        checks.expect(len(pair) == 2, f"{name} must be two, of keys and values, got {len(pair)}")
     (k_tail, v_tail), (k_cmp, v_cmp) = tails, caches
     for name, tail in (("k_tail", k_tail), ("v_tail", v_tail)):
         page_checks.check_pool(name, tail, (*k_tail.shape[:2], k_tail.shape[2], None), k_tail)
+        checks.check_dtype(name, tail)
     groups, widths = k_tail.shape[2], (k_tail.shape[3], v_tail.shape[3])
     page_checks.check_pool("k_cmp", k_cmp, (None, None, groups, widths[0]), k_tail)
     page_checks.check_pool("v_cmp", v_cmp, (*k_cmp.shape[:2], groups, widths[1]), k_tail)
@@ -110,12 +117,6 @@ def _check_phi(name: str, phi: Phi, first: Phi, sizes: tuple[int, int, int], lik
     groups, size, width = sizes
     if (phi.fold is None, phi.correct is None) != (first.fold is None, first.correct is None):
         raise ValueError(f"{name}: both must be of one kind (mean, linear or mlp)")
-    if (phi.fold is None) != (phi.position is None) or (
-        phi.fold is None and phi.correct is not None
-    ):
-        raise ValueError(
-            f"{name}: give nothing (mean), position and fold (linear), or correct as well (mlp)"
-        )
     for part, tensor, letters, shape in (
         ("position", phi.position, "[G, l, W]", (groups, size, width)),
         ("fold", phi.fold, "[G, l * W, W]", (groups, size * width, width)),

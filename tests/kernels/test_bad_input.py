@@ -1,6 +1,9 @@
 """What an op refuses, and that it says which argument, what came and what is allowed."""
 
+import os
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -308,8 +311,28 @@ class TestDispatch:
         wish = "triton" if source == "backend" else None
         if wish is None:
             monkeypatch.setenv(source, "triton")
-        with pytest.raises(ValueError, match=f"{source}='triton' needs.*q is on cpu"):
+        with pytest.raises(ValueError, match=f"{source}='triton' needs.*got one on cpu"):
             resolve_backend(torch.zeros(1), wish)
+
+    def test_what_the_interpreter_gets_wrong(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        for wish in (None, "triton"):
+            with pytest.raises(ValueError, match="interpreter multiplies bfloat16 wrongly"):
+                resolve_backend(torch.zeros(1, dtype=torch.bfloat16), wish)
+        assert resolve_backend(torch.zeros(1, dtype=torch.bfloat16), "torch") == "torch"
+
+    def test_a_variable_set_after_the_import(self) -> None:
+        """The kernels are no interpreted ones then: torch, and no other wish."""
+        code = (
+            "import os, torch; from nsa_kernels.dispatch import resolve_backend as resolve; "
+            "os.environ['TRITON_INTERPRET'] = '1'; print(resolve(torch.zeros(1), None)); "
+            "resolve(torch.zeros(1), 'triton')"
+        )
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.stdout.strip() == "torch"
+        assert "TRITON_INTERPRET=1 set before nsa_kernels is imported" in done.stderr
 
     @pytest.mark.gpu
     def test_gpu_tensors_go_to_triton(self, device: str) -> None:

@@ -140,7 +140,10 @@ def test_bad_input() -> None:
     options = {"page_size": PAGE, "config": CONFIG}
     for changes, frequencies, message in (
         ({"config": None}, FREQUENCIES, "window_page_table is needed with a config of NSA"),
-        ({"page_size": 0}, FREQUENCIES, "page_size=0 must be positive"),
+        ({"page_size": 0}, FREQUENCIES, "page_size=0 must be a positive whole number"),
+        ({"page_size": PAGE + 1}, FREQUENCIES, "multiple of selection_block_size"),
+        ({"config": {}}, FREQUENCIES, "config must be an NsaConfig, got dict"),
+        ({"dtype": torch.float16}, FREQUENCIES, r"must be float32 or float64, got torch\.float16"),
         ({}, FREQUENCIES.float(), "frequencies must be float64"),
         ({"dtype": torch.float64, "backend": "triton"}, FREQUENCIES, "gives angles in float32"),
     ):

@@ -120,6 +120,12 @@ def test_a_row_hangs_on_no_other() -> None:
     assert run(x[:0]).shape == (0, 48)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_no_gradients(backend: Any) -> None:
+    x = draw(3, 16, seed=1).float().requires_grad_()
+    assert not project(x, [Projection(x[:2].detach())], backend=backend)[0].requires_grad
+
+
 @pytest.mark.parametrize("is_alone", [True, False])
 def test_plans_fill_a_gpu(is_alone: bool) -> None:
     shared = 227 * 2**10 if is_alone else 60 * 2**10
@@ -166,6 +172,20 @@ def test_bad_input() -> None:
         project(x, [layer], residual=torch.zeros(2, 16))
     with pytest.raises(ValueError, match=r"tallies must be int32 \[128\] on cpu, .*int64 \[128\]"):
         project(x, [layer], tallies=new_tallies("cpu").long())
+    for tallies, message in (
+        (new_tallies("cpu") + 1, "tallies must be zeros"),
+        (torch.zeros(1, dtype=torch.int32).expand(128), "tallies must be contiguous"),
+        ([0] * 128, "tallies must be a torch.Tensor, got list"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            project(x, [layer], tallies=tallies)  # pyright: ignore
+    for given, kinds in (([layer.weight], "Tensor"), (layer, "Projection")):
+        with pytest.raises(ValueError, match=f"must be a list of Projection, got {kinds}"):
+            project(x, given)  # pyright: ignore
+    with pytest.raises(ValueError, match="norm must be an RmsNorm, got Tensor"):
+        project(x, [layer], norm=torch.ones(16))  # pyright: ignore
+    with pytest.raises(ValueError, match=r"norm\.eps=nan must be a number from 0 on"):
+        project(x, [layer], norm=RmsNorm(torch.ones(16), float("nan")))
     with pytest.raises(ValueError, match="residual needs a single projection, got 2"):
         project(x, [layer, layer], residual=torch.zeros(2, 8))
     with pytest.raises(ValueError, match=r"x has dtype torch\.int64"):

@@ -241,10 +241,16 @@ def test_blocks_that_do_not_fit_are_named() -> None:
         ((Phi(), Phi()), replace(new, tail_rows=rows), r"tail_rows must have shape \[E, l\]"),
         ((Phi(), Phi()), replace(new, cos=angles[:0]), r"cos must have shape \[E, K / 2\]"),
         ((Phi(), linear), new, "phi of values: both must be of one kind"),
-        ((Phi(fold=fold), Phi(fold=fold)), new, "phi of keys: give nothing"),
         ((replace(linear, fold=fold[:, :32]), linear), new, "phi of keys: fold must have shape"),
         ((mlp, replace(mlp, correct=correct.half())), new, "phi of values: correct has dtype"),
         ((replace(mlp, correct=correct.mT), mlp), new, "phi of keys: correct must be contiguous"),
     ):
         with pytest.raises(ValueError, match=message):
             fold_and_write(phis, pair, pair, blocks)
+    with pytest.raises(ValueError, match="phi: give nothing"):
+        Phi(fold=fold)
+    with pytest.raises(ValueError, match="phis must be two, of keys and values, got 1"):
+        fold_and_write((linear,), pair, pair, new)  # pyright: ignore
+    small = (pair[0].to(torch.float8_e4m3fn), pair[1].to(torch.float8_e4m3fn))
+    with pytest.raises(ValueError, match=r"k_tail has dtype torch.float8_e4m3fn; allowed are"):
+        fold_and_write((linear, linear), small, pair, new)
