@@ -6,6 +6,7 @@ from typing import Any
 import ray
 from ray.train import Result
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -30,6 +31,12 @@ class ControlledTrainer(TorchTrainer):
             self._is_ended = True
             if self._controller is not None:
                 ray.kill(self._controller)
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """Ray Train's own, but for the one that starts a process to share out Ray's datasets:
+        workers read shards themselves."""
+        callbacks = super()._create_default_callbacks()
+        return [each for each in callbacks if not isinstance(each, DatasetsCallback)]
 
     def _initialize_and_run_controller(self, **options: Any) -> Result:
         """As Ray Train does it, beside the driver, but for the handle that is kept."""
