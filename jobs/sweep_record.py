@@ -1,13 +1,13 @@
 """What the runs of a sweep have come to, side by side: results.json, a report and figures."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from statistics import fmean, stdev
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from jobs.run_report import REPORT, markdown_table
 from jobs.training_inputs import find_origin, private_folder, run_folder
@@ -18,6 +18,9 @@ from nsa_platform.tracking import Tracker, open_parent, origin_tags
 from nsa_platform.train.history import History
 from nsa_platform.train.snapshot_validation import read_validations
 from nsa_platform.train.snapshots import newest_facts
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RESULTS = "results.json"
 # Student's t at 95 %, two-sided, by degrees of freedom. A training machine needs no SciPy for it.

@@ -148,7 +148,14 @@ def test_scores_carry_their_intervals_and_leave_out_what_is_not_measured() -> No
 
 
 def test_no_display_is_ever_asked_for() -> None:
-    code = "import sys, nsa_platform.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
+    code = "import sys; from nsa_platform.figures import png; "
+    code += "sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_whoever_draws_and_records_nothing_loads_neither_matplotlib_nor_mlflow() -> None:
+    code = "import sys; from nsa_platform import figures, tracking; "
+    code += "sys.exit(not {'matplotlib', 'mlflow'}.isdisjoint(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

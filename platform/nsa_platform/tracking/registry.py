@@ -1,21 +1,20 @@
 """Models in MLflow's registry: put a folder in under a name and alias, and get it back."""
 
+from __future__ import annotations
+
 import hashlib
 import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
+from nsa_platform.tracking import library
 from nsa_platform.tracking.handle import RunHandle, absolute_uri
-from nsa_platform.tracking.library import (
-    LoggedModelOutput,
-    MlflowClient,
-    MlflowException,
-    ModelVersion,
-    download_artifacts,
-)
 from nsa_platform.tracking.store import TrackingError, connect, create_run, explain, find_run
+
+if TYPE_CHECKING:
+    from nsa_platform.tracking.library import MlflowClient, ModelVersion
 
 SCHEME = "models:/"
 DIGEST_TAG = "nsa.digest"
@@ -46,7 +45,7 @@ def register_model(handle: RunHandle, folder: str | Path, name: str, alias: str)
         )
         client.log_model_artifacts(model.model_id, str(folder))
         client.finalize_logged_model(model.model_id, "READY")
-        client.log_outputs(run.info.run_id, [LoggedModelOutput(model.model_id, step=0)])
+        client.log_outputs(run.info.run_id, [library.LoggedModelOutput(model.model_id, step=0)])
         _ensure_registered(client, name)
         version = client.create_model_version(
             name,
@@ -87,7 +86,7 @@ def fetch_model(reference: str, uri: str, cache_dir: Path) -> Path:
         if not target.is_dir():
             cache_dir.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache_dir) as temporary:
-                files = download_artifacts(
+                files = library.download_artifacts(
                     artifact_uri=client.get_model_version_download_uri(
                         version.name, str(version.version)
                     ),
@@ -130,7 +129,7 @@ def _resolve(client: MlflowClient, reference: str) -> ModelVersion:
 def _by_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
     try:
         return client.get_model_version_by_alias(name, alias)
-    except MlflowException as error:
+    except library.MlflowException as error:
         # A missing alias of a known model is answered as a bad parameter.
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
@@ -140,7 +139,7 @@ def _by_alias(client: MlflowClient, name: str, alias: str) -> ModelVersion | Non
 def _ensure_registered(client: MlflowClient, name: str) -> None:
     try:
         client.create_registered_model(name)
-    except MlflowException as error:
+    except library.MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
 

@@ -1,5 +1,7 @@
 """The door to MLflow's tracking store: find or create a run, and put entries into it."""
 
+from __future__ import annotations
+
 import fcntl
 import json
 import logging
@@ -8,21 +10,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from nsa_platform.tracking import library
 from nsa_platform.tracking.handle import SQLITE, RunHandle, parent_handle
 from nsa_platform.tracking.journal import Entry
-from nsa_platform.tracking.library import (
-    Dataset,
-    DatasetInput,
-    InputTag,
-    Metric,
-    MlflowClient,
-    MlflowException,
-    Param,
-    Run,
-    RunTag,
-    ViewType,
-)
+
+if TYPE_CHECKING:
+    from nsa_platform.tracking.library import Metric, MlflowClient, Run
 
 KEY_TAG = "nsa.run_key"
 PARENT_TAG = "mlflow.parentRunId"
@@ -62,7 +57,7 @@ def connect(uri: str, *, creates: bool = False) -> MlflowClient:
         path.parent.mkdir(parents=True, exist_ok=True)
     # The reason for a failure is reported once by us; urllib3 would report every attempt.
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    return library.MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def find_run(client: MlflowClient, handle: RunHandle) -> Run | None:
@@ -70,7 +65,7 @@ def find_run(client: MlflowClient, handle: RunHandle) -> Run | None:
     if handle.run_id is not None:
         try:
             run = client.get_run(handle.run_id)
-        except MlflowException as error:
+        except library.MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
         else:
@@ -82,7 +77,7 @@ def find_run(client: MlflowClient, handle: RunHandle) -> Run | None:
     found = client.search_runs(
         [experiment.experiment_id],
         filter_string=f"tags.`{KEY_TAG}` = '{handle.key}'",
-        run_view_type=ViewType.ACTIVE_ONLY,
+        run_view_type=library.ViewType.ACTIVE_ONLY,
         order_by=["attributes.start_time ASC", "attributes.run_id ASC"],
         max_results=2,
     )
@@ -141,7 +136,7 @@ def _experiment_id(client: MlflowClient, handle: RunHandle) -> str:
     if experiment is None:
         try:
             return client.create_experiment(handle.experiment, artifact_location=handle.artifacts)
-        except MlflowException as error:
+        except library.MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         experiment = client.get_experiment_by_name(handle.experiment)
@@ -208,7 +203,7 @@ class RunLink:
         assert client is not None
         try:
             _DELIVERIES[entries[0]["kind"]](self, client, run_id, entries)
-        except MlflowException as error:
+        except library.MlflowException as error:
             if error.error_code in _REFUSED:
                 raise Refused(explain(error)) from error
             raise
@@ -220,7 +215,7 @@ class RunLink:
             step = entry["step"]
             for name, value in entry["values"].items():
                 if step > last.get(name, -1):
-                    fresh.append(Metric(name, value, entry["time_ms"], step))
+                    fresh.append(library.Metric(name, value, entry["time_ms"], step))
                     last[name] = step
         for start in range(0, len(fresh), METRICS_PER_CALL):
             client.log_batch(run_id, metrics=fresh[start : start + METRICS_PER_CALL])
@@ -229,7 +224,7 @@ class RunLink:
     def _write_params(self, client: MlflowClient, run_id: str, entries: Sequence[Entry]) -> None:
         """MLflow's parameters never change: of a continued run, changed ones become one tag."""
         values: dict[str, str] = entries[0]["values"]
-        fresh = [Param(k, v) for k, v in values.items() if k not in self._params]
+        fresh = [library.Param(k, v) for k, v in values.items() if k not in self._params]
         for start in range(0, len(fresh), PARAMS_PER_CALL):
             client.log_batch(run_id, params=fresh[start : start + PARAMS_PER_CALL])
         changed = [
@@ -242,7 +237,7 @@ class RunLink:
         self._params = {**values, **self._params}
 
     def _tags(self, client: MlflowClient, run_id: str, entries: Sequence[Entry]) -> None:
-        tags = [RunTag(k, v[:8000]) for k, v in entries[0]["values"].items()]
+        tags = [library.RunTag(k, v[:8000]) for k, v in entries[0]["values"].items()]
         client.log_batch(run_id, tags=tags)
 
     def _file(self, client: MlflowClient, run_id: str, entries: Sequence[Entry]) -> None:
@@ -262,7 +257,7 @@ class RunLink:
 
     def _dataset(self, client: MlflowClient, run_id: str, entries: Sequence[Entry]) -> None:
         entry = entries[0]
-        dataset = Dataset(
+        dataset = library.Dataset(
             name=entry["name"],
             digest=entry["digest"][:DIGEST_LENGTH],
             source_type="arrow_shards",
@@ -270,8 +265,8 @@ class RunLink:
             schema=None,
             profile=json.dumps(entry["profile"]),
         )
-        tag = InputTag("mlflow.data.context", entry["context"])
-        client.log_inputs(run_id, datasets=[DatasetInput(dataset, tags=[tag])])
+        tag = library.InputTag("mlflow.data.context", entry["context"])
+        client.log_inputs(run_id, datasets=[library.DatasetInput(dataset, tags=[tag])])
 
     def _status(self, client: MlflowClient, run_id: str, entries: Sequence[Entry]) -> None:
         """The run above has no life of its own: it stands as the run below it that moved last."""

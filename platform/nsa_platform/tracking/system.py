@@ -1,18 +1,18 @@
 """CPU, memory, disk, network and GPU of a node, sampled into a run."""
 
+from __future__ import annotations
+
 import re
 import socket
 import threading
 import time
+from typing import TYPE_CHECKING
 
-from nsa_platform.tracking.library import (
-    BaseMetricsMonitor,
-    CPUMonitor,
-    DiskMonitor,
-    GPUMonitor,
-    NetworkMonitor,
-)
+from nsa_platform.tracking import library
 from nsa_platform.tracking.tracker import Tracker
+
+if TYPE_CHECKING:
+    from nsa_platform.tracking.library import BaseMetricsMonitor
 
 
 class SystemMonitor:
@@ -62,9 +62,13 @@ class SystemMonitor:
 
 
 def _monitors() -> list[BaseMetricsMonitor]:
-    monitors: list[BaseMetricsMonitor] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+    monitors: list[BaseMetricsMonitor] = [
+        library.CPUMonitor(),
+        library.DiskMonitor(),
+        library.NetworkMonitor(),
+    ]
     try:
-        monitors.append(GPUMonitor())
+        monitors.append(library.GPUMonitor())
     except (ImportError, RuntimeError):
         pass  # No NVIDIA GPU here, or its management library is not installed.
     for monitor in monitors:

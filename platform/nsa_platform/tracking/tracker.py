@@ -1,5 +1,7 @@
 """Record into a run without ever waiting for the store: points queue up and a thread delivers."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import logging
@@ -10,10 +12,9 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from matplotlib.figure import Figure
-
+from nsa_platform.tracking import library
 from nsa_platform.tracking.handle import RunHandle, flatten, recall
 from nsa_platform.tracking.journal import (
     Entry,
@@ -25,6 +26,9 @@ from nsa_platform.tracking.journal import (
     points,
 )
 from nsa_platform.tracking.store import METRICS_PER_CALL, Refused, RunLink, explain
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
@@ -56,6 +60,7 @@ class Tracker:
             creates_run: may create the run if the driver could not; false for ranks other than 0.
             creates_store: may make a SQLite file that does not exist; only on the driver.
         """
+        library.load()
         self.handle = handle
         self._queue_dir = Path(handle.queue_dir)
         self._journal = Journal.create(handle)

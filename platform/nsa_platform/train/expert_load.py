@@ -3,11 +3,17 @@
 Loads are shares of the mean: 1 everywhere is even, an expert at 0 is idle.
 """
 
-from matplotlib.figure import Figure
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from nsa_platform import figures
 from nsa_platform.config.model import MoeConfig
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def relative_load(load: Tensor, moe: MoeConfig) -> dict[int, list[float]]:

@@ -1,11 +1,15 @@
 """What a probe saw, as metrics by layer and as figures that a person would look at."""
 
-from collections.abc import Mapping
+from __future__ import annotations
 
-from matplotlib.figure import Figure
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from nsa_platform import figures
 from nsa_platform.model.probe import LayerHealth
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def health_metrics(health: Mapping[int, LayerHealth]) -> dict[str, float]:

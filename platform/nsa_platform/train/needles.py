@@ -4,14 +4,16 @@ A number counts as found if each of its tokens is the likeliest one after the ri
 then greedy decoding writes it. That takes one forward pass for each haystack and no cache.
 """
 
+from __future__ import annotations
+
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from nsa_platform import figures
@@ -24,6 +26,9 @@ from nsa_platform.model.transformer import Transformer
 from nsa_platform.train.loss import IGNORED
 from nsa_platform.train.mesh import Mesh
 from nsa_platform.train.parallel import World, release_gathered
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FIGURE = "figures/needle.png"
 
