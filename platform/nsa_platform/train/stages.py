@@ -55,6 +55,7 @@ class Training:
         first = task.stages[0].train
         self.progress = Progress.from_facts(None, first.guard)
         """As far as the run has come."""
+        self._has_trained = False
         self._task = task
         self._world = world
         self._listeners = listeners
@@ -108,6 +109,7 @@ class Training:
             if stage.train.profile and self._listeners.tracker is not None:
                 profile_steps(optimizer, self._listeners.tracker, device=world.device)
             self._run(stage, model, optimizer, mesh, tokenizer, facts)
+            self._has_trained = True
         if stage is not task.stages[-1]:
             if stage.last_step in self._checkpoints.failed_steps:
                 raise CheckpointError(
@@ -148,7 +150,7 @@ class Training:
     def _say_where(self, stage: Stage) -> None:
         """The place from which the run goes on."""
         step, count = self.progress.step, len(self._task.stages)
-        if step > stage.first_step:
+        if step > stage.first_step or (step and not self._has_trained):
             self._listeners.say(f"goes on from the checkpoint of step {step}")
         if count > 1:
             self._listeners.say(

@@ -1,5 +1,6 @@
 """A run in stages: what goes on from one to the next, wherever it is ended on the way."""
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -146,6 +147,15 @@ def test_broken_checkpoints_lead_back_into_the_stage_before(task: Task, straight
     assert attempt(task, recorded) is None
     assert "goes on from the checkpoint of step 2" in recorded.lines
     assert same(task, recorded, straight)
+
+
+def test_a_run_that_goes_on_where_a_stage_begins_says_so(task: Task) -> None:
+    recorded = Recorded()
+    attempt(task, recorded, leaves_at=5)
+    assert not [line for line in recorded.lines if line.startswith("goes on")]
+    shutil.rmtree(f"{task.folder}/checkpoints/step-00000005")
+    attempt(task, recorded, leaves_at=6)
+    assert "goes on from the checkpoint of step 4" in recorded.lines
 
 
 def test_a_stage_needs_the_checkpoint_of_the_one_before(task: Task, straight: Straight) -> None:
