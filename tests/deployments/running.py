@@ -140,6 +140,8 @@ def serving(model: Path, folder: Path) -> Iterator[Serving]:
         **os.environ,
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # There is no other node to which replicas could move when the cluster is stopped.
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         # Replicas run what these tests are about, wherever the package was installed from.
