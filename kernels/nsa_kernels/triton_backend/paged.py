@@ -21,7 +21,6 @@ from nsa_kernels.triton_backend.paged_span import paged_span_forward_kernel
 from nsa_kernels.triton_backend.tiles import (
     LOG2_E,
     key_widths,
-    power_of_two_within,
     value_widths,
 )
 from nsa_kernels.triton_backend.topn import top_blocks
@@ -61,12 +60,9 @@ class Parts(NamedTuple):
 
 
 def num_splits(num_keys: int, num_programs: int) -> int:
-    """Parts of num_keys keys (the most that can be) that keep a GPU busy with num_programs.
-
-    A power of two: each number is a kernel of its own, and a server meets all of them.
-    """
+    """Parts of num_keys keys (the most that can be) that keep a GPU busy with num_programs."""
     most = max(1, min(_MOST_SPLITS, num_keys // _LEAST_KEYS_PER_SPLIT))
-    return power_of_two_within(min(most, triton.cdiv(_WANTED_PROGRAMS, num_programs)))
+    return min(most, triton.cdiv(_WANTED_PROGRAMS, num_programs))
 
 
 def tile_rows(num_tokens: int, num_sequences: int, group_size: int) -> int:
@@ -115,6 +111,8 @@ def _span_parts(
         scale * LOG2_E,
         num_groups,
         page_table.shape[1],
+        parts.splits.compressed,
+        parts.splits.total,
         R=group_size,
         R_PADDED=padded,
         TILE_ROWS=rows.tokens * padded,
@@ -123,8 +121,6 @@ def _span_parts(
         BLOCK=block,
         STRIDE=stride,
         PAGE_ROWS=page_rows,
-        SPLITS=parts.splits.compressed,
-        ALL_SPLITS=parts.splits.total,
         TILE_K=key_tile(k.shape[3], v.shape[3], k.dtype),
     )
 
@@ -160,6 +156,8 @@ def _choose_blocks(
         num_groups,
         num_pages,
         num_blocks,
+        parts.splits.compressed,
+        parts.splits.total,
         R=group_size,
         R_PADDED=padded,
         TILE_ROWS=rows.tokens * padded,
@@ -169,9 +167,6 @@ def _choose_blocks(
         SELECTION_BLOCK=config.selection_block_size,
         CHOSEN=config.num_selected_blocks,
         PAGE_ROWS=page_rows,
-        SPLITS=parts.splits.compressed,
-        SPLITS_PADDED=triton.next_power_of_2(parts.splits.compressed),
-        ALL_SPLITS=parts.splits.total,
         TILE_S=_TILE_S,
     )
     shape = (num_rows, num_groups, config.num_selected_blocks)
@@ -223,6 +218,7 @@ def _selected_sliding_parts(
         scale * LOG2_E,
         num_groups,
         page_table.shape[1],
+        *splits,
         R=group_size,
         R_PADDED=max(_DECODE_ROWS, triton.next_power_of_2(group_size)),
         **key_widths(key_width),
@@ -232,9 +228,6 @@ def _selected_sliding_parts(
         CHOSEN_PADDED=triton.next_power_of_2(config.num_selected_blocks),
         WINDOW=config.window_size,
         PAGE_ROWS=page,
-        SPLITS_CMP=splits.compressed,
-        SPLITS_SLC=splits.selected,
-        SPLITS_WIN=splits.sliding,
         TILE_K=key_tile(key_width, value_width, q.dtype),
     )
 

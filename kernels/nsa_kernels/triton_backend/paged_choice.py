@@ -19,9 +19,9 @@ def head_norms(
     partial_lse,
     o_head,
     m_head,
-    SPLITS: tl.constexpr,
+    SPLITS,
+    ALL_SPLITS,
     SPLITS_PADDED: tl.constexpr,
-    ALL_SPLITS: tl.constexpr,
 ):
     """(top, norm) of heads: exp2(x - top) * norm is the probability of a logit x in base 2.
 
@@ -57,14 +57,14 @@ def store_importance(
     o_head,
     num_seen,
     N,
+    SPLITS,
+    ALL_SPLITS,
     R: tl.constexpr,
     R_PADDED: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_S: tl.constexpr,
     TILE_STRIDES: tl.constexpr,
-    SPLITS: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
-    ALL_SPLITS: tl.constexpr,
 ):
     """Write the importance [N, TILE_S] of the blocks, summed over R heads from o_head on.
 
@@ -74,7 +74,7 @@ def store_importance(
     """
     o_r = tl.arange(0, R_PADDED)
     m_r = (o_r < R)[:, None]
-    top, norm = head_norms(partial_lse, o_head + o_r, o_r < R, SPLITS, SPLITS_PADDED, ALL_SPLITS)
+    top, norm = head_norms(partial_lse, o_head + o_r, o_r < R, SPLITS, ALL_SPLITS, SPLITS_PADDED)
     top, norm = top[:, None], norm[:, None]
     o_row = (o_head + o_r)[:, None] * N
     o_column = tl.arange(0, TILE_N * TILE_S)
@@ -158,14 +158,14 @@ def choose_blocks(
     num_seen,
     num_candidates,
     N,
+    SPLITS,
+    ALL_SPLITS,
     R: tl.constexpr,
     R_PADDED: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_S: tl.constexpr,
     TILE_STRIDES: tl.constexpr,
-    SPLITS: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
-    ALL_SPLITS: tl.constexpr,
     OVERLAPS: tl.constexpr,
     CHOSEN: tl.constexpr,
     INITIAL: tl.constexpr,
@@ -177,8 +177,8 @@ def choose_blocks(
     importance [N, TILE_S] and chosen_blocks [CHOSEN] are the program's own room.
     """
     store_importance(
-        shares, rests, maxima, partial_lse, importance, o_head, num_seen, N, R, R_PADDED, TILE_N,
-        TILE_S, TILE_STRIDES, SPLITS, SPLITS_PADDED, ALL_SPLITS,
+        shares, rests, maxima, partial_lse, importance, o_head, num_seen, N, SPLITS, ALL_SPLITS,
+        R, R_PADDED, TILE_N, TILE_S, TILE_STRIDES, SPLITS_PADDED,
     )  # fmt: skip
     # Each thread reads what others of this program wrote, here and below.
     tl.debug_barrier()

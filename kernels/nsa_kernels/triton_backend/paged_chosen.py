@@ -21,9 +21,7 @@ from nsa_kernels.triton_backend.tiles import (
 
 
 @triton.jit
-def cut_tiles(
-    num_blocks, i_part, PARTS: tl.constexpr, SELECTION_BLOCK: tl.constexpr, TILE_K: tl.constexpr
-):
+def cut_tiles(num_blocks, i_part, PARTS, SELECTION_BLOCK: tl.constexpr, TILE_K: tl.constexpr):
     """(first, end) of the i_part-th of PARTS even parts of num_blocks blocks, in tiles of keys."""
     num_tiles = tl.cdiv(num_blocks * SELECTION_BLOCK, TILE_K)
     return i_part * num_tiles // PARTS, (i_part + 1) * num_tiles // PARTS
@@ -111,7 +109,7 @@ def attend_list(
     return largest, total, acc
 
 
-@triton.jit(do_not_specialize=["num_sequences", "M"])
+@triton.jit(do_not_specialize=["num_sequences", "M", "SPLITS_CMP", "SPLITS_SLC", "SPLITS_WIN"])
 def paged_chosen_kernel(
     q,
     k_slc,
@@ -134,6 +132,9 @@ def paged_chosen_kernel(
     G,
     M,
     N,
+    SPLITS_CMP,
+    SPLITS_SLC,
+    SPLITS_WIN,
     R: tl.constexpr,
     R_PADDED: tl.constexpr,
     R_CHOICE: tl.constexpr,
@@ -150,10 +151,7 @@ def paged_chosen_kernel(
     LOCAL: tl.constexpr,
     WINDOW: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
-    SPLITS_CMP: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
-    SPLITS_SLC: tl.constexpr,
-    SPLITS_WIN: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_S: tl.constexpr,
@@ -169,7 +167,7 @@ def paged_chosen_kernel(
     TILE_S] and chosen_blocks [T, G, SPLITS_SLC, CHOSEN] are room for the choice.
     """
     let_next_start(STARTS_EARLY)
-    ALL_SPLITS: tl.constexpr = SPLITS_CMP + SPLITS_SLC + SPLITS_WIN
+    ALL_SPLITS = SPLITS_CMP + SPLITS_SLC + SPLITS_WIN
     i_group = tl.program_id(0) % G
     i_split = tl.program_id(1)
     i_sequence, i_token, position, count = find_new_tokens(
@@ -207,9 +205,9 @@ def paged_chosen_kernel(
             choose_blocks(
                 shares, rests, maxima, partial_lse, importance + i_choice * N * TILE_S, p_chosen,
                 first_head, visible_high(position, COMPRESSION_BLOCK, STRIDE), last_block + 1, N,
-                R, R_CHOICE, TILE_N, TILE_S, TILE_S * (SELECTION_BLOCK // STRIDE),
-                SPLITS_CMP, SPLITS_PADDED, ALL_SPLITS, R * (COMPRESSION_BLOCK // STRIDE),
-                CHOSEN, INITIAL, LOCAL, NUM_BLOCKS,
+                SPLITS_CMP, ALL_SPLITS, R, R_CHOICE, TILE_N, TILE_S,
+                TILE_S * (SELECTION_BLOCK // STRIDE), SPLITS_PADDED,
+                R * (COMPRESSION_BLOCK // STRIDE), CHOSEN, INITIAL, LOCAL, NUM_BLOCKS,
             )  # fmt: skip
         p_table = page_table
         k, v = k_slc, v_slc

@@ -55,7 +55,7 @@ def await_then_let_start(STARTS_EARLY: tl.constexpr):
     let_next_start(STARTS_EARLY)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "M"])
+@triton.jit(do_not_specialize=["num_sequences", "M", "SPLITS", "ALL_SPLITS"])
 def paged_compressed_kernel(
     q,
     k_cmp,
@@ -73,6 +73,8 @@ def paged_compressed_kernel(
     G,
     M,
     N,
+    SPLITS,
+    ALL_SPLITS,
     R: tl.constexpr,
     R_PADDED: tl.constexpr,
     TILE_ROWS: tl.constexpr,
@@ -86,8 +88,6 @@ def paged_compressed_kernel(
     SELECTION_BLOCK: tl.constexpr,
     CHOSEN: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    ALL_SPLITS: tl.constexpr,
     TILE_S: tl.constexpr,
     STRIDES_PADDED: tl.constexpr,
     TILE_B: tl.constexpr,

@@ -20,7 +20,6 @@ from nsa_kernels.triton_backend.tiles import (
     LOG2_E,
     early_start,
     key_widths,
-    power_of_two_within,
     register_limit,
     value_widths,
 )
@@ -31,13 +30,15 @@ _WANTED_PROGRAMS = 264
 _WANTED_CHOICES = 132
 _CHOICE_WARPS = 8
 _MOST_SPLITS = 64
+# Fewer sequences are as fast in the same kernel, which a server compiles only once.
+_LEAST_TILE_B = 32
+_MOST_TILE_B = 256
 # Rows of a matrix product: the least there is for one token, more where tokens share their keys.
 _LEAST_ROWS = 16
 _SHARING_ROWS = 64
 # A token's importances lie in registers.
 _MOST_BLOCKS = 4096
 _MOST_TOKENS = 16
-_TILE_B = 256
 # Importances that a program holds at once, and twice as many where they are more than that anyway
 # or programs are few: each turn waits for its loads.
 _HELD_IMPORTANCES = 8192
@@ -184,17 +185,15 @@ def make_plan(
 
 
 def _num_splits(num_keys: int, tile: int, programs: int, wanted: int = _WANTED_PROGRAMS) -> int:
-    """Parts of num_keys keys that keep a GPU busy, whole tiles each; a power of two, as each number
-    is a kernel of its own.
-    """
-    most = min(_MOST_SPLITS, triton.cdiv(num_keys, tile), wanted // programs)
-    return power_of_two_within(max(1, most))
+    """Parts of num_keys keys that keep a GPU busy, whole tiles each."""
+    return max(1, min(_MOST_SPLITS, triton.cdiv(num_keys, tile), wanted // programs))
 
 
 def _constants(
     q: Tensor, v: Tensor, places: Places, plan: Plan, config: NsaConfig
 ) -> dict[str, int]:
     """The constants that both attention kernels want, of v [.., rows, G, V]."""
+    padded_sequences = triton.next_power_of_2(places.context_lens.shape[0])
     return {
         "R": q.shape[1] // v.shape[2],
         **key_widths(q.shape[2]),
@@ -205,7 +204,7 @@ def _constants(
         "CHOSEN": config.num_selected_blocks,
         "PAGE_ROWS": v.shape[1],
         "TILE_S": plan.tile_blocks,
-        "TILE_B": min(_TILE_B, triton.next_power_of_2(places.context_lens.shape[0])),
+        "TILE_B": min(_MOST_TILE_B, max(_LEAST_TILE_B, padded_sequences)),
         "STARTS_EARLY": bool(early_start(q.device)),
     }
 
@@ -235,11 +234,10 @@ def _compressed_parts(
         q, k_cmp, v_cmp, places.page_table, places.cu_seqlens, places.context_lens,
         scratch.partial_out, scratch.partial_lse, scratch.shares, scratch.rests, scratch.maxima,
         scale * LOG2_E, num_sequences, num_groups, num_pages, scratch.tiles,
+        launch.splits, sum(plan.splits),
         **_constants(q, v_cmp, places, plan, config),
         R_PADDED=rows // plan.tokens,
         TILE_ROWS=rows,
-        SPLITS=launch.splits,
-        ALL_SPLITS=sum(plan.splits),
         STRIDES_PADDED=triton.next_power_of_2(strides),
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
@@ -270,17 +268,14 @@ def _chosen_parts(
         q, *caches, places.page_table, places.window_page_table, places.cu_seqlens,
         places.context_lens, scratch.shares, scratch.rests, scratch.maxima, scratch.importance,
         scratch.chosen_blocks, scratch.partial_out, scratch.partial_lse,
-        scale * LOG2_E, num_sequences, num_groups, num_pages, tiles,
+        scale * LOG2_E, num_sequences, num_groups, num_pages, tiles, *plan.splits,
         **_constants(q, v_slc, places, plan, config),
         R_PADDED=max(_LEAST_ROWS, padded),
         R_CHOICE=padded,
         INITIAL=config.num_initial_blocks,
         LOCAL=config.num_local_blocks,
         WINDOW=config.window_size,
-        SPLITS_CMP=plan.compressed.splits,
-        SPLITS_PADDED=triton.next_power_of_2(plan.compressed.splits),
-        SPLITS_SLC=launch.splits,
-        SPLITS_WIN=plan.sliding_splits,
+        SPLITS_PADDED=_MOST_SPLITS,
         NUM_BLOCKS=triton.next_power_of_2(tiles * plan.tile_blocks),
         TILE_N=min(triton.next_power_of_2(tiles), held),
         TILE_K=launch.keys,

@@ -20,7 +20,7 @@ def shared_strides(offset, BLOCK_STRIDES: tl.constexpr, SELECTION_STRIDES: tl.co
     return tl.minimum(offset + BLOCK_STRIDES, SELECTION_STRIDES) - tl.maximum(offset, 0)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "SPLITS", "ALL_SPLITS"])
 def paged_importance_kernel(
     q,
     k_cmp,
@@ -34,6 +34,8 @@ def paged_importance_kernel(
     G,
     M,
     S,
+    SPLITS,
+    ALL_SPLITS,
     R: tl.constexpr,
     R_PADDED: tl.constexpr,
     TILE_ROWS: tl.constexpr,
@@ -45,9 +47,6 @@ def paged_importance_kernel(
     SELECTION_BLOCK: tl.constexpr,
     CHOSEN: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,
-    ALL_SPLITS: tl.constexpr,
     TILE_S: tl.constexpr,
 ):
     """Write importance [rows, G, S] of a tile of new tokens, one group, over paged keys.
@@ -72,18 +71,17 @@ def paged_importance_kernel(
         return
     i_sequence = tl.load(row_sequences + i_tile * TOKENS).to(tl.int64)
 
-    o_split = tl.arange(0, SPLITS_PADDED)
     o_head = o_row * (G * R) + i_group * R + o_r
-    b_partial = tl.load(
-        partial_lse + o_head[:, None] * ALL_SPLITS + o_split[None, :],
-        m_query[:, None] & (o_split < SPLITS)[None, :],
-        -float("inf"),
-    )
+    p_partial = partial_lse + o_head * ALL_SPLITS
+    largest = tl.full([TILE_ROWS], -float("inf"), tl.float32)
+    for i_split in range(SPLITS):
+        largest = tl.maximum(largest, tl.load(p_partial + i_split, m_query, -float("inf")))
     # Where no key was seen, or no head is, an lse of +inf makes every p 0.
-    largest = tl.max(b_partial, 1)
     is_empty = largest == -float("inf")
     largest = tl.where(is_empty, 0.0, largest)
-    total = tl.where(is_empty, 1.0, tl.sum(tl.exp(b_partial - largest[:, None]), 1))
+    total = tl.where(is_empty, 1.0, 0.0)
+    for i_split in range(SPLITS):
+        total += tl.exp(tl.load(p_partial + i_split, m_query, -float("inf")) - largest)
     b_lse = tl.where(is_empty, float("inf"), largest * 1.4426950408889634 + tl.log2(total))
     b_token = tl.load(row_tokens + o_row).to(tl.int64)
     b_q, b_q_tail = load_split(

@@ -42,11 +42,9 @@ def merge_parts(
         partial_out, partial_lse, gates, positions, tokens, cu_seqlens, out,
         0 if cu_seqlens is None else cu_seqlens.numel() - 1,
         num_heads,
+        *splits,
         V=value_width,
         TILE_V=columns,
-        SPLITS_CMP=splits[0],
-        SPLITS_SLC=splits[1],
-        SPLITS_WIN=splits[2],
         SPLITS_PADDED=triton.next_power_of_2(num_parts),
         STARTS_EARLY=bool(early),
         num_warps=1 if num_parts * columns <= 1024 else 4,
@@ -70,7 +68,7 @@ def part_weights(b_lse, o_branch, i_branch, b_gate):
     return tl.sum(b_p * (b_gate / tl.where(total == 0.0, 1.0, total))[:, None], 0)
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+@triton.jit(do_not_specialize=["num_sequences", "SPLITS_CMP", "SPLITS_SLC", "SPLITS_WIN"])
 def paged_merge_kernel(
     partial_out,
     partial_lse,
@@ -81,11 +79,11 @@ def paged_merge_kernel(
     out,
     num_sequences,
     H,
+    SPLITS_CMP,
+    SPLITS_SLC,
+    SPLITS_WIN,
     V: tl.constexpr,
     TILE_V: tl.constexpr,
-    SPLITS_CMP: tl.constexpr,
-    SPLITS_SLC: tl.constexpr,
-    SPLITS_WIN: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
     STARTS_EARLY: tl.constexpr,
 ):
@@ -97,7 +95,7 @@ def paged_merge_kernel(
     let_next_start(STARTS_EARLY)
     i_row = tl.program_id(0).to(tl.int64)
     i_head = tl.program_id(1)
-    ALL_SPLITS: tl.constexpr = SPLITS_CMP + SPLITS_SLC + SPLITS_WIN
+    ALL_SPLITS = SPLITS_CMP + SPLITS_SLC + SPLITS_WIN
     o_split = tl.arange(0, SPLITS_PADDED)
     o_v = tl.program_id(2) * TILE_V + tl.arange(0, TILE_V)
     if row_positions is None:

@@ -94,7 +94,7 @@ def store_partial(
     largest,
     total,
     acc,
-    ALL_SPLITS: tl.constexpr,
+    ALL_SPLITS,
     V: tl.constexpr,
     V_PADDED: tl.constexpr,
 ):

@@ -12,7 +12,7 @@ from nsa_kernels.triton_backend.paged_parts import attend_keys, load_split, stor
 from nsa_kernels.triton_backend.tiles import visible_low
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "SPLITS_CMP", "SPLITS_SLC", "SPLITS_WIN"])
 def paged_selected_sliding_forward_kernel(
     q,
     k_slc,
@@ -30,6 +30,9 @@ def paged_selected_sliding_forward_kernel(
     scale_log2,
     G,
     M,
+    SPLITS_CMP,
+    SPLITS_SLC,
+    SPLITS_WIN,
     R: tl.constexpr,
     R_PADDED: tl.constexpr,
     K: tl.constexpr,
@@ -42,9 +45,6 @@ def paged_selected_sliding_forward_kernel(
     CHOSEN_PADDED: tl.constexpr,
     WINDOW: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
-    SPLITS_CMP: tl.constexpr,
-    SPLITS_SLC: tl.constexpr,
-    SPLITS_WIN: tl.constexpr,
     TILE_K: tl.constexpr,
 ):
     """Write the parts of the selected branch, then of the window, behind the compressed ones."""

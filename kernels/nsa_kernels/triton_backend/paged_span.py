@@ -12,7 +12,7 @@ from nsa_kernels.triton_backend.paged_parts import attend_keys, load_split, stor
 from nsa_kernels.triton_backend.tiles import visible_high
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "SPLITS", "ALL_SPLITS"])
 def paged_span_forward_kernel(
     q,
     k,
@@ -26,6 +26,8 @@ def paged_span_forward_kernel(
     scale_log2,
     G,
     M,
+    SPLITS,
+    ALL_SPLITS,
     R: tl.constexpr,
     R_PADDED: tl.constexpr,
     TILE_ROWS: tl.constexpr,
@@ -37,8 +39,6 @@ def paged_span_forward_kernel(
     BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
     PAGE_ROWS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    ALL_SPLITS: tl.constexpr,
     TILE_K: tl.constexpr,
 ):
     """Attend to the keys i with i * STRIDE + BLOCK - 1 <= position: l, d compressed; 1, 1 full.

@@ -144,16 +144,47 @@ def test_tokens_in_chunks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.equal(batch.attend(), whole)
 
 
-def test_a_server_meets_few_kernels() -> None:
-    """Whatever comes together in a step, keys are cut into a power of two of parts."""
-    met = set()
-    for tokens in range(1, 400):
-        for context in (64, 640, 7040, 65536):
-            met.add(paged_module.num_splits(context, tokens))
-            if decode_module.is_decode(tokens, -(-tokens // 16), context // 64, PAPER):
-                rest = (2, 16, 128, torch.bfloat16, context, PAPER)
-                met.update(decode_module.make_plan(tokens, -(-tokens // 16), *rest).splits)
-    assert met <= {1, 2, 4, 8, 16, 32, 64}
+class Launches:
+    """Stands where a kernel does and notes the constants of each launch, which make it a kernel of
+    its own."""
+
+    def __init__(self) -> None:
+        self.met: set[tuple[tuple[str, object], ...]] = set()
+
+    def __getitem__(self, grid: tuple[int, ...]) -> "Launches":
+        return self
+
+    def __call__(self, *tensors: object, **constants: object) -> None:
+        self.met.add(tuple(sorted(constants.items())))
+
+
+def test_a_server_meets_few_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever comes together in a step: each kernel that it has not met is seconds of waiting."""
+    kernels: dict[str, Launches] = {}
+    for module in (paged_module, decode_module):
+        for name in vars(module):
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, kernels.setdefault(name, Launches()))
+    monkeypatch.setattr(paged_module, "top_blocks", lambda *whatever: None)
+    monkeypatch.setattr(paged_module, "merge_parts", lambda *whatever, **more: None)
+    monkeypatch.setattr(decode_module, "merge_parts", lambda *whatever, **more: None)
+    for sequences in (1, 2, 3, 5, 8, 12, 17, 32):
+        for rest in (0, 1, 15, 40, 300):
+            counts = [rest] + [1] * (sequences - 1)
+            batch = make_paged(
+                [300] * sequences, counts, config=PAPER, groups=1, heads_per_group=16
+            )
+            # Plans go by what the page table has room for.
+            room = (0, 1000 - batch.page_table.shape[1])
+            batch.page_table = torch.nn.functional.pad(batch.page_table, room)
+            paged_module.paged_attention(**indexed(batch), config=PAPER, scale=0.25)
+    assert {name: len(launches.met) for name, launches in kernels.items()} == {
+        "paged_compressed_kernel": 2,
+        "paged_chosen_kernel": 2,
+        "paged_span_forward_kernel": 1,
+        "paged_importance_kernel": 1,
+        "paged_selected_sliding_forward_kernel": 1,
+    }
 
 
 @pytest.mark.usefixtures("way")

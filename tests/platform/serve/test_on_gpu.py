@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 
 from nsa_platform.config.serve import EngineConfig
 from nsa_platform.model.inputs import PackedInputs
@@ -174,3 +175,29 @@ def test_a_step_waits_for_the_device_once(make_speaker, toy_tokenizer):
         assert logits is not None
         choices = engine.sampler.choose(logits, requests)
     assert len(choices.collect()) == 3
+
+
+def test_an_engine_that_has_warmed_up_compiles_nothing(make_speaker, toy_tokenizer, monkeypatch):
+    """Prompts of all lengths come in crowds of all sizes, are read in chunks and answered."""
+    speaker = make_speaker(ATTENTION["nsa"], **FIELDS).cuda()
+    sizes = EngineConfig(max_num_seqs=12, max_num_batched_tokens=160, num_kv_tokens=8192)
+    engine = Engine(speaker, toy_tokenizer, sizes)
+    engine.warm_up()
+    engine.capture()
+    compiled: list[str] = []
+
+    def note(**compilation: Any) -> None:
+        compiled.append(compilation["repr"])
+
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", note)
+    random = torch.Generator().manual_seed(0)
+    for crowd in (1, 2, 3, 5, 7, 12):
+        for number in range(crowd):
+            length, answer = (
+                int(torch.randint(1, most, (), generator=random)) for most in (900, 40)
+            )
+            params = SamplingParams(max_tokens=answer, ignore_eos=True)
+            engine.add(f"{crowd}-{number}", ids_of(length).tolist(), params)
+        while engine.has_work:
+            engine.step()
+    assert not compiled
