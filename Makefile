@@ -46,7 +46,7 @@ check: $(READY) ## style, types, import contracts, house laws
 	$(BIN)/python -m pytest -q tests/test_house.py
 
 test-gpu: ## tests that need a CUDA GPU, with the python that is on PATH
-	@PYTHONPATH=platform:kernels:.:$$PYTHONPATH $(PYTHON) -m pytest -m gpu -n 4 -p no:benchmark tests/kernels tests/platform/serve tests/platform/train
+	@PYTHONPATH=platform:kernels:.:$$PYTHONPATH $(PYTHON) -m pytest -m gpu -n $${N:-4} -p no:benchmark tests/kernels tests/platform/serve tests/platform/train
 
 bench: ## measure the kernels on this machine's GPU and rewrite kernels/benchmarks/RESULTS.md
 	@PYTHONPATH=platform:kernels:.:$$PYTHONPATH $(PYTHON) kernels/benchmarks/bench.py $(ARGS)
