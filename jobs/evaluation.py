@@ -10,6 +10,7 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jobs.cluster import connect
+from jobs.evaluation_answers import Answers, check_sizes
 from jobs.evaluation_inputs import counted, filler_of, num_trials, open_loader, score_text
 from jobs.model_tags import model_tags
 from jobs.policies import measure_policies
@@ -19,6 +20,7 @@ from nsa_platform import storage
 from nsa_platform.config.evaluate import BitsPerByteConfig, NeedleConfig
 from nsa_platform.config.model import ModelConfig
 from nsa_platform.config.runs import EvaluateRun
+from nsa_platform.config.tasks import MqarTask
 from nsa_platform.data.shards import ShardSet
 from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.evaluate.baselines.comparison import PolicyResult
@@ -26,16 +28,14 @@ from nsa_platform.evaluate.baselines.report import baselines_summary, record_bas
 from nsa_platform.evaluate.bits_per_byte import BitsPerByte, first_batches
 from nsa_platform.evaluate.needle import NeedleGrid, needle_grid
 from nsa_platform.evaluate.ngram import Ngrams
+from nsa_platform.evaluate.prompt import Write
 from nsa_platform.evaluate.report import MODEL, record_bits_per_byte, record_needles, summary
 from nsa_platform.evaluate.scores import ModelScorer
 from nsa_platform.evaluate.tasks.report import record_overview, record_task, task_summary
 from nsa_platform.evaluate.tasks.results import TaskResult
 from nsa_platform.evaluate.tasks.suite import open_task, run_task
-from nsa_platform.evaluate.tasks.task import Decoding
 from nsa_platform.model.transformer import Transformer
 from nsa_platform.model.weights import load_config, load_model
-from nsa_platform.serve.generator import Generator
-from nsa_platform.serve.sampler import Sampling
 from nsa_platform.tracking import (
     RunHandle,
     Tracker,
@@ -108,14 +108,7 @@ def measure(run: EvaluateRun, folder: str, handle: RunHandle, step: int) -> dict
     tracker = Tracker(handle)
     try:
         with _progress() as progress:
-            bits = grid = None
-            if run.bits_per_byte is not None:
-                bits = _bits_per_byte(run, run.bits_per_byte, model, tokenizer, tracker, progress)
-                record_bits_per_byte(tracker, bits, step)
-            if run.needle is not None:
-                grid = _needles(run, run.needle, model, tokenizer, progress)
-                record_needles(tracker, grid, step)
-            tasks = _tasks(run, model, tokenizer, tracker, step, progress)
+            bits, grid, tasks = _own(run, model, tokenizer, tracker, step, progress)
             policies = {}
             if run.baselines is not None:
                 policies = measure_policies(run, run.baselines, model, tokenizer, progress)
@@ -133,6 +126,26 @@ def measure(run: EvaluateRun, folder: str, handle: RunHandle, step: int) -> dict
     return {**results, **found, "device": device_name(model.embedding.weight.device)}
 
 
+def _own(
+    run: EvaluateRun,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    tracker: Tracker,
+    step: int,
+    progress: Progress,
+) -> tuple[dict[str, BitsPerByte] | None, NeedleGrid | None, list[TaskResult]]:
+    """The model itself, recorded. Its engine's memory is free afterwards."""
+    bits = grid = None
+    if run.bits_per_byte is not None:
+        bits = _bits_per_byte(run, run.bits_per_byte, model, tokenizer, tracker, progress)
+        record_bits_per_byte(tracker, bits, step)
+    answers = Answers(model, tokenizer, run.engine, longest=_longest_written(run))
+    if run.needle is not None:
+        grid = _needles(run, run.needle, model, tokenizer, answers.write, progress)
+        record_needles(tracker, grid, step)
+    return bits, grid, _tasks(run, model, tokenizer, answers.write, tracker, step, progress)
+
+
 def _checkpoint(run: EvaluateRun) -> str:
     """Folder of the exported model; one from the registry is downloaded."""
     if is_model_reference(run.checkpoint):
@@ -141,10 +154,12 @@ def _checkpoint(run: EvaluateRun) -> str:
 
 
 def _look(run: EvaluateRun, folder: str) -> ModelConfig:
-    """Find what does not fit before a run is opened: model, tokenizer, data, lengths."""
+    """Find what does not fit before a run is opened: model, tokenizer, data, lengths, engine."""
     place = storage.fetch(folder, storage.default_cache("files"))
     config, tokenizer = load_config(place), Tokenizer(place)
     _check_lengths(run, config.max_context)
+    if longest := _longest_written(run):
+        check_sizes(run.engine, config, longest=longest)
     if run.baselines is not None and config.attention.kind != "full":
         raise ValueError(
             "baselines: policies need a model with attention.kind=full, "
@@ -201,6 +216,15 @@ def _check_lengths(run: EvaluateRun, max_context: int) -> None:
             )
 
 
+def _longest_written(run: EvaluateRun) -> int:
+    """Tokens of the longest prompt that the model writes on from, and of its answer; 0: there is
+    none, what is asked is only scored."""
+    lengths = [task.longest for task in run.tasks if not isinstance(task, MqarTask)]
+    if run.needle is not None:
+        lengths.append(max(run.needle.lengths) + _answer_room(run.needle))
+    return max(lengths, default=0)
+
+
 def _answer_room(needle: NeedleConfig) -> int:
     return ANSWER_ROOM * needle.queries * needle.values
 
@@ -239,12 +263,12 @@ def _needles(
     config: NeedleConfig,
     model: Transformer,
     tokenizer: Tokenizer,
+    write: Write,
     progress: Progress,
 ) -> NeedleGrid:
-    generator = Generator(model)
     task = progress.add_task("needles", total=num_trials(config))
     return needle_grid(
-        lambda prompt, count: list(generator.stream(prompt, count, stop_ids=tokenizer.stop_ids())),
+        write,
         ModelScorer(model).answer,
         tokenizer,
         config,
@@ -257,16 +281,11 @@ def _tasks(
     run: EvaluateRun,
     model: Transformer,
     tokenizer: Tokenizer,
+    write: Write,
     tracker: Tracker,
     step: int,
     progress: Progress,
 ) -> list[TaskResult]:
-    generator, stop_ids = Generator(model), tokenizer.stop_ids()
-
-    def draw(prompt: list[int], count: int, decoding: Decoding) -> list[int]:
-        sampling = Sampling(decoding.temperature, decoding.top_p, seed=decoding.seed)
-        return list(generator.stream(prompt, count, stop_ids=stop_ids, sampling=sampling))
-
     results = []
     for config in run.tasks:
         task = open_task(config, tokenizer)
@@ -274,9 +293,8 @@ def _tasks(
         result = run_task(
             task,
             tokenizer,
-            generate=lambda prompt, count: draw(prompt, count, Decoding()),
+            write=write,
             score=ModelScorer(model).answer,
-            draw=draw,
             advance=lambda bar=bar: progress.advance(bar),
         )
         record_task(tracker, result, step)

@@ -18,8 +18,8 @@ from nsa_platform import storage
 from nsa_platform.config.train import TrackingConfig
 from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.evaluate.harness import HarnessModel
+from nsa_platform.evaluate.prompt import Decoding
 from nsa_platform.evaluate.scores import ModelScorer
-from nsa_platform.evaluate.tasks.task import Decoding
 from nsa_platform.model.weights import load_model
 from nsa_platform.serve.generator import Generator
 from nsa_platform.serve.sampler import Sampling

@@ -18,8 +18,8 @@ from nsa_platform.evaluate.baselines.comparison import (
 )
 from nsa_platform.evaluate.baselines.pattern_search import Searched, search_patterns
 from nsa_platform.evaluate.baselines.reader import PolicyReader
+from nsa_platform.evaluate.prompt import Prompt, Write, one_by_one
 from nsa_platform.evaluate.tasks.suite import open_task, run_task
-from nsa_platform.evaluate.tasks.task import Decoding
 from nsa_platform.model.transformer import Transformer
 from nsa_platform.serve.sampler import Sampler, Sampling
 
@@ -93,20 +93,23 @@ def _tasks(
     for config in run.tasks:
         task, reader = open_task(config, tokenizer), make()
         bar = progress.add_task(f"policies: {task.name}", total=task.size)
-
-        def draw(
-            prompt: list[int], count: int, decoding: Decoding, reader: PolicyReader = reader
-        ) -> list[int]:
-            sampling = Sampling(decoding.temperature, decoding.top_p, seed=decoding.seed)
-            return reader.generate(prompt, count, pick=Sampler(sampling).pick)
-
         found = run_task(
             task,
             tokenizer,
-            generate=reader.generate,
+            write=_write_of(reader),
             score=reader.answer,
-            draw=draw,
             advance=lambda bar=bar: progress.advance(bar),
         )
         result.tasks.append(found)
         result.reads += reads_of(reader, task.name, None)
+
+
+def _write_of(reader: PolicyReader) -> Write:
+    """Answers of a policy, drawn as is asked."""
+
+    def answer(prompt: Prompt) -> list[int]:
+        how = prompt.decoding
+        sampler = Sampler(Sampling(how.temperature, how.top_p, seed=how.seed))
+        return reader.generate(prompt.ids, prompt.max_new_tokens, pick=sampler.pick)
+
+    return one_by_one(answer)

@@ -41,7 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working directory with data/, model/ and, after the first test, a store."""
     place = tmp_path_factory.mktemp("evaluate")
     corpus = make_corpus(place / "data")
-    for folder, kind in (("model", "nsa"), ("full", "full")):
+    for folder, kind in (("model", "nsa"), ("full", "full"), ("moba", "moba")):
         model = make_model(corpus.tokenizer.vocab_size, max_context=160, kind=kind)
         export(corpus, model, place / folder)
     (place / "aime.jsonl").write_text('{"problem": "1+1?", "answer": 2}\n')
@@ -135,7 +135,7 @@ def test_policies_are_measured_beside_the_model(
     changes = {
         "checkpoint": "full",
         "baselines": {"systems": systems, "tokens": 20},
-        "tasks": [{"kind": "mqar", "lengths": [64], "pairs": 3, "samples": 2}],
+        "tasks": [{"kind": "mqar", "lengths": [64], "pairs": 3, "samples": 2}, TASKS[1]],
     }
     results = evaluate(EvaluateRun.load(config_file(place, **changes)))
     job.print_results(results)
@@ -144,12 +144,14 @@ def test_policies_are_measured_beside_the_model(
     own, full = run.data.metrics, results["baselines"]["full"]
     assert full["bits_per_byte"] == pytest.approx(own["eval/bits_per_byte"], abs=1e-4)
     assert full["mqar/64"] == own["eval/mqar/64"]
+    assert full["aime/4"] == own["eval/aime/4"]
     assert full["needle_lift"] == pytest.approx(own["eval/needle_lift"], abs=1e-3)
     for name in systems:
         assert own[f"eval/baselines/{name}/needle_tokens"] >= 0
         assert 0 <= own[f"eval/baselines/{name}/mqar/64"] <= 1
         reads = {(r["task"], r["length"]): r for r in results["baselines"][name]["reads"]}
-        assert set(reads) == {("text", 64), ("needle", 80), ("needle", 120), ("mqar", None)}
+        tasks = {("mqar", None), ("aime", None)}
+        assert set(reads) == {("text", 64), ("needle", 80), ("needle", 120), *tasks}
         phase = "prefill" if name in ("full", "minference") else "decode"
         assert own[f"eval/baselines/{name}/text/{phase}/64/bytes_per_step"] > 0
         if phase == "decode":
@@ -211,6 +213,13 @@ def test_tasks_are_measured_and_recorded(place: Path, capsys: pytest.CaptureFixt
     assert len(table["data"]) == 2 and table["columns"][-1] == "score"
 
 
+def test_a_model_that_does_not_generate_is_scored(place: Path) -> None:
+    changes = {"checkpoint": "moba", "needle": None, "tasks": TASKS[:1]}
+    results = evaluate(EvaluateRun.load(config_file(place, **changes)))
+    assert results["bits_per_byte"]["model"]["bits_per_byte"] > 0
+    assert list(results["tasks"]["mqar"]["cells"]) == ["64", "128"]
+
+
 def test_results_go_into_a_given_run_and_leave_it_as_it_was(place: Path) -> None:
     parent, queue_dir = parent_run(place)
     before = client(place).get_run(parent)
@@ -235,6 +244,13 @@ def test_results_go_into_a_given_run_and_leave_it_as_it_was(place: Path) -> None
         ),
         ({"tasks": [{**TASKS[1], "file": "no"}]}, "it should be JSON lines with `problem`"),
         ({"needle": {"lengths": [130], "values": 2}}, "130 and 32 tokens for the answer"),
+        ({"engine": {"max_model_len": 135}}, "engine.max_model_len=135 must be at least 136"),
+        ({"engine": {"max_model_len": 161}}, "engine: max_model_len=161 must not exceed the model"),
+        (
+            {"engine": {"num_kv_tokens": 153}, "needle": None, "tasks": TASKS},
+            "engine.num_kv_tokens=153 must be at least 154",
+        ),
+        ({"checkpoint": "moba"}, "engine: attention.kind=moba has no cache"),
         ({"baselines": {}}, "policies need a model with attention.kind=full"),
         ({"checkpoint": "missing"}, "missing"),
         ({"checkpoint": "models:/evaluated@nobody"}, "no model 'evaluated' with the alias"),
@@ -260,6 +276,24 @@ def test_what_does_not_fit_ends_with_its_name_and_status_1(
 
 def make_other(path: Path) -> Corpus:
     return make_corpus(path, vocab_size=310)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"tensor_parallel_size": 2},
+        {"dtype": "bfloat16"},
+        {"hf_overrides": {"max_context": 320}},
+    ],
+    ids=lambda engine: next(iter(engine)),
+)
+def test_an_engine_has_the_model_that_is_measured(
+    place: Path, engine: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        job.main(["--config", config_file(place, engine=engine)])
+    assert end.value.code == 2
+    assert f"engine: {next(iter(engine))} must stay as it is" in capsys.readouterr().err
 
 
 def test_a_mistyped_key_ends_with_status_2_before_anything(

@@ -2,10 +2,11 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from nsa_platform.config.base import Strict
 from nsa_platform.config.model import NsaChoices
+from nsa_platform.config.serve import EngineConfig
 
 
 class BitsPerByteConfig(Strict):
@@ -120,4 +121,33 @@ class BaselinesConfig(Strict):
     def _each_once(self) -> Self:
         if len(set(self.systems)) < len(self.systems):
             raise ValueError(f"systems={list(self.systems)} must name each policy once")
+        return self
+
+
+class EvaluationEngineConfig(EngineConfig):
+    """Sizes of the engine that answers needles and tasks. Nobody waits for a single answer, and the
+    scorers of whole texts need memory beside the cache."""
+
+    max_model_len: PositiveInt | None = None
+    """Tokens of one request, prompt and output together; null: of the longest needle or task."""
+    max_num_seqs: PositiveInt = 32
+    """Answers that are written at once."""
+    max_step_ms: PositiveFloat | None = None
+    """Chunks of prompts are cut so that a step takes no longer. null: as long as
+    max_num_batched_tokens make it."""
+    warm_up: bool = False
+    """Run steps of all kinds before the first prompt. Kernels are compiled once in any case; here
+    no request would be the later for it."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of the free GPU memory that the cache may take when num_kv_tokens is null."""
+
+    @model_validator(mode="after")
+    def _the_model_is_as_it_was_loaded(self) -> Self:
+        for name in ("tensor_parallel_size", "hf_overrides", "dtype"):
+            default = EngineConfig.model_fields[name].default
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"{name} must stay as it is: the model is loaded once, as it was exported, "
+                    "for all that is measured"
+                )
         return self

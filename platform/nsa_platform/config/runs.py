@@ -11,7 +11,12 @@ from nsa_platform.config.data import (
     LoaderConfig,
     TokenizerConfig,
 )
-from nsa_platform.config.evaluate import BaselinesConfig, BitsPerByteConfig, NeedleConfig
+from nsa_platform.config.evaluate import (
+    BaselinesConfig,
+    BitsPerByteConfig,
+    EvaluationEngineConfig,
+    NeedleConfig,
+)
 from nsa_platform.config.locations import Location, ModelLocation
 from nsa_platform.config.model import ModelConfig
 from nsa_platform.config.stages import Stage, StageConfig, resolve_stages
@@ -225,6 +230,8 @@ class EvaluateRun(Strict):
     needle: NeedleConfig | None = NeedleConfig()
     tasks: tuple[TaskConfig, ...] = ()
     """Tasks with answers, each kind at most once."""
+    engine: EvaluationEngineConfig = EvaluationEngineConfig()
+    """It writes the model's answers to needles and tasks, many at once."""
     baselines: BaselinesConfig | None = None
     """Policies that are measured beside the model, on the same text, needles and tasks; for a model
     with full attention. null: none."""

@@ -17,8 +17,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from nsa_platform.data.tokenizer import Tokenizer
+from nsa_platform.evaluate.prompt import Decoding
 from nsa_platform.evaluate.scores import AnswerScore
-from nsa_platform.evaluate.tasks.task import Decoding
 
 ScoreAnswers = Callable[[Sequence[tuple[list[int], list[int]]]], list[AnswerScore]]
 """Prompts with answers to the answers' scores; all go through the model at once."""

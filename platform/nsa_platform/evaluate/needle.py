@@ -14,16 +14,15 @@ model, here it is equality.
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from nsa_platform.config.evaluate import NeedleConfig
 from nsa_platform.data.haystack import Counts, Haystack, haystack
 from nsa_platform.data.tokenizer import Tokenizer
+from nsa_platform.evaluate.prompt import Prompt, Write, in_groups
 from nsa_platform.evaluate.scores import AnswerScore
 
-Generate = Callable[[list[int], int], list[int]]
-"""Prompt ids and a number of tokens to the ids that the model writes, greedily."""
 ScoreAnswer = Callable[[list[int], list[int]], AnswerScore]
 
 
@@ -71,7 +70,7 @@ class NeedleGrid:
 
 
 def needle_grid(
-    generate: Generate,
+    write: Write,
     score: ScoreAnswer,
     tokenizer: Tokenizer,
     config: NeedleConfig,
@@ -89,36 +88,35 @@ def needle_grid(
         ValueError: the filler is empty, or a length has no room for needle and question.
     """
     grid = NeedleGrid(config.lengths, config.depths)
+    for group in in_groups(_sites(tokenizer, config, filler)):
+        prompts = [Prompt(hay.prompt, len(hay.answer) + 2) for _, _, hay in group]
+        trials: dict[int, Trial] = {}
+        for place, ids in write(prompts):
+            length, depth, hay = group[place]
+            trials[place] = _trial(hay, tokenizer.decode(ids), score, length=length, depth=depth)
+            advance()
+        grid.trials.extend(trials[place] for place in range(len(group)))
+    return grid
+
+
+def _sites(
+    tokenizer: Tokenizer, config: NeedleConfig, filler: Sequence[int]
+) -> Iterator[tuple[int, float, Haystack]]:
+    """Length and depth of every haystack, and the haystack."""
+    counts = Counts(config.keys, config.values, config.queries)
     for length in config.lengths:
         for depth in config.depths:
             for sample in range(config.samples):
                 dice = random.Random(f"{config.seed}/{length}/{depth}/{sample}")
                 hay = haystack(
-                    tokenizer, filler, length=length, depth=depth, dice=dice, counts=_counts(config)
+                    tokenizer, filler, length=length, depth=depth, dice=dice, counts=counts
                 )
-                grid.trials.append(
-                    _try(generate, score, tokenizer, hay, length=length, depth=depth)
-                )
-                advance()
-    return grid
+                yield length, depth, hay
 
 
-def _counts(config: NeedleConfig) -> Counts:
-    return Counts(config.keys, config.values, config.queries)
-
-
-def _try(
-    generate: Generate,
-    score: ScoreAnswer,
-    tokenizer: Tokenizer,
-    hay: Haystack,
-    *,
-    length: int,
-    depth: float,
-) -> Trial:
+def _trial(hay: Haystack, written: str, score: ScoreAnswer, *, length: int, depth: float) -> Trial:
     with_needle = score(hay.prompt, hay.answer)
     without = score(hay.control, hay.answer)
-    written = tokenizer.decode(generate(hay.prompt, len(hay.answer) + 2))
     return Trial(
         length=length,
         depth=depth,

@@ -63,6 +63,17 @@ def load_engine(
     _check_tokenizer(folder, tokenizer, model_config.vocab_size, recorded.get(FINGERPRINT_KEY))
     _check_identity(folder, recorded, config.identity_mismatch)
     model = _load(folder, model_config, config, torch.device(device), ranks)
+    return make_engine(model, tokenizer, config, ranks)
+
+
+def make_engine(
+    model: Transformer, tokenizer: Tokenizer, config: EngineConfig, ranks: Ranks | None = None
+) -> Engine:
+    """The engine of a loaded model, with CUDA graphs where the configuration wants them.
+
+    Raises:
+        ValueError: as Engine.
+    """
     engine = Engine(model, tokenizer, config, ranks)
     if _has_graphs(config, engine.cache.device):
         engine.capture()

@@ -65,22 +65,18 @@ def make_corpus(path: Path, *, vocab_size: int = 300) -> Corpus:
 
 
 def make_model(vocab_size: int, *, max_context: int = 512, kind: str = "nsa") -> Transformer:
-    """An untrained model; kind: nsa, with blocks that fit into short prompts, or full."""
+    """An untrained model; kind: nsa or moba, with blocks that fit into short prompts, or full."""
     heads = {"query_heads": 4, "kv_heads": 2, "key_width": 16, "value_width": 16}
-    nsa = {
-        "compression_block_size": 8,
-        "compression_stride": 4,
-        "selection_block_size": 8,
-        "num_selected_blocks": 4,
-        "window_size": 16,
-    }
+    blocks = {"selection_block_size": 8, "num_selected_blocks": 4}
+    compressed = {"compression_block_size": 8, "compression_stride": 4, "window_size": 16}
+    sizes = {"nsa": {**blocks, **compressed}, "moba": blocks, "full": {}}
     tree = {
         "vocab_size": vocab_size,
         "layers": 2,
         "width": 32,
         "ffn_width": 64,
         "max_context": max_context,
-        "attention": {"kind": kind, **heads, **(nsa if kind == "nsa" else {})},
+        "attention": {"kind": kind, **heads, **sizes[kind]},
     }
     model = Transformer(ModelConfig.parse(tree))
     init_weights(model, 0)

@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -9,6 +10,7 @@ from nsa_platform.config.evaluate import NeedleConfig
 from nsa_platform.data.haystack import Counts, haystack, synthetic_filler
 from nsa_platform.evaluate import scores
 from nsa_platform.evaluate.needle import needle_grid
+from nsa_platform.evaluate.prompt import Prompt, one_by_one
 from nsa_platform.evaluate.scores import AnswerScore, ModelScorer
 
 CONFIG = NeedleConfig(lengths=(96, 160), depths=(0.0, 0.5, 1.0), samples=2)
@@ -54,44 +56,48 @@ def test_the_needle_moves_with_its_depth(corpus, filler: list[int]) -> None:
 def test_reading_the_needle_is_told_from_guessing(corpus, filler: list[int]) -> None:
     tokenizer = corpus.tokenizer
 
-    def read(prompt: list[int], count: int) -> list[int]:
-        word, number = re.findall(r"number of (\w+) is (\d+)", tokenizer.decode(prompt))[0]
-        assert tokenizer.decode(prompt).endswith(f"number of {word} is")
-        return tokenizer.encode(f" {number}.")[:count]
+    def read(prompt: Prompt) -> list[int]:
+        text = tokenizer.decode(prompt.ids)
+        word, number = re.findall(r"number of (\w+) is (\d+)", text)[0]
+        assert text.endswith(f"number of {word} is")
+        return tokenizer.encode(f" {number}.")[: prompt.max_new_tokens]
+
+    def read_backwards(prompts: Sequence[Prompt]) -> Iterator[tuple[int, list[int]]]:
+        yield from reversed([(place, read(prompt)) for place, prompt in enumerate(prompts)])
 
     def know(prompt: list[int], answer: list[int]) -> AnswerScore:
         right = tokenizer.decode(answer).strip() in tokenizer.decode(prompt)
         return AnswerScore((0.1 if right else 2.0,) * len(answer), (right,) * len(answer))
 
-    def guess(prompt: list[int], count: int) -> list[int]:
-        return tokenizer.encode(" 12345.")[:count]
+    def guess(prompt: Prompt) -> list[int]:
+        return tokenizer.encode(" 12345.")[: prompt.max_new_tokens]
 
     def shrug(prompt: list[int], answer: list[int]) -> AnswerScore:
         return AnswerScore((3.0,) * len(answer), (False,) * len(answer))
 
     done: list[None] = []
     found = needle_grid(
-        read, know, tokenizer, CONFIG, filler=filler, advance=lambda: done.append(None)
+        read_backwards, know, tokenizer, CONFIG, filler=filler, advance=lambda: done.append(None)
     )
     assert len(done) == len(found.trials) == 12
     assert found.cells("exact") == [[1.0, 1.0]] * 3
     assert found.mean("tokens") == 1.0
     assert found.mean("lift") > 1.9
-    lost = needle_grid(guess, shrug, tokenizer, CONFIG, filler=filler)
+    lost = needle_grid(one_by_one(guess), shrug, tokenizer, CONFIG, filler=filler)
     assert lost.cells("exact") == [[0.0, 0.0]] * 3
     assert (lost.mean("tokens"), lost.mean("lift")) == (0.0, 0.0)
     assert [t.number for t in lost.trials] == [t.number for t in found.trials], "the same needles"
 
 
 def test_a_longer_number_that_begins_with_the_right_one_is_wrong(corpus, filler) -> None:
-    def almost(prompt: list[int], count: int) -> list[int]:
-        number = re.findall(r"is (\d+)", corpus.tokenizer.decode(prompt))[0]
+    def almost(prompt: Prompt) -> list[int]:
+        number = re.findall(r"is (\d+)", corpus.tokenizer.decode(prompt.ids))[0]
         return corpus.tokenizer.encode(f" {number}0")
 
     def shrug(prompt: list[int], answer: list[int]) -> AnswerScore:
         return AnswerScore((1.0,) * len(answer), (False,) * len(answer))
 
-    grid = needle_grid(almost, shrug, corpus.tokenizer, CONFIG, filler=filler)
+    grid = needle_grid(one_by_one(almost), shrug, corpus.tokenizer, CONFIG, filler=filler)
     assert grid.mean("exact") == 0.0
 
 
@@ -127,15 +133,15 @@ def test_several_needles(corpus, filler: list[int], counts: Counts, asked: int) 
 
 
 def test_of_several_numbers_the_share_counts(corpus, filler: list[int]) -> None:
-    def half(prompt: list[int], count: int) -> list[int]:
-        found = re.findall(r"number of \w+ is (\d+)", corpus.tokenizer.decode(prompt))
-        return corpus.tokenizer.encode(f" {found[0]} and 1{found[1]}")[:count]
+    def half(prompt: Prompt) -> list[int]:
+        found = re.findall(r"number of \w+ is (\d+)", corpus.tokenizer.decode(prompt.ids))
+        return corpus.tokenizer.encode(f" {found[0]} and 1{found[1]}")[: prompt.max_new_tokens]
 
     def shrug(prompt: list[int], answer: list[int]) -> AnswerScore:
         return AnswerScore((1.0,) * len(answer), (False,) * len(answer))
 
     config = NeedleConfig(lengths=(200,), depths=(0.5,), samples=1, values=2)
-    grid = needle_grid(half, shrug, corpus.tokenizer, config, filler=filler)
+    grid = needle_grid(one_by_one(half), shrug, corpus.tokenizer, config, filler=filler)
     assert grid.mean("exact") == 0.5
     with pytest.raises(ValueError, match="queries=2 must not exceed keys=1"):
         NeedleConfig(queries=2)

@@ -14,6 +14,7 @@ from nsa_platform.evaluate.baselines.reads import ReadCount
 from nsa_platform.evaluate.baselines.systems import published, within
 from nsa_platform.evaluate.bits_per_byte import BitsPerByte
 from nsa_platform.evaluate.needle import NeedleGrid, needle_grid
+from nsa_platform.evaluate.prompt import Write, one_by_one
 from nsa_platform.evaluate.tasks.results import TaskResult
 from nsa_platform.model.transformer import Transformer
 
@@ -100,6 +101,10 @@ def reads_of(reader: PolicyReader, task: str, length: int | None) -> list[TaskRe
     return found
 
 
+def _greedy(reader: PolicyReader) -> Write:
+    return one_by_one(lambda prompt: reader.generate(prompt.ids, prompt.max_new_tokens))
+
+
 def policy_needles(
     make_reader: Callable[[], PolicyReader],
     tokenizer: Tokenizer,
@@ -117,7 +122,7 @@ def policy_needles(
     for length in config.lengths:
         reader = make_reader()
         grid = needle_grid(
-            reader.generate,
+            _greedy(reader),
             reader.answer,
             tokenizer,
             config.model_copy(update={"lengths": (length,)}),

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 
 from nsa_platform.config.tasks import AimeTask
 from nsa_platform.data.tokenizer import Tokenizer
+from nsa_platform.evaluate.prompt import Decoding
 from nsa_platform.evaluate.tasks.frame import open_frame
 from nsa_platform.evaluate.tasks.rows import read_rows
-from nsa_platform.evaluate.tasks.task import Decoding, Scorer, Task, WrittenSample
+from nsa_platform.evaluate.tasks.task import Scorer, Task, WrittenSample
 
 SOURCE = (
     "JSON lines with `problem` and `answer`, such as AIME 2024 (huggingface.co/datasets/"

@@ -14,11 +14,11 @@ from typing import Any
 from nsa_platform import storage
 from nsa_platform.config.tasks import LongBenchV2Task
 from nsa_platform.data.tokenizer import Tokenizer
+from nsa_platform.evaluate.prompt import Decoding
 from nsa_platform.evaluate.tasks.frame import open_frame
 from nsa_platform.evaluate.tasks.longbench import middle_left_out
 from nsa_platform.evaluate.tasks.rows import read_rows
 from nsa_platform.evaluate.tasks.task import (
-    Decoding,
     ReasonedSample,
     Scorer,
     Task,

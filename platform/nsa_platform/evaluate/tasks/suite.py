@@ -1,10 +1,10 @@
 """The harness: open a task by its configuration, put its samples to a model, score the answers.
 
-A model is three callables, so that any policy of attention can stand behind them: `generate`
-(greedy), `score` (teacher forcing) and `draw` (sampling). See `evaluate.needle` for the first two.
+A model is two callables, so that any policy of attention can stand behind them: `write` (many
+answers at once, see `evaluate.prompt`) and `score` (teacher forcing, see `evaluate.needle`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from nsa_platform.config.tasks import (
@@ -19,7 +19,8 @@ from nsa_platform.config.tasks import (
     WordsTask,
 )
 from nsa_platform.data.tokenizer import Tokenizer
-from nsa_platform.evaluate.needle import Generate, ScoreAnswer
+from nsa_platform.evaluate.needle import ScoreAnswer
+from nsa_platform.evaluate.prompt import GROUP_SIZE, Prompt, Write, in_groups
 from nsa_platform.evaluate.tasks.aime import aime
 from nsa_platform.evaluate.tasks.counted_words import counted_words
 from nsa_platform.evaluate.tasks.documents_qa import documents_qa
@@ -29,7 +30,6 @@ from nsa_platform.evaluate.tasks.mqar import mqar
 from nsa_platform.evaluate.tasks.niah import niah
 from nsa_platform.evaluate.tasks.results import Row, TaskResult
 from nsa_platform.evaluate.tasks.task import (
-    Decoding,
     ForcedSample,
     ReasonedSample,
     Sample,
@@ -37,9 +37,6 @@ from nsa_platform.evaluate.tasks.task import (
     WrittenSample,
 )
 from nsa_platform.evaluate.tasks.variables import variable_tracking
-
-Draw = Callable[[list[int], int, Decoding], list[int]]
-"""Prompt ids, a number of tokens and how to draw them, to the ids that the model writes."""
 
 
 def open_task(config: TaskConfig, tokenizer: Tokenizer) -> Task:
@@ -75,38 +72,77 @@ def run_task(
     task: Task,
     tokenizer: Tokenizer,
     *,
-    generate: Generate,
+    write: Write,
     score: ScoreAnswer,
-    draw: Draw,
+    group_size: int = GROUP_SIZE,
     advance: Callable[[], None] = lambda: None,
 ) -> TaskResult:
-    """Put every sample to the model; `advance` is called after each."""
+    """Put every sample to the model; rows are in the order of samples.
+
+    group_size: samples that are made and asked together.
+    advance: called when a sample is done.
+    """
     rows = []
-    for sample in task.samples():
-        rows.append(_answered(sample, tokenizer, generate, score, draw))
-        advance()
+    for group in in_groups(task.samples(), group_size):
+        rows += _rows(group, tokenizer, write, score, advance)
     return TaskResult(task.name, rows)
 
 
-def _answered(
-    sample: Sample, tokenizer: Tokenizer, generate: Generate, score: ScoreAnswer, draw: Draw
-) -> Row:
-    if isinstance(sample, ForcedSample):
-        hits = score(sample.prompt, sample.answer).hits
-        counted = [hits[place] for place in sample.counted]
-        share = sum(counted) / len(counted)
-        size = len(sample.prompt) + len(sample.answer)
-        return Row(sample.cells, sample.unit, size, (), "", len(counted), share)
-    ids = _write(sample, generate, draw)
+def _rows(
+    samples: Sequence[Sample],
+    tokenizer: Tokenizer,
+    write: Write,
+    score: ScoreAnswer,
+    advance: Callable[[], None],
+) -> list[Row]:
+    """Rows of samples that are asked together. Thoughts are written first, and then all that the
+    model is to say."""
+    rows: dict[int, Row] = {}
+    reasoned: dict[int, ReasonedSample] = {}
+    asked: dict[int, WrittenSample] = {}
+    for place, sample in enumerate(samples):
+        match sample:
+            case ForcedSample():
+                rows[place] = _forced(sample, score)
+                advance()
+            case ReasonedSample():
+                reasoned[place] = sample
+            case WrittenSample():
+                asked[place] = sample
+    thoughts = dict(_answers(reasoned, write))
+    for place in reasoned:
+        asked[place] = reasoned[place].conclude(tokenizer.decode(thoughts[place]))
+    for place, ids in _answers(asked, write):
+        row = _written(asked[place], ids, tokenizer)
+        if place in reasoned:
+            row = _after(reasoned[place], thoughts[place], row, tokenizer)
+        rows[place] = row
+        advance()
+    return [rows[place] for place in range(len(samples))]
+
+
+def _answers(
+    samples: Mapping[int, WrittenSample | ReasonedSample], write: Write
+) -> Iterator[tuple[int, list[int]]]:
+    """Places of samples and what the model writes to them, as it is done."""
+    places = list(samples)
+    prompts = [
+        Prompt(sample.prompt, sample.max_new_tokens, sample.decoding) for sample in samples.values()
+    ]
+    if prompts:
+        yield from ((places[index], ids) for index, ids in write(prompts))
+
+
+def _forced(sample: ForcedSample, score: ScoreAnswer) -> Row:
+    hits = score(sample.prompt, sample.answer).hits
+    counted = [hits[place] for place in sample.counted]
+    share = sum(counted) / len(counted)
+    size = len(sample.prompt) + len(sample.answer)
+    return Row(sample.cells, sample.unit, size, (), "", len(counted), share)
+
+
+def _written(sample: WrittenSample, ids: list[int], tokenizer: Tokenizer) -> Row:
     written = tokenizer.decode(ids)
-    if isinstance(sample, ReasonedSample):
-        row = _answered(sample.conclude(written), tokenizer, generate, score, draw)
-        return replace(
-            row,
-            prompt_tokens=len(sample.prompt),
-            written=f"{written}\n\n{row.written}",
-            new_tokens=len(ids) + row.new_tokens,
-        )
     return Row(
         sample.cells,
         sample.unit,
@@ -118,7 +154,11 @@ def _answered(
     )
 
 
-def _write(sample: WrittenSample | ReasonedSample, generate: Generate, draw: Draw) -> list[int]:
-    if sample.decoding.temperature > 0:
-        return draw(sample.prompt, sample.max_new_tokens, sample.decoding)
-    return generate(sample.prompt, sample.max_new_tokens)
+def _after(sample: ReasonedSample, thought: list[int], row: Row, tokenizer: Tokenizer) -> Row:
+    """The row of a conclusion, as that of the sample that was thought about."""
+    return replace(
+        row,
+        prompt_tokens=len(sample.prompt),
+        written=f"{tokenizer.decode(thought)}\n\n{row.written}",
+        new_tokens=len(thought) + row.new_tokens,
+    )

@@ -8,17 +8,10 @@ together, such as several tries at one problem.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from nsa_platform.evaluate.prompt import GREEDY, Decoding
+
 Scorer = Callable[[str], float]
 """What a model wrote to its score, 0 to 1."""
-
-
-@dataclass(frozen=True, slots=True)
-class Decoding:
-    """How an answer is drawn; the default is greedy."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +24,7 @@ class WrittenSample:
     references: tuple[str, ...]
     max_new_tokens: int
     score: Scorer
-    decoding: Decoding = Decoding()
+    decoding: Decoding = GREEDY
 
 
 @dataclass(frozen=True, slots=True)

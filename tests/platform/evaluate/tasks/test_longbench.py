@@ -8,11 +8,12 @@ import pytest
 
 from nsa_platform.config.base import ConfigError
 from nsa_platform.config.tasks import LongBenchTask, LongBenchV2Task
+from nsa_platform.evaluate.prompt import Decoding, Prompt, one_by_one
 from nsa_platform.evaluate.tasks import longbench_scores as scores
 from nsa_platform.evaluate.tasks.longbench import DATASETS, middle_left_out, scorer
 from nsa_platform.evaluate.tasks.longbench_v2 import letter_of
 from nsa_platform.evaluate.tasks.suite import open_task, run_task
-from nsa_platform.evaluate.tasks.task import Decoding, WrittenSample
+from nsa_platform.evaluate.tasks.task import WrittenSample
 
 
 @pytest.mark.parametrize(
@@ -176,15 +177,16 @@ def test_a_chain_of_thought_is_asked_twice(corpus, questions: Path, own_prompts:
     calls: list[tuple[str, int, Decoding]] = []
     answers = ["Two of $Q$ fits.", "**The correct answer is (B)**"]
 
-    def draw(prompt: list[int], count: int, decoding: Decoding) -> list[int]:
-        calls.append((corpus.tokenizer.decode(prompt), count, decoding))
+    def answer(prompt: Prompt) -> list[int]:
+        text = corpus.tokenizer.decode(prompt.ids)
+        calls.append((text, prompt.max_new_tokens, prompt.decoding))
         return corpus.tokenizer.encode(answers[len(calls) - 1])
 
     def never(*_: object) -> NoReturn:
-        raise AssertionError("neither greedy nor forced")
+        raise AssertionError("not forced")
 
     task = open_task(config, corpus.tokenizer)
-    result = run_task(task, corpus.tokenizer, generate=never, score=never, draw=draw)
+    result = run_task(task, corpus.tokenizer, write=one_by_one(answer), score=never)
     (thinking, first, decoding), (concluding, second, again) = calls
     assert (first, second, decoding.temperature) == (1024, 128, 0.1) and again == decoding
     assert "The $Q$ text." in thinking and "Which $C_A$?" in thinking

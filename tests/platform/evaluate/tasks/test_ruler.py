@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from nsa_platform.config.tasks import NiahTask, QaTask, TaskConfig, VariableTrackingTask, WordsTask
 from nsa_platform.data.chat import render_prompt
 from nsa_platform.data.tokenizer import Tokenizer
+from nsa_platform.evaluate.prompt import Prompt, one_by_one
 from nsa_platform.evaluate.tasks.fitting import largest
 from nsa_platform.evaluate.tasks.niah import SHAPES
 from nsa_platform.evaluate.tasks.ruler_scores import any_of, share_of
@@ -249,16 +250,16 @@ def test_the_harness_generates_greedily_and_scores(corpus) -> None:
     task = open_task(config_of("niah_multivalue", samples=1), corpus.tokenizer)
     half: list[int] = []
 
-    def generate(prompt: list[int], count: int) -> list[int]:
-        assert count == 128
-        values = read_needles(corpus.tokenizer.decode(prompt)).split()
-        half.append(len(prompt))
+    def answer(prompt: Prompt) -> list[int]:
+        assert (prompt.max_new_tokens, prompt.decoding.temperature) == (128, 0.0)
+        values = read_needles(corpus.tokenizer.decode(prompt.ids)).split()
+        half.append(len(prompt.ids))
         return corpus.tokenizer.encode(" ".join(values[:2]))
 
     def never(*_: object) -> NoReturn:
-        raise AssertionError("neither scores nor draws")
+        raise AssertionError("does not score")
 
-    result = run_task(task, corpus.tokenizer, generate=generate, score=never, draw=never)
+    result = run_task(task, corpus.tokenizer, write=one_by_one(answer), score=never)
     assert [row.score for row in result.rows] == [0.5, 0.5]
     assert {cell: score.mean for cell, score in result.cells.items()} == {"2000": 0.5, "2600": 0.5}
     assert [row.prompt_tokens for row in result.rows] == half

@@ -1,6 +1,7 @@
 """Recall of pairs, tries at problems, intervals, and names of tasks that do not exist."""
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -9,11 +10,19 @@ import pytest
 from nsa_platform.config.base import ConfigError
 from nsa_platform.config.runs import EvaluateRun
 from nsa_platform.config.tasks import AimeTask, MqarTask
+from nsa_platform.data.tokenizer import Tokenizer
+from nsa_platform.evaluate.prompt import Decoding, Prompt, one_by_one
 from nsa_platform.evaluate.scores import AnswerScore, ModelScorer
 from nsa_platform.evaluate.tasks.aime import boxed_integer
 from nsa_platform.evaluate.tasks.results import Row, TaskResult, bootstrap, score_of, wilson
 from nsa_platform.evaluate.tasks.suite import open_task, run_task
-from nsa_platform.evaluate.tasks.task import Decoding, ForcedSample
+from nsa_platform.evaluate.tasks.task import (
+    ForcedSample,
+    ReasonedSample,
+    Sample,
+    Task,
+    WrittenSample,
+)
 
 
 def never(*_: object) -> NoReturn:
@@ -48,10 +57,10 @@ def test_recall_is_told_from_guessing(corpus, model) -> None:
         return AnswerScore((0.0,) * len(answer), hits)
 
     task = open_task(mqar(), corpus.tokenizer)
-    result = run_task(task, corpus.tokenizer, generate=never, score=recall, draw=never)
+    result = run_task(task, corpus.tokenizer, write=never, score=recall)
     assert result.mean == 1.0
     untrained = ModelScorer(model).answer
-    result = run_task(task, corpus.tokenizer, generate=never, score=untrained, draw=never)
+    result = run_task(task, corpus.tokenizer, write=never, score=untrained)
     assert result.mean < 0.2
 
 
@@ -80,15 +89,15 @@ def test_problems_are_tried_several_times(corpus, tmp_path: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     drawn: list[Decoding] = []
 
-    def draw(prompt: list[int], count: int, decoding: Decoding) -> list[int]:
-        drawn.append(decoding)
-        assert "1+1?" in corpus.tokenizer.decode(prompt) or count in (16, 32)
-        lucky = decoding.seed % 4 == 0
-        easy = "1+1?" in corpus.tokenizer.decode(prompt)
+    def answer(prompt: Prompt) -> list[int]:
+        drawn.append(prompt.decoding)
+        assert "1+1?" in corpus.tokenizer.decode(prompt.ids) or prompt.max_new_tokens in (16, 32)
+        lucky = prompt.decoding.seed % 4 == 0
+        easy = "1+1?" in corpus.tokenizer.decode(prompt.ids)
         return corpus.tokenizer.encode(f"\\boxed{{{2 if easy else 999 if lucky else 7}}}")
 
     task = open_task(aime(file), corpus.tokenizer)
-    result = run_task(task, corpus.tokenizer, generate=never, score=never, draw=draw)
+    result = run_task(task, corpus.tokenizer, write=one_by_one(answer), score=never)
     assert (task.size, len(result.rows)) == (16, 16)
     assert len({each.seed for each in drawn[:8]}) == 8, "each try has its own seed"
     assert {(each.temperature, each.top_p) for each in drawn} == {(0.7, 0.95)}
@@ -104,6 +113,78 @@ def test_problems_are_tried_several_times(corpus, tmp_path: Path) -> None:
         open_task(aime(file), corpus.tokenizer)
     with pytest.raises(OSError, match="it should be JSON lines with `problem` and `answer`"):
         open_task(aime(tmp_path / "none"), corpus.tokenizer)
+
+
+class Asked:
+    """A task of written, forced and reasoned samples in turn, and a model that answers the last
+    prompt first; both tell what happened in `events`."""
+
+    def __init__(self, tokenizer: Tokenizer, size: int) -> None:
+        self.tokenizer = tokenizer
+        self.events: list[str] = []
+        self.task = Task("mixed", size, self._samples)
+        self._size = size
+
+    def write(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, list[int]]]:
+        texts = [self.tokenizer.decode(prompt.ids) for prompt in prompts]
+        self.events.append(f"asked {' '.join(texts)}")
+        for place in reversed(range(len(prompts))):
+            yield place, self.tokenizer.encode(f"re:{texts[place]}")
+
+    def score(self, prompt: list[int], answer: list[int]) -> AnswerScore:
+        self.events.append("scored")
+        return AnswerScore((0.0,) * len(answer), (True,) * len(answer))
+
+    def _samples(self) -> Iterator[Sample]:
+        for number in range(self._size):
+            self.events.append(f"made {number}")
+            match number % 3:
+                case 0:
+                    yield self._written(f"w{number}", str(number))
+                case 1:
+                    yield ForcedSample(("f",), str(number), [1, 2], [3], (0,))
+                case _:
+                    yield ReasonedSample(
+                        self.tokenizer.encode(f"r{number}"),
+                        9,
+                        Decoding(),
+                        lambda thought, unit=str(number): self._written(f"({thought})", unit),
+                    )
+
+    def _written(self, text: str, unit: str) -> WrittenSample:
+        return WrittenSample(
+            ("w",), unit, self.tokenizer.encode(text), (), 9, lambda written: float(len(written))
+        )
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 4, 7, 256])
+def test_rows_are_in_the_order_of_samples_whatever_the_groups(corpus, group_size: int) -> None:
+    asked, done = Asked(corpus.tokenizer, 7), []
+    result = run_task(
+        asked.task,
+        corpus.tokenizer,
+        write=asked.write,
+        score=asked.score,
+        group_size=group_size,
+        advance=lambda: done.append(None),
+    )
+    assert len(done) == 7
+    assert [row.unit for row in result.rows] == [str(number) for number in range(7)]
+    written = ["re:w0", "", "re:r2\n\nre:(re:r2)", "re:w3", "", "re:r5\n\nre:(re:r5)", "re:w6"]
+    assert [row.written for row in result.rows] == written
+    thought, concluded = (len(corpus.tokenizer.encode(text)) for text in ("re:r2", "re:(re:r2)"))
+    assert result.rows[2].new_tokens == thought + concluded
+    assert result.rows[2].prompt_tokens == len(corpus.tokenizer.encode("r2"))
+    assert result.rows[2].score == len("re:(re:r2)")
+
+
+def test_a_group_is_made_when_the_one_before_is_answered(corpus) -> None:
+    asked = Asked(corpus.tokenizer, 6)
+    run_task(asked.task, corpus.tokenizer, write=asked.write, score=asked.score, group_size=3)
+    assert asked.events == [
+        *("made 0", "made 1", "made 2", "scored", "asked r2", "asked w0 (re:r2)"),
+        *("made 3", "made 4", "made 5", "scored", "asked r5", "asked w3 (re:r5)"),
+    ]
 
 
 @pytest.mark.parametrize(
