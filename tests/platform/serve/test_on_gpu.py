@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-import triton
+from triton import knobs
 
 from nsa_platform.config.serve import EngineConfig
 from nsa_platform.model.inputs import PackedInputs
@@ -189,7 +189,7 @@ def test_an_engine_that_has_warmed_up_compiles_nothing(make_speaker, toy_tokeniz
     def note(**compilation: Any) -> None:
         compiled.append(compilation["repr"])
 
-    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", note)
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", note)
     random = torch.Generator().manual_seed(0)
     for crowd in (1, 2, 3, 5, 7, 12):
         for number in range(crowd):
