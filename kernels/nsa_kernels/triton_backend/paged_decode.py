@@ -31,7 +31,7 @@ _WANTED_CHOICES = 132
 _CHOICE_WARPS = 8
 _MOST_SPLITS = 64
 # Fewer sequences are as fast in the same kernel, which a server compiles only once.
-_LEAST_TILE_B = 32
+_LEAST_TILE_B = 64
 _MOST_TILE_B = 256
 # Rows of a matrix product: the least there is for one token, more where tokens share their keys.
 _LEAST_ROWS = 16

@@ -12,6 +12,8 @@ from nsa_kernels.triton_backend.tiles import await_launch, let_next_start
 # Few rows are cut into columns, of which one warp holds all parts and waits for no other.
 _FEW_PROGRAMS = 1024
 _FEW_COLUMNS = 32
+# Fewer parts are as fast in the same kernel, which a server compiles only once.
+_LEAST_PARTS = {True: 16, False: 8}
 
 
 def merge_parts(
@@ -36,7 +38,8 @@ def merge_parts(
     """
     num_rows, num_heads, num_parts, value_width = partial_out.shape
     padded = triton.next_power_of_2(value_width)
-    columns = padded if num_rows * num_heads >= _FEW_PROGRAMS else min(padded, _FEW_COLUMNS)
+    is_few = rows is None and num_rows * num_heads < _FEW_PROGRAMS
+    columns = min(padded, _FEW_COLUMNS) if is_few else padded
     positions, tokens = (None, None) if rows is None else rows
     paged_merge_kernel[(num_rows, num_heads, triton.cdiv(value_width, columns))](
         partial_out, partial_lse, gates, positions, tokens, cu_seqlens, out,
@@ -45,7 +48,7 @@ def merge_parts(
         *splits,
         V=value_width,
         TILE_V=columns,
-        SPLITS_PADDED=triton.next_power_of_2(num_parts),
+        SPLITS_PADDED=max(_LEAST_PARTS[is_few], triton.next_power_of_2(num_parts)),
         STARTS_EARLY=bool(early),
         num_warps=1 if num_parts * columns <= 1024 else 4,
         **(early or {}),

@@ -17,7 +17,8 @@ from nsa_kernels.new_tokens import NewPlaces, NewTokens, most_new_blocks
 from nsa_kernels.shapes import NsaConfig
 
 _TILE = 16
-_MOST_SEQUENCES = 256
+# Sequences that are asked at once. One number for all: a server compiles one kernel.
+_TILE_B = 64
 
 
 def place_new_tokens(
@@ -57,7 +58,7 @@ def place_new_tokens(
             STRIDE=stride,
             HAS_WINDOW=config is not None,
             TILE=_TILE,
-            TILE_B=min(_MOST_SEQUENCES, triton.next_power_of_2(num_sequences)),
+            TILE_B=_TILE_B,
         )  # fmt: skip
     if config is None:
         return NewPlaces(token_rows, None, cos, sin, None)

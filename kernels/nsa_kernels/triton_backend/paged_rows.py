@@ -14,7 +14,8 @@ from torch import Tensor
 from nsa_kernels.packing import num_tiles
 
 _ROWS_PER_PROGRAM = 64
-_MAX_TILE_B = 256
+# Sequences that are asked at once. One number for all: a server compiles one kernel.
+_TILE_B = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,6 @@ def locate_rows(
         num_sequences,
         TOKENS=tokens_per_tile,
         TILE_ROWS=_ROWS_PER_PROGRAM,
-        TILE_B=min(_MAX_TILE_B, triton.next_power_of_2(num_sequences)),
+        TILE_B=_TILE_B,
     )
     return rows

@@ -90,6 +90,7 @@ class DecodeGraphs:
         lengths = capture_lengths(max_pages)
         if context_lens is not None:
             lengths = [min(max_pages, -(-length // book.page_size)) for length in context_lens]
+        lengths = sorted({cache.table_width(length) for length in lengths})
         sizes = config.cudagraph_capture_sizes or capture_sizes(config.max_num_seqs)
         return cls(model, cache, sizes=sizes, lengths=lengths)
 

@@ -20,6 +20,7 @@ from nsa_platform.serve.pages import ABSENT, PageBook, SequencePages
 from nsa_platform.serve.transfer import on_device
 
 FULL_ATTENTION_PAGE_SIZE = 64
+LEAST_TABLE_WIDTH = 16
 CACHED_TAILS = 16
 """With the prefix cache the window pool has one page more for so many pages of the first pool: as
 many as the tails of sequences of CACHED_TAILS * (w + page) tokens take, 9,216 by default."""
@@ -198,12 +199,22 @@ class KvCache:
     def _ints(self, values: list[int]) -> Tensor:
         return on_device(values, torch.int32, self.device)
 
+    def table_width(self, num_pages: int) -> int:
+        """Columns of a page table whose longest row has so many pages."""
+        return num_pages if self.device.type == "cpu" else compiled_width(num_pages)
+
     def _table(self, rows: Sequence["array[int]"]) -> Tensor:
         """int32 [B, M], whole rows copied at once: their length is that of the context."""
-        table = np.full((len(rows), max(map(len, rows))), ABSENT, dtype=np.int32)
+        width = self.table_width(max(map(len, rows)))
+        table = np.full((len(rows), width), ABSENT, dtype=np.int32)
         for entries, row in zip(table, rows, strict=True):
             entries[: len(row)] = np.frombuffer(row, dtype=np.int32)
         return on_device(table, torch.int32, self.device)
+
+
+def compiled_width(num_pages: int) -> int:
+    """Columns of a page table on a GPU. Kernels are compiled for widths, so that they are few."""
+    return max(LEAST_TABLE_WIDTH, 1 << (num_pages - 1).bit_length())
 
 
 def _check_device(config: ModelConfig, device: torch.device, kv_dtype: torch.dtype) -> None:

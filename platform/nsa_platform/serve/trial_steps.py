@@ -15,8 +15,14 @@ from nsa_platform.serve.transfer import on_device
 
 log = logging.getLogger(__name__)
 
+Chunks = Sequence[tuple[int, int]]
+"""A step: the new tokens of each sequence, and the context with them."""
+
+FEWEST_TOKENS = 2
+"""Of a chunk alone; one token is a decode."""
 LEAST_CHUNK = 16
-LEAST_CONTEXT = 512
+"""Beside decodes."""
+LEAST_CONTEXT = 1024
 """Kernels for shorter contexts are the same."""
 
 TOKENS_THAT_SHARE = 4
@@ -24,11 +30,9 @@ TOKENS_THAT_SHARE = 4
 
 
 @contextmanager
-def trial_step(
-    runner: ModelRunner, chunks: Sequence[tuple[int, int]]
-) -> Iterator[Callable[[], None]]:
-    """What runs a step of chunks (new tokens, context with them) and waits for its end. The cache
-    must have room for them; its pages are given back, with nothing of use in them."""
+def trial_step(runner: ModelRunner, chunks: Chunks) -> Iterator[Callable[[], None]]:
+    """What runs a step and waits for its end. The cache must have room for it; its pages are given
+    back, with nothing of use in them."""
     cache, book = runner.cache, runner.cache.book
     sequences = [SequencePages() for _ in chunks]
     counts = [count for count, _ in chunks]
@@ -61,24 +65,27 @@ def room_for_trials(runner: ModelRunner) -> int:
 
 
 def warm_up(runner: ModelRunner, limits: Limits, max_model_len: int) -> int:
-    """Run a step of every kind that kernels are compiled for: chunks of doubling sizes on contexts
-    of doubling lengths, alone and, on every other length, beside decodes of doubling numbers.
-    Returns how many."""
-    started, room, count = time.monotonic(), room_for_trials(runner), 0
-    for index, context in enumerate(_doublings(LEAST_CONTEXT, min(max_model_len, room))):
-        most = min(context, limits.max_step_tokens)
-        steps = [[(size, context)] for size in _doublings(LEAST_CHUNK, most)]
-        if index % 2 == 0:
-            steps += _mixed_steps(context, limits, room)
-        for chunks in steps:
-            with trial_step(runner, chunks) as run:
-                run()
-        count += len(steps)
+    """Run a step of every kind that kernels are compiled for; returns how many."""
+    started, count = time.monotonic(), 0
+    for chunks in warm_up_steps(limits, max_model_len, room_for_trials(runner)):
+        with trial_step(runner, chunks) as run:
+            run()
+        count += 1
     log.info("%d steps of all kinds were run in %.1f s", count, time.monotonic() - started)
     return count
 
 
-def _mixed_steps(context: int, limits: Limits, room: int) -> Iterator[list[tuple[int, int]]]:
+def warm_up_steps(limits: Limits, max_model_len: int, room: int) -> Iterator[Chunks]:
+    """Chunks of doubling sizes on contexts of doubling lengths, alone and, on every other length,
+    beside decodes of doubling numbers. room: tokens of a step's contexts together at most."""
+    for index, context in enumerate(_doublings(LEAST_CONTEXT, min(max_model_len, room))):
+        for size in _doublings(FEWEST_TOKENS, min(context, limits.max_step_tokens)):
+            yield [(size, context)]
+        if index % 2 == 0:
+            yield from _mixed_steps(context, limits, room)
+
+
+def _mixed_steps(context: int, limits: Limits, room: int) -> Iterator[Chunks]:
     """A short chunk beside decodes, and one with which tokens of a sequence share their keys."""
     for number in _doublings(2, limits.max_num_seqs):
         each = min(context, room // number)

@@ -5,7 +5,7 @@ import torch
 
 from nsa_platform.model.cost import cache_bytes
 from nsa_platform.model.inputs import PackedInputs
-from nsa_platform.serve.kv_cache import KvCache, page_size_of
+from nsa_platform.serve.kv_cache import KvCache, compiled_width, page_size_of
 from nsa_platform.serve.page_pool import OutOfPages, PagePool
 from nsa_platform.serve.pages import ABSENT, SequencePages
 
@@ -70,6 +70,22 @@ def test_paged_equals_one_pass(make_model, attention, blocks_per_page, chunks):
             cache.book.trim(sequence)
             poison_free_pages(cache)
             hidden.append(model(chunk, cache.extend([sequence], [len(chunk)])).hidden)
+        wanted = model(ids, PackedInputs.from_lengths([len(ids)])).hidden
+    torch.testing.assert_close(torch.cat(hidden), wanted)
+
+
+@pytest.mark.parametrize("attention", [{}, {"kind": "full"}], ids=["nsa", "full"])
+def test_tables_of_compiled_widths_give_the_same(make_model, attention, monkeypatch):
+    assert [compiled_width(pages) for pages in (1, 16, 17, 64, 1025)] == [16, 16, 32, 64, 2048]
+    model, ids, sequence = make_model(attention, dtype=torch.float64), ids_of(60), SequencePages()
+    cache = KvCache(model.config, num_tokens=124, max_new_tokens=24, dtype=torch.float64)
+    monkeypatch.setattr(cache, "table_width", compiled_width)
+    hidden = []
+    with torch.no_grad():
+        for chunk in ids.split([24, 7, 1, 1, 20, 7]):
+            inputs = cache.extend([sequence], [len(chunk)])
+            assert inputs.page_table.shape == (1, 16)
+            hidden.append(model(chunk, inputs).hidden)
         wanted = model(ids, PackedInputs.from_lengths([len(ids)])).hidden
     torch.testing.assert_close(torch.cat(hidden), wanted)
 

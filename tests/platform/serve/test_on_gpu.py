@@ -179,8 +179,8 @@ def test_a_step_waits_for_the_device_once(make_speaker, toy_tokenizer):
 
 def test_an_engine_that_has_warmed_up_compiles_nothing(make_speaker, toy_tokenizer, monkeypatch):
     """Prompts of all lengths come in crowds of all sizes, are read in chunks and answered."""
-    speaker = make_speaker(ATTENTION["nsa"], **FIELDS).cuda()
-    sizes = EngineConfig(max_num_seqs=12, max_num_batched_tokens=160, num_kv_tokens=8192)
+    speaker = make_speaker(ATTENTION["nsa"], **{**FIELDS, "max_context": 8192}).cuda()
+    sizes = EngineConfig(max_num_seqs=12, max_num_batched_tokens=700, num_kv_tokens=65536)
     engine = Engine(speaker, toy_tokenizer, sizes)
     engine.warm_up()
     engine.capture()
@@ -193,10 +193,8 @@ def test_an_engine_that_has_warmed_up_compiles_nothing(make_speaker, toy_tokeniz
     random = torch.Generator().manual_seed(0)
     for crowd in (1, 2, 3, 5, 7, 12):
         for number in range(crowd):
-            length, answer = (
-                int(torch.randint(1, most, (), generator=random)) for most in (900, 40)
-            )
-            params = SamplingParams(max_tokens=answer, ignore_eos=True)
+            length = int(8000 ** torch.rand((), generator=random))
+            params = SamplingParams(max_tokens=1 + length % 40, ignore_eos=True)
             engine.add(f"{crowd}-{number}", ids_of(length).tolist(), params)
         while engine.has_work:
             engine.step()
