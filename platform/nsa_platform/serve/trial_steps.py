@@ -22,6 +22,7 @@ FEWEST_TOKENS = 2
 """Of a chunk alone; one token is a decode."""
 LEAST_CHUNK = 16
 """Beside decodes."""
+SHORT_CHUNK = 64
 LEAST_CONTEXT = 1024
 """Kernels for shorter contexts are the same."""
 
@@ -76,10 +77,15 @@ def warm_up(runner: ModelRunner, limits: Limits, max_model_len: int) -> int:
 
 
 def warm_up_steps(limits: Limits, max_model_len: int, room: int) -> Iterator[Chunks]:
-    """Chunks of doubling sizes on contexts of doubling lengths, alone and, on every other length,
-    beside decodes of doubling numbers. room: tokens of a step's contexts together at most."""
-    for index, context in enumerate(_doublings(LEAST_CONTEXT, min(max_model_len, room))):
-        for size in _doublings(FEWEST_TOKENS, min(context, limits.max_step_tokens)):
+    """Chunks on contexts of doubling lengths, alone and, on every other length, beside decodes of
+    doubling numbers; long chunks, which take long, on the first and the last length alone. room:
+    tokens of a step's contexts together at most."""
+    longest = min(max_model_len, room)
+    for index, context in enumerate(_doublings(LEAST_CONTEXT, longest)):
+        most = min(context, limits.max_step_tokens)
+        if 0 < index and context < longest:
+            most = min(most, SHORT_CHUNK)
+        for size in _doublings(FEWEST_TOKENS, most):
             yield [(size, context)]
         if index % 2 == 0:
             yield from _mixed_steps(context, limits, room)
