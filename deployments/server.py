@@ -39,7 +39,9 @@ class LLMServer:
     def __init__(self, config: LLMConfig) -> None:
         self._followers = Followers(config) if config.num_ranks > 1 else None
         engine, folder = start_engine(config, self._followers)
-        self._engine = AsyncEngine(engine)
+        # A rank that dies also breaks the step that waits for it, perhaps before _watch is told.
+        reason_outside = None if self._followers is None else self._followers.problem
+        self._engine = AsyncEngine(engine, reason_outside=reason_outside)
         self._engine.start()
         self._meter = Meter(
             self._engine,

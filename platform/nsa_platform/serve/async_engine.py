@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
 from nsa_platform.serve.admission import QueueFull
@@ -60,8 +60,13 @@ class _Forget:
 class AsyncEngine:
     """Feeds one engine from any number of coroutines, and loops its steps in a thread."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(
+        self, engine: Engine, *, reason_outside: Callable[[], str | None] | None = None
+    ) -> None:
+        """reason_outside: asked, in the thread, after a step has failed: what outside of the engine
+        has made it fail, if anything; None: there is nothing outside."""
         self.engine = engine
+        self._reason_outside = reason_outside
         self._changed = threading.Condition()
         # All below is guarded by _changed.
         self._inbox: deque[_Add | _Abort | _Forget] = deque()
@@ -199,7 +204,8 @@ class AsyncEngine:
                 self._deliver(self.engine.step())
         except Exception as error:
             log.exception("the engine failed; it serves no more requests")
-            self.fail(error)
+            reason = self._reason_outside() if self._reason_outside else None
+            self.fail(RuntimeError(reason) if reason else error)
         else:
             self._end(EngineDead("the engine was closed"), None)
 

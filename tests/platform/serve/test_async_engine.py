@@ -208,6 +208,27 @@ def test_a_failed_step_ends_every_stream_and_shows_in_the_health(serve, model, c
     assert "the engine failed" in caplog.text
 
 
+def test_a_reason_outside_of_the_engine_is_told(model, toy_tokenizer, monkeypatch):
+    """One rank of a model has died: the step of another fails with what its network says."""
+    inner = Engine(model, toy_tokenizer, EngineConfig())
+
+    def broken() -> None:
+        raise RuntimeError("connection reset by peer")
+
+    monkeypatch.setattr(inner, "step", broken)
+    engine = AsyncEngine(inner, reason_outside=lambda: "a rank has died")
+
+    async def body() -> None:
+        engine.start()
+        stream = engine.generate(prompt_of(1), SamplingParams(**LONG), "one")
+        with pytest.raises(EngineDead, match="a rank has died"):
+            await anext(stream)
+        with pytest.raises(EngineDead, match="a rank has died"):
+            engine.check_health()
+
+    asyncio.run(body())
+
+
 def test_an_engine_that_was_not_started_says_so(model, toy_tokenizer):
     engine = AsyncEngine(Engine(model, toy_tokenizer, EngineConfig()))
     with pytest.raises(EngineDead, match="the engine was not started"):
