@@ -10,7 +10,6 @@ copy what stood behind the same words; sentences lie anywhere, so that all dista
 """
 
 import argparse
-import bisect
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -31,8 +30,8 @@ from nsa_platform.evaluate.tasks.words import english
 
 SHARD_TOKENS = 8_000_000
 ROWS_AT_ONCE = 64
-FILLER_TOKENS = 8_000_000
-"""Of the text, at most so many tokens are read."""
+FILLER_TOKENS = 32_000_000
+"""Of the text, at most so many tokens are read. A small model knows a shorter one by heart soon."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +39,8 @@ class Text:
     """Text between the sentences."""
 
     ids: np.ndarray
-    """int64, without end tokens."""
-    line_ends: list[int]
+    """uint32, without end tokens."""
+    line_ends: np.ndarray
     """Where a line has just ended, ascending."""
 
     @classmethod
@@ -53,13 +52,13 @@ class Text:
             OSError: it cannot be read.
         """
         shards = ShardSet(storage.join(folder, split), tokenizer_fingerprint=tokenizer.fingerprint)
-        parts = [np.asarray(shards.open(i).ids, dtype=np.int64) for i in range(len(shards))]
-        ids = np.concatenate([np.zeros(0, dtype=np.int64), *parts])[:FILLER_TOKENS]
+        parts = [np.asarray(shards.open(i).ids, dtype=np.uint32) for i in range(len(shards))]
+        ids = np.concatenate([np.zeros(0, dtype=np.uint32), *parts])[:FILLER_TOKENS]
         ids = ids[ids != tokenizer.eos_id]
         texts = [tokenizer.decode([token]) for token in range(tokenizer.vocab_size)]
         ends_line = np.array([text.endswith("\n") for text in texts])
-        line_ends = (np.flatnonzero(ends_line[ids]) + 1).tolist()
-        if not line_ends:
+        line_ends = np.flatnonzero(ends_line[ids]) + 1
+        if not len(line_ends):
             raise ValueError(f"{folder}/{split}: holds no line of text")
         return cls(ids, line_ends)
 
@@ -70,7 +69,8 @@ class Text:
     def line_end(self, begin: int, place: int) -> int:
         """The last line end at or before `place` of the piece that begins at `begin`."""
         where = (begin + place) % len(self.ids)
-        found = self.line_ends[max(0, bisect.bisect_right(self.line_ends, where) - 1)]
+        before = int(np.searchsorted(self.line_ends, where, side="right")) - 1
+        found = int(self.line_ends[max(0, before)])
         return max(0, place - max(0, where - found))
 
 
