@@ -6,7 +6,8 @@ Writes OUTPUT/text.jsonl, worked problems of a quarter of the steps at most to p
 OUTPUT/chats.jsonl, worked problems of all steps to fine-tune on; and OUTPUT/problems.jsonl, others
 with `problem` and `answer`, which the task `aime` samples answers to. A problem gives numbers to
 names, each from two names told anywhere in it, among numbers that lead nowhere; the answer is a
-number from 0 to 999, and the way to it is as long as there are steps.
+number from 0 to 19, and the way to it is as long as there are steps. Each step must find what comes
+next and two numbers, far back in the problem or in what was worked out; none is hard by itself.
 """
 
 import argparse
@@ -21,7 +22,8 @@ from jobs.cli import fail
 from nsa_platform import storage
 from nsa_platform.evaluate.tasks.aime import PROMPT
 
-MODULUS = 1000
+MODULUS = 20
+"""A small model learns its sums in minutes; a guess is right once in so many times."""
 SHORT = 4
 """Text to pretrain on has problems of the steps over this."""
 STARTS = 3
@@ -43,15 +45,17 @@ class Problem:
 
 
 def names() -> list[str]:
-    """Names of two open syllables: as many as any problem needs, none rarer than another."""
+    """Names of two open syllables, none rarer than another: as many as a problem of 128 steps
+    needs, and few enough that each becomes a token."""
     syllables = [f"{first}{second}" for first in "bdgklmnprstvz" for second in "aeiou"]
-    return [first + second for first in syllables for second in syllables]
+    return [first + second for first in syllables for second in ("ba", "ne", "ti", "lo", "mu")]
 
 
 def make_problem(pool: Sequence[str], *, steps: int, seed: str) -> Problem:
     """A problem whose answer takes exactly `steps` steps; half as many more lead nowhere.
 
-    A step takes the name before it, so that none can be skipped, and any other that is known.
+    A step takes the name before it, so that none can be skipped, and any other that is known. What
+    a name leads to is told once, so that the way is found by looking, not by trying.
 
     Raises:
         ValueError: the pool has too few names.
@@ -63,21 +67,29 @@ def make_problem(pool: Sequence[str], *, steps: int, seed: str) -> Problem:
     chosen = dice.sample(pool, STARTS + steps + aside)
     known = {name: dice.randrange(MODULUS) for name in chosen[:STARTS]}
     told = [f"{name} is {value}." for name, value in known.items()]
-    worked, last = [], chosen[STARTS - 1]
+    start = last = chosen[STARTS - 1]
+    worked = []
     for name in chosen[STARTS : STARTS + steps]:
         other = dice.choice([each for each in known if each != last])
         sign = dice.choice("+-")
-        value = (known[last] + (1 if sign == "+" else -1) * known[other]) % MODULUS
-        told.append(f"{name} is {last} {sign} {other}.")
-        numbers = f"{known[last]} {sign} {known[other]}"
-        worked.append(f"{name} = {last} {sign} {other} = {numbers} = {value}")
-        known[name], last = value, name
+        told.append(f"{last} {sign} {other} gives {name}.")
+        change = known[other] if sign == "+" else -known[other]
+        known[name] = (known[last] + change) % MODULUS
+        worked.append(
+            f"{last} {sign} {other} gives {name}: {last} is {known[last]}, "
+            f"{other} is {known[other]}, {name} is {known[name]}."
+        )
+        last = name
+    answer = last
+    ends = chosen[: STARTS - 1]
     for name in chosen[STARTS + steps :]:
-        first, second = dice.sample(sorted(known), 2)
-        told.append(f"{name} is {first} {dice.choice('+-')} {second}.")
+        first = ends.pop(dice.randrange(len(ends)))
+        other = dice.choice([each for each in known if each != first])
+        told.append(f"{first} {dice.choice('+-')} {other} gives {name}.")
+        ends.append(name)
     dice.shuffle(told)
-    question = f"All numbers are modulo {MODULUS}. What is {last}?"
-    return Problem(" ".join([*told, question]), tuple(worked), known[last])
+    question = f"All numbers are modulo {MODULUS}. Start from {start}: what is {answer}?"
+    return Problem("\n".join([*told, question]), tuple(worked), known[answer])
 
 
 def problems(

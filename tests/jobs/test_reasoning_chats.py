@@ -15,37 +15,43 @@ from nsa_platform.evaluate.tasks.task import WrittenSample
 NAMES = [f"n{i}" for i in range(60)]
 
 
-def solved(text: str) -> int:
-    """The answer by reading the sentences again and again until the asked name is known."""
-    known: dict[str, int] = {}
-    asked = re.search(r"What is (\w+)\?", text)
+def solved(text: str) -> tuple[int, int]:
+    """The answer, and the steps to it, by following from the start what each name gives."""
+    known = {name: int(value) for name, value in re.findall(r"(\w+) is (\d+)\.", text)}
+    gives = {
+        first: (sign, other, name)
+        for first, sign, other, name in re.findall(r"(\w+) ([+-]) (\w+) gives (\w+)\.", text)
+    }
+    assert len(gives) == text.count(" gives ")  # told once for each name
+    asked = re.search(r"Start from (\w+): what is (\w+)\?", text)
     assert asked
-    while asked[1] not in known:
-        before = len(known)
-        for name, told in re.findall(r"(\w+) is ([^.]+)\.", text):
-            parts = told.split()
-            if len(parts) == 1:
-                known[name] = int(parts[0])
-            elif parts[0] in known and parts[2] in known:
-                sign = 1 if parts[1] == "+" else -1
-                known[name] = (known[parts[0]] + sign * known[parts[2]]) % 1000
-        assert len(known) > before or asked[1] in known
-    return known[asked[1]]
+    last, steps = asked[1], 0
+    while last != asked[2]:
+        sign, other, name = gives[last]
+        known[name] = (known[last] + (known[other] if sign == "+" else -known[other])) % 20
+        last, steps = name, steps + 1
+    return known[last], steps
 
 
 @pytest.mark.parametrize("steps", [1, 2, 9, 30])
 def test_the_answer_follows_from_the_text_and_the_steps_lead_there(steps):
     problem = job.make_problem(NAMES, steps=steps, seed=f"a/{steps}")
-    assert problem.answer == solved(problem.text) == boxed_integer(problem.solution)
+    assert solved(problem.text) == (problem.answer, steps)
+    assert problem.answer == boxed_integer(problem.solution)
     assert len(problem.steps) == steps
     for step in problem.steps:
-        name, _, numbers, value = step.split(" = ")
-        left, sign, right = numbers.split()
-        wanted = int(left) + (int(right) if sign == "+" else -int(right))
-        assert int(value) == wanted % 1000 and f"{name} is " in problem.text
+        told, numbers = step.removesuffix(".").split(": ")
+        left, right, value = (int(each.split(" is ")[1]) for each in numbers.split(", "))
+        assert value == (left + right if " + " in told else left - right) % 20
+        assert f"{told}." in problem.text
     # More is told than the way needs, and not in its order.
-    assert problem.text.count(" is ") == 3 + steps + steps // 2 + 1
+    assert problem.text.count(" gives ") == steps + steps // 2
     assert problem == job.make_problem(NAMES, steps=steps, seed=f"a/{steps}")
+
+
+def test_a_problem_of_128_steps_has_names_enough():
+    problem = job.make_problem(job.names(), steps=128, seed="long")
+    assert solved(problem.text) == (problem.answer, 128)
 
 
 def test_what_is_written_is_what_the_task_asks(tmp_path: Path):
@@ -56,8 +62,8 @@ def test_what_is_written_is_what_the_task_asks(tmp_path: Path):
     }
     assert [len(rows) for rows in read.values()] == [12, 12, 4]
     assert [row["steps"] for row in read["problems"]] == [2, 8, 2, 8]
-    assert all(row["text"].count("\n") == 2 + 2 for row in read["text"])  # short ones alone
-    asked = {row["messages"][0]["content"].split("\n")[0] for row in read["chats"]}
+    assert all(row["text"].count(": ") == 1 + 2 for row in read["text"])  # short ones alone
+    asked = {row["messages"][0]["content"].split("\n\n")[0] for row in read["chats"]}
     assert len(asked) == 12 and not asked & {row["problem"] for row in read["problems"]}
 
     texts = [row["text"] for row in read["text"]]
