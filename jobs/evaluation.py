@@ -114,7 +114,7 @@ def measure(run: EvaluateRun, folder: str, handle: RunHandle, step: int) -> dict
                 policies = measure_policies(run, run.baselines, model, tokenizer, progress)
                 own = PolicyResult(bits[MODEL] if bits is not None else None, grid, tasks)
                 record_baselines(tracker, policies, own=own, step=step)
-        results = summary(bits, grid)
+        results = {**summary(bits, grid), "device": device_name(model.embedding.weight.device)}
         if policies:
             results["baselines"] = baselines_summary(policies)
         if tasks:
@@ -122,8 +122,7 @@ def measure(run: EvaluateRun, folder: str, handle: RunHandle, step: int) -> dict
         tracker.log_dict(results, "evaluation/results.json")
     finally:
         tracker.finish(None, report=False)
-    found = {"run_id": tracker.run_id, "tracking_uri": handle.uri}
-    return {**results, **found, "device": device_name(model.embedding.weight.device)}
+    return {**results, "run_id": tracker.run_id, "tracking_uri": handle.uri}
 
 
 def _own(

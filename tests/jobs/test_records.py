@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import gates, record
+from jobs import gates, needle_record, record
 from jobs.gates import draw as draw_gates
 from jobs.gates import record as record_gates
 from jobs.load_record import record_load
@@ -123,6 +123,47 @@ def test_gates_of_runs_one_after_the_other(tracking: TrackingConfig, tmp_path: P
     # As it is drawn again from its file.
     draw_gates(json.loads(json.dumps(found)), tmp_path / "docs" / "gates.png")
     assert (tmp_path / "docs" / "gates.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_needles_of_evaluations_the_best_first(
+    tracking: TrackingConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = []
+    for name, lost in (("worse", 3), ("better", 1)):
+        handle = open_run(
+            tracking, job="x", name=name, params={}, tags={}, yaml_text="", queue_dir=tmp_path
+        )
+        tracker = Tracker(handle)
+        cells = [(length, depth) for length in (64, 128) for depth in (0.0, 1.0)] * 2
+        trials = [
+            {"length": length, "depth": depth, "exact": float(number >= lost)}
+            for number, (length, depth) in enumerate(cells)
+        ]
+        policy = {"needle_exact": 0.25, "intervals": {"needle_exact": [0.1, 0.5]}}
+        results = {
+            "device": "cpu",
+            "needle": {"exact": 1 - lost / 8, "trials": trials},
+            "baselines": {"low": policy, "high": {**policy, "needle_exact": 0.375}},
+        }
+        tracker.log_dict(results, "evaluation/results.json")
+        assert tracker.finish("FINISHED") == 0
+        ids.append(handle.run_id)
+    target, picture = tmp_path / "needles.json", tmp_path / "needles.png"
+    command = [*ids, "--uri", tracking.uri, "--json", str(target), "--picture", str(picture)]
+    needle_record.main(command)
+    found = json.loads(target.read_text())
+    values = {each["name"]: (each["value"], each["low"]) for each in found["records"]}
+    assert [grid["run"] for grid in found["grids"]] == ["better", "worse"]
+    # The first needles are lost: 64/0.0, 64/1.0 and 128/0.0 of the worse run's eight.
+    assert values["worse/needle_exact"] == (0.625, pytest.approx(0.3057, abs=1e-4))
+    assert [values[f"worse/needle_exact/{length}"][0] for length in (64, 128)] == [0.5, 0.75]
+    assert found["grids"][1]["cells"] == [[[0, 1], [0, 1]], [[0, 1], [1, 1]]]
+    assert list(values)[3:5] == ["better/needle_exact/high", "better/needle_exact/low"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "better/needle_exact: 0.875" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        needle_record.main(["0" * 32, *command[2:]])
+    assert "0" * 32 in capsys.readouterr().err
 
 
 def test_a_parent_must_be_named(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ __all__ = [
     "loss_by_position",
     "loss_curve",
     "needle_map",
+    "needle_maps",
     "png",
     "quality_by_blocks",
     "scaling",

@@ -1,11 +1,11 @@
 """A measured model in pictures: needles and scores."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from nsa_platform.figures.canvas import FAINT, INK, TRAIN, VALID, canvas, heat
+from nsa_platform.figures.canvas import FAINT, INK, TRAIN, VALID, canvas, dress, heat
 
 
 def needle_map(
@@ -32,6 +32,29 @@ def needle_map(
     heat(figure, axes, values, label=label, percent=percent, low=low, high=high, map_="RdYlGn")
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    return figure
+
+
+def needle_maps(
+    maps: Mapping[str, tuple[Sequence[int], Sequence[float], Sequence[Sequence[float]]]],
+    *,
+    title: str,
+) -> Figure:
+    """Maps of shares side by side, on one scale.
+
+    Args:
+        maps: title -> lengths, depths, and one row for each depth, one column for each length.
+    """
+    wide = sum(len(lengths) for lengths, _, _ in maps.values())
+    tall = max(len(depths) for _, depths, _ in maps.values())
+    figure = Figure(figsize=(0.8 * wide + 1.6 * len(maps), 0.45 * tall + 2.0), layout="constrained")
+    figure.suptitle(title, color=INK)
+    panels = figure.subplots(1, len(maps), squeeze=False)[0]
+    for axes, (name, (lengths, depths, values)) in zip(panels, maps.items(), strict=True):
+        dress(axes, name, x="context length (tokens)", y="depth of the needle")
+        heat(figure, axes, values, label="", percent=True, low=0.0, high=1.0, map_="RdYlGn")
+        axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=30)
+        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     return figure
 
 

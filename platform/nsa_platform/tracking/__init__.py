@@ -2,7 +2,7 @@
 
 from nsa_platform.tracking.handle import RunHandle, flatten, origin_tags
 from nsa_platform.tracking.opening import attach_run, open_parent, open_run
-from nsa_platform.tracking.reading import RunRecord, read_run
+from nsa_platform.tracking.reading import RunRecord, read_json, read_run
 from nsa_platform.tracking.registry import (
     fetch_model,
     is_model_reference,
@@ -27,6 +27,7 @@ __all__ = [
     "open_parent",
     "open_run",
     "origin_tags",
+    "read_json",
     "read_run",
     "register_model",
     "source_run",

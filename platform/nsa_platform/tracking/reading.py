@@ -1,7 +1,12 @@
 """What a finished or running MLflow run holds, as plain values."""
 
+import json
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from nsa_platform.tracking import library
 from nsa_platform.tracking.handle import absolute_uri
 from nsa_platform.tracking.store import connect
 
@@ -40,3 +45,17 @@ def read_run(uri: str, run_id: str) -> RunRecord:
             for name in names
         },
     )
+
+
+def read_json(uri: str, run_id: str, path: str) -> Any:
+    """What a JSON artifact of a run holds.
+
+    Raises:
+        OSError: a SQLite store does not exist, or the file cannot be read.
+        MlflowException: the store has no such run or artifact, or does not answer.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        copied = library.download_artifacts(
+            run_id=run_id, artifact_path=path, dst_path=folder, tracking_uri=absolute_uri(uri)
+        )
+        return json.loads(Path(copied).read_text(encoding="utf-8"))
