@@ -33,7 +33,7 @@ from nsa_platform.evaluate.report import MODEL, record_bits_per_byte, record_nee
 from nsa_platform.evaluate.scores import ModelScorer
 from nsa_platform.evaluate.tasks.report import record_overview, record_task, task_summary
 from nsa_platform.evaluate.tasks.results import TaskResult
-from nsa_platform.evaluate.tasks.suite import open_task, run_task
+from nsa_platform.evaluate.tasks.suite import check_tasks, open_task, run_task
 from nsa_platform.model.transformer import Transformer
 from nsa_platform.model.weights import load_config, load_model
 from nsa_platform.tracking import (
@@ -62,6 +62,7 @@ def evaluate(run: EvaluateRun, *, run_id: str | None = None, step: int = 0) -> d
         ValueError: the model, the data and the configuration do not fit each other.
         OSError: a checkpoint, shard or model version cannot be reached.
     """
+    check_tasks(run.tasks)
     folder = _checkpoint(run)
     model = _look(run, folder)
     if not run.use_gpu:
@@ -102,6 +103,8 @@ def _recorded(
 
 def measure(run: EvaluateRun, folder: str, handle: RunHandle, step: int) -> dict[str, Any]:
     """Measure the exported model in `folder` on this machine and record it."""
+    # A worker's machine may lack what the driver's has.
+    check_tasks(run.tasks)
     device, dtype = ("cuda", torch.bfloat16) if run.use_gpu else ("cpu", torch.float32)
     place = storage.fetch(folder, storage.default_cache("files"))
     model, tokenizer = load_model(place, device=device, dtype=dtype), Tokenizer(place)

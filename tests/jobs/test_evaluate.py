@@ -1,6 +1,8 @@
 """jobs.evaluate on a small exported model: what it records, and what it refuses."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -272,6 +274,29 @@ def test_what_does_not_fit_ends_with_its_name_and_status_1(
     assert end.value.code == 1
     assert message in capsys.readouterr().err
     assert number_of_runs(place) == before
+
+
+def test_a_package_that_scores_a_task_is_missed_before_anything(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    before = number_of_runs(place)
+    tasks = [{"kind": "longbench", "folder": "nowhere", "datasets": ["multifieldqa_zh"]}]
+    with pytest.raises(SystemExit) as end:
+        job.main(["--config", config_file(place, checkpoint="models:/not@there", tasks=tasks)])
+    assert end.value.code == 1
+    assert capsys.readouterr().err == (
+        "error: tasks: longbench: multifieldqa_zh: scored with jieba, not installed here: "
+        "pip install jieba\n"
+    )
+    assert number_of_runs(place) == before
+
+
+def test_packages_that_score_tasks_are_not_imported_at_the_start() -> None:
+    code = "import sys, jobs.evaluate; "
+    code += "sys.exit(not {'jieba', 'rapidfuzz', 'rouge'}.isdisjoint(sys.modules))"
+    # The working directory is another: what is imported is where this file is.
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
 
 
 def make_other(path: Path) -> Corpus:

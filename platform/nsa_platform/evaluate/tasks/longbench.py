@@ -10,8 +10,9 @@ Source: arXiv 2308.14508; github.com/THUDM/LongBench, pred.py and eval.py.
 
 import difflib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from nsa_platform import storage
 from nsa_platform.config.tasks import LongBenchTask
@@ -27,15 +28,13 @@ FIELDS = ("input", "context", "answers", "all_classes", "length")
 EXTENDED = "_e"
 BUCKETS = ((4000, "0-4k"), (8000, "4-8k"))
 
-Against = Callable[[str, str, Sequence[str]], float]
-
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
     """How a dataset is asked and scored."""
 
     max_new_tokens: int
-    against: Against
+    against: scores.Against
     prompt: str
     is_few_shot: bool = False
     """Its prompt is examples: only the first line of an answer counts."""
@@ -105,6 +104,25 @@ DATASETS = {
 }
 
 
+def check_packages(config: LongBenchTask) -> None:
+    """Tell that a package is missing before anything is done for answers that it is to score.
+
+    Raises:
+        ValueError: it is not installed, or there is no such dataset.
+    """
+    needed = {
+        name: [each for each in _packages(name) if find_spec(each) is None]
+        for name in config.datasets
+    }
+    missing = sorted({package for packages in needed.values() for package in packages})
+    if missing:
+        affected = [name for name, packages in needed.items() if packages]
+        raise ValueError(
+            f"tasks: longbench: {', '.join(affected)}: scored with {', '.join(missing)}, not "
+            f"installed here: pip install {' '.join(missing)}"
+        )
+
+
 def longbench(config: LongBenchTask, tokenizer: Tokenizer) -> Task:
     """The samples of the chosen datasets, one cell for each.
 
@@ -164,6 +182,10 @@ def _cells(name: str, words: int) -> tuple[str, ...]:
         return (name,)
     bucket = next((label for limit, label in BUCKETS if words < limit), "8k+")
     return name, f"{name}/{bucket}"
+
+
+def _packages(name: str) -> tuple[str, ...]:
+    return scores.PACKAGES.get(_dataset(name).against, ())
 
 
 def _dataset(name: str) -> Dataset:

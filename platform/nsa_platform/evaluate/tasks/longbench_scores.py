@@ -10,18 +10,19 @@ Source: github.com/THUDM/LongBench, metrics.py.
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jieba
-from rapidfuzz import fuzz
-from rouge import Rouge
+from nsa_platform.evaluate.tasks import library
 
 CHINESE_PUNCTUATION = (
     "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼"
     "］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖"
     "〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
 )
+Against = Callable[[str, str, Sequence[str]], float]
+"""A score of a prediction against one answer, where there are classes among these."""
+
 _ENGLISH = str.maketrans("", "", string.punctuation)
 _CHINESE = str.maketrans("", "", string.punctuation + CHINESE_PUNCTUATION)
 
@@ -41,7 +42,7 @@ def rouge_l(prediction: str, answer: str, classes: Sequence[str] = ()) -> float:
     if not _has_words(prediction) or not _has_words(answer):
         return 0.0
     try:
-        scores: Any = Rouge(["rouge-l"]).get_scores(prediction, answer)
+        scores: Any = library.Rouge(["rouge-l"]).get_scores(prediction, answer)
     except RecursionError:
         # The package walks a sentence's words by recursion; the original counts such pairs as 0.
         return 0.0
@@ -50,7 +51,7 @@ def rouge_l(prediction: str, answer: str, classes: Sequence[str] = ()) -> float:
 
 def rouge_l_chinese(prediction: str, answer: str, classes: Sequence[str] = ()) -> float:
     """ROUGE-L of the words that jieba finds."""
-    return rouge_l(" ".join(jieba.cut(prediction)), " ".join(jieba.cut(answer)))
+    return rouge_l(" ".join(library.cut(prediction)), " ".join(library.cut(answer)))
 
 
 def classification(prediction: str, answer: str, classes: Sequence[str] = ()) -> float:
@@ -82,7 +83,16 @@ def code_similarity(prediction: str, answer: str, classes: Sequence[str] = ()) -
     """Edit similarity of the first line that has no backquote and no comment."""
     lines = prediction.lstrip("\n").split("\n")
     code = next((line for line in lines if not re.search(r"`|#|//", line)), "")
-    return round(fuzz.ratio(code, answer)) / 100
+    return round(library.ratio(code, answer)) / 100
+
+
+PACKAGES: dict[Against, tuple[str, ...]] = {
+    f1_chinese: ("jieba",),
+    rouge_l: ("rouge",),
+    rouge_l_chinese: ("jieba", "rouge"),
+    code_similarity: ("rapidfuzz",),
+}
+"""Packages that a score needs; those that are not named here need none."""
 
 
 def _f1(prediction: Sequence[str], answer: Sequence[str]) -> float:
@@ -95,7 +105,7 @@ def _english_words(text: str) -> list[str]:
 
 
 def _chinese_words(text: str) -> list[str]:
-    words = ("".join(word.lower().translate(_CHINESE).split()) for word in jieba.cut(text))
+    words = ("".join(word.lower().translate(_CHINESE).split()) for word in library.cut(text))
     return [word for word in words if word]
 
 

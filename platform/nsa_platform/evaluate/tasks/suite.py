@@ -24,7 +24,7 @@ from nsa_platform.evaluate.prompt import GROUP_SIZE, Prompt, Write, in_groups
 from nsa_platform.evaluate.tasks.aime import aime
 from nsa_platform.evaluate.tasks.counted_words import counted_words
 from nsa_platform.evaluate.tasks.documents_qa import documents_qa
-from nsa_platform.evaluate.tasks.longbench import longbench
+from nsa_platform.evaluate.tasks.longbench import check_packages, longbench
 from nsa_platform.evaluate.tasks.longbench_v2 import longbench_v2
 from nsa_platform.evaluate.tasks.mqar import mqar
 from nsa_platform.evaluate.tasks.niah import niah
@@ -37,6 +37,17 @@ from nsa_platform.evaluate.tasks.task import (
     WrittenSample,
 )
 from nsa_platform.evaluate.tasks.variables import variable_tracking
+
+
+def check_tasks(configs: Sequence[TaskConfig]) -> None:
+    """Tell what the tasks lack on this machine; no file is read.
+
+    Raises:
+        ValueError: a package that is to score answers is not installed.
+    """
+    for config in configs:
+        if isinstance(config, LongBenchTask):
+            check_packages(config)
 
 
 def open_task(config: TaskConfig, tokenizer: Tokenizer) -> Task:

@@ -1,6 +1,7 @@
 """LongBench's scores as its own code gives them, its files, and the frames around its prompts."""
 
 import json
+import sys
 from pathlib import Path
 from typing import NoReturn
 
@@ -10,9 +11,9 @@ from nsa_platform.config.base import ConfigError
 from nsa_platform.config.tasks import LongBenchTask, LongBenchV2Task
 from nsa_platform.evaluate.prompt import Decoding, Prompt, one_by_one
 from nsa_platform.evaluate.tasks import longbench_scores as scores
-from nsa_platform.evaluate.tasks.longbench import DATASETS, middle_left_out, scorer
+from nsa_platform.evaluate.tasks.longbench import DATASETS, Dataset, middle_left_out, scorer
 from nsa_platform.evaluate.tasks.longbench_v2 import letter_of
-from nsa_platform.evaluate.tasks.suite import open_task, run_task
+from nsa_platform.evaluate.tasks.suite import check_tasks, open_task, run_task
 from nsa_platform.evaluate.tasks.task import WrittenSample
 
 
@@ -45,6 +46,43 @@ def test_scores(score, prediction: str, answer: str, classes, expected: float) -
 def test_a_sentence_that_the_package_cannot_walk_counts_as_0() -> None:
     long = " ".join(map(str, range(1000)))
     assert scores.rouge_l(long, long) == 0.0
+
+
+def absent(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    """Let imports of these packages fail, as where they are not installed."""
+    for name in (*packages, *sys.modules):
+        if name.partition(".")[0] in packages:
+            monkeypatch.setitem(sys.modules, name, None)
+
+
+@pytest.mark.parametrize("dataset", DATASETS.values(), ids=DATASETS)
+def test_a_score_needs_the_packages_that_it_names(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, needed = "Paragraph 3 段落3 北京", scores.PACKAGES.get(dataset.against, ())
+    absent(monkeypatch, *{"jieba", "rapidfuzz", "rouge"}.difference(needed))
+    assert 0 <= dataset.against(text, text, (text,)) <= 1
+    for package in needed:
+        with monkeypatch.context() as without:
+            absent(without, package)
+            with pytest.raises(ModuleNotFoundError):
+                dataset.against(text, text, (text,))
+
+
+def test_packages_that_are_not_installed_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(*datasets: str) -> None:
+        tree = {"kind": "longbench", "folder": "nowhere", "datasets": list(datasets)}
+        check_tasks([LongBenchTask.parse(tree)])
+
+    check(*DATASETS)
+    absent(monkeypatch, "jieba", "rouge")
+    message = (
+        "tasks: longbench: qmsum_e, vcsum: scored with jieba, rouge, not installed here: "
+        "pip install jieba rouge"
+    )
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        check("hotpotqa", "qmsum_e", "lcc", "vcsum")
+    check("hotpotqa", "lcc")
 
 
 def test_the_best_answer_counts_and_of_examples_only_the_first_line() -> None:
