@@ -41,6 +41,7 @@ class Answers:
             ValueError: a prompt is empty or longer than it may be; as `engine`.
         """
         engine, waiting = self.engine, deque(enumerate(prompts))
+        stop_ids = self._tokenizer.stop_ids()
         written: dict[str, list[int]] = {}
         while waiting or engine.has_work:
             while waiting and len(written) < engine.max_num_requests:
@@ -51,9 +52,9 @@ class Answers:
                 written[output.request_id] += output.token_ids
                 if output.finish_reason is not None:
                     ids = written.pop(output.request_id)
-                    # What ended it is the last of its ids.
-                    is_stopped = output.finish_reason == "stop"
-                    yield int(output.request_id), ids[:-1] if is_stopped else ids
+                    # What ended it is among its ids: a stop id, or text up to a stop string.
+                    is_left_out = output.finish_reason == "stop" and ids[-1] in stop_ids
+                    yield int(output.request_id), ids[:-1] if is_left_out else ids
 
     @cached_property
     def engine(self) -> Engine:
@@ -106,4 +107,5 @@ def _params(prompt: Prompt) -> SamplingParams:
         temperature=how.temperature,
         top_p=how.top_p,
         seed=how.seed,
+        stop=prompt.stops,
     )

@@ -6,23 +6,27 @@
 The harness finds models only in its own package, so they are registered before it starts. Options
 and exit status are those of `python -m lm_eval`; model_args: checkpoint (a folder, s3://, or
 models:/name@alias), tracking_uri (of the registry), dtype. Needs `pip install .[eval]`.
+
+--batch_size texts are scored in one forward pass, and as many answers are written side by side by
+the engine that serves models.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 
+from jobs.evaluation_answers import Answers
 from nsa_platform import storage
+from nsa_platform.config.evaluate import EvaluationEngineConfig
 from nsa_platform.config.train import TrackingConfig
 from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.evaluate.harness import HarnessModel
-from nsa_platform.evaluate.prompt import Decoding
+from nsa_platform.evaluate.prompt import Prompt
 from nsa_platform.evaluate.scores import ModelScorer
 from nsa_platform.model.weights import load_model
-from nsa_platform.serve.generator import Generator
-from nsa_platform.serve.sampler import Sampling
 from nsa_platform.tracking import fetch_model, is_model_reference
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -56,19 +60,29 @@ class NsaModel(HarnessModel):
         default = "float32" if device == "cpu" else "bfloat16"
         place = _folder(checkpoint, tracking_uri)
         model = load_model(place, device=device, dtype=DTYPES[dtype or default])
-        tokenizer, generator = Tokenizer(place), Generator(model)
+        tokenizer = Tokenizer(place)
 
-        def stream(prompt: list[int], count: int, decoding: Decoding) -> Any:
-            sampling = Sampling(decoding.temperature, decoding.top_p, seed=decoding.seed)
-            return generator.stream(prompt, count, stop_ids=tokenizer.stop_ids(), sampling=sampling)
+        def write(prompts: Sequence[Prompt]) -> Iterator[tuple[int, list[int]]]:
+            # An engine for each call: its cache suits what is asked, and is free for scorers after.
+            longest = max(len(prompt.ids) + prompt.max_new_tokens for prompt in prompts)
+            sizes = _engine(self.batch_size)
+            return Answers(model, tokenizer, sizes, longest=longest).write(prompts)
 
         super().__init__(
             tokenizer,
             ModelScorer(model).answers,
-            stream,
+            write,
             max_context=model.config.max_context,
             batch_size=int(batch_size),
         )
+
+
+def _engine(batch_size: int) -> EvaluationEngineConfig:
+    """Sizes of an engine that writes so many answers at once."""
+    default = EvaluationEngineConfig().max_num_batched_tokens
+    return EvaluationEngineConfig(
+        max_num_seqs=batch_size, max_num_batched_tokens=max(default, batch_size)
+    )
 
 
 def _folder(checkpoint: str, tracking_uri: str) -> Any:

@@ -1,7 +1,9 @@
 """Answers of an evaluation's engine: those of one prompt at a time, whoever else is asked."""
 
+import re
 from collections import Counter
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,6 +92,23 @@ def test_a_stop_id_ends_an_answer_and_is_left_out(model: Transformer, tokenizer:
     assert found == [one_at_a_time(stopping, tokenizer, prompt) for prompt in prompts]
     assert min(len(ids) for ids in found) < NEW_TOKENS
     assert not {token for ids in found for token in ids} & set(tokenizer.stop_ids())
+
+
+def test_a_stop_string_ends_an_answer_with_the_token_that_completes_it(
+    model: Transformer, tokenizer: Tokenizer
+) -> None:
+    prompts = prompts_of(temperature=0.0)
+    whole = written(answers_of(model, tokenizer), prompts)
+    # Two characters that tokens part or hold, another place for each prompt, and no broken ones.
+    texts = [tokenizer.decode(ids) for ids in whole]
+    stops = [re.findall("[^\ufffd]{2}", text)[i % 3] for i, text in enumerate(texts)]
+    stopping = [replace(each, stops=(stop,)) for each, stop in zip(prompts, stops, strict=True)]
+    found = written(answers_of(model, tokenizer), stopping)
+    for ids, every, stop in zip(found, whole, stops, strict=True):
+        assert ids == every[: len(ids)]
+        assert stop in tokenizer.decode(ids)
+        assert stop not in tokenizer.decode(ids[:-1])
+    assert max(len(ids) for ids in found) < NEW_TOKENS
 
 
 def test_drawn_answers_hang_on_their_seed_and_not_on_the_batch(

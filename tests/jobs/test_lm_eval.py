@@ -1,6 +1,7 @@
 """lm-eval-harness on tasks made here sees what our scorer sees; no task is downloaded."""
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,13 @@ from jobs import lm_eval as job
 from nsa_platform.evaluate.scores import ModelScorer
 from nsa_platform.model.inputs import PackedInputs
 from nsa_platform.model.transformer import Transformer
+from nsa_platform.serve.generator import Generator
+from nsa_platform.serve.sampler import Sampling
 from tests.platform.evaluate.small import Corpus, export, make_corpus, make_model
 
 MAX_CONTEXT = 160
+BOUND_NATS = 1e-4
+"""Of an answer's log-likelihood: batches add up in another order in float32, 1e-5 was seen."""
 TASK = """
 task: {name}
 custom_dataset: !function rows.rows
@@ -143,6 +148,60 @@ def test_generation_ends_at_a_stop_string_and_is_reproducible(adapter: job.NsaMo
     assert once == again != whole
     with pytest.raises(ValueError, match="gen_kwargs: num_beams not known"):
         adapter.generate_until(instances("generate_until", ("the", {**free, "num_beams": 4})))
+
+
+def alone(corpus: Corpus, model: Transformer, context: str, settings: dict[str, Any]) -> str:
+    """What the model writes to one prompt without an engine, looked at after each token."""
+    tokenizer, stops = corpus.tokenizer, settings["until"]
+    sampling = Sampling(settings.get("temperature", 0.0), seed=settings.get("seed", 0))
+    ids: list[int] = []
+    for token in Generator(model).stream(
+        tokenizer.encode(context),
+        settings["max_gen_toks"],
+        stop_ids=tokenizer.stop_ids(),
+        sampling=sampling,
+    ):
+        ids.append(token)
+        if any(stop in tokenizer.decode(ids) for stop in stops):
+            break
+    text = tokenizer.decode(ids)
+    return text[: min((text.index(stop) for stop in stops if stop in text), default=None)]
+
+
+@pytest.mark.parametrize("kind", ["nsa", "full"])
+def test_batches_say_what_is_said_to_one_request_at_a_time(
+    corpus: Corpus, tmp_path: Path, kind: str
+) -> None:
+    model = make_model(corpus.tokenizer.vocab_size, max_context=MAX_CONTEXT, kind=kind)
+    noise = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        # An untrained model says the same to everything.
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=noise)
+    folder = export(corpus, model, tmp_path / kind)
+    text = "".join(corpus.documents["validation"])
+    contexts = [text[31 * i : 31 * i + 5 + 23 * (i % 7)] for i in range(12)]
+    free = {"until": [], "max_gen_toks": 16}
+    whole = [alone(corpus, model, context, free) for context in contexts]
+    assert len(set(whole)) > 9
+    asked: list[tuple[str, dict[str, Any]]] = [(context, free) for context in contexts]
+    for i, (context, said) in enumerate(zip(contexts, whole, strict=True)):
+        # One to three characters that tokens part or hold; noise makes broken ones too.
+        pieces = re.findall(f"[^\ufffd]{{{1 + i % 3}}}", said) or [" "]
+        asked.append((context, {**free, "until": ["nowhere", pieces[i % len(pieces)]]}))
+        asked.append((context, {**free, "do_sample": True, "temperature": 0.8, "seed": i}))
+    wanted = [alone(corpus, model, *each) for each in asked]
+    scored = [(context, text[400 + 9 * i : 420 + 10 * i]) for i, context in enumerate(contexts)]
+    found = {}
+    for size in (1, 7, 64):
+        adapter = job.NsaModel(str(folder), batch_size=size)
+        written = adapter.generate_until(instances("generate_until", *asked), disable_tqdm=True)
+        assert written == wanted
+        found[size] = adapter.loglikelihood(instances("loglikelihood", *scored), disable_tqdm=True)
+    for size in (7, 64):
+        for (value, greedy), (other, same) in zip(found[1], found[size], strict=True):
+            assert value == pytest.approx(other, abs=BOUND_NATS)
+            assert greedy == same
 
 
 def test_too_long_a_prompt_keeps_its_end_and_says_so(

@@ -1,13 +1,13 @@
 """A model as lm-eval-harness asks it: log-likelihoods, rolling ones, generation until a string.
 
 The harness brings tasks, few-shot prompts and metrics; what a token is worth is decided by the same
-scorer as everywhere here, and text is written by whoever is passed in.
+scorer as everywhere here, and texts are written, many at once, by whoever is passed in.
 
 Source: github.com/EleutherAI/lm-evaluation-harness, lm_eval/api/model.py (0.4.13).
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -17,13 +17,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from nsa_platform.data.tokenizer import Tokenizer
-from nsa_platform.evaluate.prompt import Decoding
+from nsa_platform.evaluate.prompt import Decoding, Prompt, Write
 from nsa_platform.evaluate.scores import AnswerScore
 
 ScoreAnswers = Callable[[Sequence[tuple[list[int], list[int]]]], list[AnswerScore]]
 """Prompts with answers to the answers' scores; all go through the model at once."""
-Stream = Callable[[list[int], int, Decoding], Iterable[int]]
-"""Prompt ids, a number of tokens and how to draw them, to new ids one by one."""
 
 DEFAULT_NEW_TOKENS = 256
 KNOWN_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "seed"}
@@ -32,13 +30,13 @@ log = logging.getLogger(__name__)
 
 
 class HarnessModel(TemplateLM):
-    """The three questions of the harness, answered by a scorer and a stream of tokens."""
+    """The three questions of the harness, answered by a scorer and a writer."""
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         score: ScoreAnswers,
-        stream: Stream,
+        write: Write,
         *,
         max_context: int,
         batch_size: int = 1,
@@ -47,7 +45,7 @@ class HarnessModel(TemplateLM):
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be positive")
-        self.ids, self.score, self.stream = tokenizer, score, stream
+        self.ids, self.score, self.write = tokenizer, score, write
         self.max_context, self.batch_size = max_context, batch_size
         self.tokenizer = tokenizer.transformers
         self._has_cut = False
@@ -101,21 +99,14 @@ class HarnessModel(TemplateLM):
         Raises:
             ValueError: a setting of the generation is not known here.
         """
-        results = []
-        for request in tqdm(requests, desc="generating", disable=disable_tqdm):
-            arguments: Any = request.args
-            context, given = arguments
-            settings: dict[str, Any] = dict(normalize_gen_kwargs(given, DEFAULT_NEW_TOKENS))
-            unknown = sorted(set(settings) - KNOWN_SETTINGS)
-            if unknown:
-                raise ValueError(
-                    f"gen_kwargs: {', '.join(unknown)} not known (known: "
-                    f"{', '.join(sorted(KNOWN_SETTINGS))})"
-                )
-            text = self._written(context, settings)
-            results.append(text)
-            self.cache_hook.add_partial("generate_until", (context, given), text)
-        return results
+        arguments: list[Any] = [request.args for request in requests]
+        prompts = [self._prompt(context, given) for context, given in arguments]
+        texts = [""] * len(prompts)
+        answers = self.write(prompts)
+        for place, ids in tqdm(answers, "generating", total=len(prompts), disable=disable_tqdm):
+            texts[place] = _before(prompts[place].stops, self.ids.decode(ids))
+            self.cache_hook.add_partial("generate_until", arguments[place], texts[place])
+        return texts
 
     def _loglikelihood_tokens(
         self,
@@ -134,23 +125,25 @@ class HarnessModel(TemplateLM):
                 self.cache_hook.add_partial("loglikelihood", names, found)
         return results
 
-    def _written(self, context: str, settings: dict[str, Any]) -> str:
+    def _prompt(self, context: str, given: dict[str, Any]) -> Prompt:
+        """What a request asks to be written."""
+        settings: dict[str, Any] = dict(normalize_gen_kwargs(given, DEFAULT_NEW_TOKENS))
+        unknown = sorted(set(settings) - KNOWN_SETTINGS)
+        if unknown:
+            raise ValueError(
+                f"gen_kwargs: {', '.join(unknown)} not known (known: "
+                f"{', '.join(sorted(KNOWN_SETTINGS))})"
+            )
         wanted = settings["max_gen_toks"]
-        prompt = self._kept(self.tok_encode(context) or [self.prefix_token_id], wanted)
         decoding = Decoding(
             settings.get("temperature", 0.0), settings.get("top_p", 1.0), settings.get("seed", 0)
         )
-        stops = [stop for stop in settings["until"] if stop]
-        # A stop string may span tokens; so many of the last ones are sure to hold it.
-        reach = max((len(stop.encode()) for stop in stops), default=0) + 1
-        ids: list[int] = []
-        for token in self.stream(prompt, wanted, decoding):
-            ids.append(token)
-            tail = self.ids.decode(ids[-reach:])
-            if any(stop in tail for stop in stops):
-                break
-        text = self.ids.decode(ids)
-        return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)]
+        return Prompt(
+            self._kept(self.tok_encode(context) or [self.prefix_token_id], wanted),
+            wanted,
+            decoding,
+            stops=tuple(stop for stop in settings["until"] if stop),
+        )
 
     def _kept(self, ids: list[int], more: int) -> list[int]:
         """The last ids that leave room for so many more in the context, as the harness has it."""
@@ -166,3 +159,8 @@ class HarnessModel(TemplateLM):
             )
             self._has_cut = True
         return ids[-room:]
+
+
+def _before(stops: Sequence[str], text: str) -> str:
+    """A text up to the first of some strings that it holds."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)]

@@ -30,6 +30,8 @@ class Prompt:
     ids: list[int]
     max_new_tokens: int
     decoding: Decoding = GREEDY
+    stops: tuple[str, ...] = ()
+    """Behind the first of these texts nothing of the answer counts: it may end there, or go on."""
 
 
 Write = Callable[[Sequence[Prompt]], Iterator[tuple[int, list[int]]]]
