@@ -16,7 +16,9 @@ class InfLlm(Policy):
     the chunk's first query. Its key is, for each query head, the mean of the `representatives`
     unrotated keys that drew most attention of that head while they were local; of equals the
     earlier. The chunk's mean query scores the blocks, summed over all heads; of equal blocks the
-    earlier. Tokens that are neither initial, local nor in a memory block are read too.
+    earlier. Tokens that are neither initial, local nor in a memory block are read too; with `room`
+    they come off the blocks: together they are no more than so many tokens a query, as a mean over
+    the queries of a chunk. The published program counts blocks alone.
 
     What is not local stands at one distance, `local`: its keys are not rotated, the query is
     rotated to position `local`. The off-loading of blocks to the host changes no result and is
@@ -38,11 +40,13 @@ class InfLlm(Policy):
         top: int,
         representatives: int,
         chunk: int,
+        room: int | None = None,
     ) -> None:
         super().__init__(config)
         assert chunk <= local, "a chunk reads its own tokens as local ones"
         self.initial, self.local, self.block, self.top = initial, local, block, top
         self.representatives, self.chunk = min(representatives, block), chunk
+        self.room = room
         self._local_sums: dict[int, Tensor] = {}
         """[H, S] of each layer: attention that each token drew while it was local."""
         self._block_keys: dict[int, Tensor] = {}
@@ -62,7 +66,7 @@ class InfLlm(Policy):
         chosen = torch.zeros_like(in_memory)
         if len(blocks):
             query = self._far_query(piece).to(blocks.dtype).mean(0)  # [H, K]
-            best = largest((blocks * query).sum((1, 2)), self.top)  # [blocks]
+            best = largest((blocks * query).sum((1, 2)), self._top(piece, len(blocks)))  # [blocks]
             chosen[in_memory] = best.repeat_interleave(self.block)
         return (piece.distance < self.local) | ~in_memory | chosen
 
@@ -78,6 +82,18 @@ class InfLlm(Policy):
         if blocks is None:
             return 0
         return blocks.numel() * piece.kept.k.element_size()
+
+    def _top(self, piece: Piece, blocks: int) -> int:
+        """Memory blocks that a chunk may read, of so many."""
+        if self.room is None:
+            return self.top
+        begin, queries = int(piece.positions[0]), len(piece.positions)
+        end_of_memory = self.initial + blocks * self.block
+        left_over = sum(
+            max(0, place + 1 - self.local - end_of_memory)
+            for place in range(begin, begin + queries)
+        )
+        return min(self.top, (self.room * queries - left_over) // (queries * self.block))
 
     def _far_query(self, piece: Piece) -> Tensor:
         place = torch.full_like(piece.positions, self.local)

@@ -81,6 +81,7 @@ def within(name: BaselineName, config: ModelConfig, budget: Budget) -> Policy:
                 top=max(1, dynamic // block),
                 representatives=4,
                 chunk=min(512, local),
+                room=dynamic,
             )
         case "exact_top":
             return ExactTop(config, top=dynamic, leading=leading, local=local)

@@ -272,7 +272,15 @@ def best_pattern(
 
 
 def infllm(
-    text: Text, *, initial: int, local: int, block: int, top: int, representatives: int, chunk: int
+    text: Text,
+    *,
+    initial: int,
+    local: int,
+    block: int,
+    top: int,
+    representatives: int,
+    chunk: int,
+    room: int | None = None,
 ) -> Rule:
     """Blocks cut when they have left the window of a chunk's first query; far keys at one place."""
     drawn = np.zeros((text.heads, text.tokens))
@@ -295,8 +303,14 @@ def infllm(
             for head in range(text.heads):
                 mean = np.mean([rotate(text.q[t, head], local) for t in range(first, last)], axis=0)
                 scores[number] += float(mean @ keys[head])
+        count = top
+        if room is not None:
+            end = initial + len(block_keys) * block
+            left_over = [len(range(end, t - local + 1)) for t in range(first, last)]
+            while count and np.mean(left_over) + count * block > room:
+                count -= 1
         chosen.clear()
-        chosen.update(best(scores, top))
+        chosen.update(best(scores, count))
 
     def rule(t: int) -> list[Scores]:
         if t >= text.prompt:

@@ -101,6 +101,14 @@ CASES: dict[str, tuple[Callable[[ModelConfig], Policy], Callable[[brute.Text], b
         ),
     ),
     "infllm": (lambda c: InfLlm(c, **INFLLM), lambda x: brute.infllm(x, **INFLLM)),
+    "infllm, within a room": (
+        lambda c: InfLlm(c, **INFLLM, room=11),
+        lambda x: brute.infllm(x, **INFLLM, room=11),
+    ),
+    "infllm, no room for a block": (
+        lambda c: InfLlm(c, **INFLLM, room=4),
+        lambda x: brute.infllm(x, **INFLLM, room=4),
+    ),
 }
 
 

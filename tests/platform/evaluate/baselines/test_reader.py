@@ -1,6 +1,7 @@
 """Policies inside a model: they agree with the model where they read everything."""
 
 from dataclasses import replace
+from functools import partial
 from typing import get_args
 
 import numpy as np
@@ -114,13 +115,28 @@ def test_a_small_budget_is_kept_where_the_policy_is_sparse(
         dense = 98 if phase == "prefill" else 199
         if phase not in sparse_in:
             assert count.keys_per_query == pytest.approx(dense)
-        elif name == "infllm":
-            # Tokens between the window and the next whole block come on top.
-            assert count.keys_per_query <= budget.total + 2 * budget.scaled(128) + budget.local
         else:
             # Columns and diagonals cross: of MInference's lines fewer keys are left.
             assert count.keys_per_query <= budget.total
             assert count.keys_per_query >= 0.5 * budget.total
+
+
+@pytest.mark.parametrize(
+    ("tokens", "length", "tail"), [(40, 120, 119), (40, 192, 64), (160, 1900, 64), (1280, 1900, 20)]
+)
+def test_what_infllm_has_left_over_comes_off_the_budget(
+    tokens: int, length: int, tail: int
+) -> None:
+    model = make_model(300, max_context=2000, kind="full")
+    ids = [(7 * i * i + i) % 300 for i in range(length)]
+    found: dict[BaselineName, PolicyReader] = {}
+    for name in ("infllm", "sliding"):
+        start = partial(within, name, model.config, split_budget(tokens))
+        found[name] = PolicyReader(model, lambda _, start=start: start(), decoded_tail=tail)
+        found[name].answer(ids, [1, 2])
+    for phase in ("prefill", "decode"):
+        mine, whole = (each.reads[phase].summary().keys_per_query for each in found.values())
+        assert 0.8 * whole <= mine <= whole
 
 
 @pytest.mark.parametrize("published_sizes", [False, True])
