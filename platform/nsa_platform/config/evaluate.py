@@ -23,6 +23,15 @@ class BitsPerByteConfig(Strict):
     baseline_tokens: PositiveInt = 4_000_000
     """Training tokens, at most, from which the unigram and bigram baselines count."""
 
+    @model_validator(mode="after")
+    def _parts_have_positions(self) -> Self:
+        if self.position_buckets > self.context_length:
+            raise ValueError(
+                f"position_buckets={self.position_buckets} must not exceed "
+                f"context_length={self.context_length}"
+            )
+        return self
+
 
 class NeedleConfig(Strict):
     """Needle in a haystack over length x depth."""
@@ -71,8 +80,9 @@ class PatternSearchConfig(Strict):
     sample: Literal["pairs", "heldout"] = "pairs"
     """pairs: UUIDs that stand for UUIDs, and a question for one, as published. heldout: held-out
     text of the data."""
-    tokens: PositiveInt = 30_000
-    """Of the sample, at most the model's max_context. The paper: 30k."""
+    tokens: Annotated[int, Field(ge=128)] = 30_000
+    """Of the sample, at most the model's max_context. Its last 64 queries find columns and
+    diagonals: of fewer than twice as many tokens there would be little to find. The paper: 30k."""
     vertical_slash: Annotated[tuple[tuple[PositiveInt, PositiveInt], ...], Field(min_length=1)] = (
         (30, 800),
         (100, 750),
@@ -109,7 +119,8 @@ class BaselinesConfig(Strict):
     nsa: NsaChoices = NsaChoices()
     """The NSA whose budget counts when budget=equal; its sizes should suit the length."""
     tokens: Annotated[int, Field(ge=3)] | None = None
-    """Tokens of an equal budget at every length; null: from nsa. The paper: 2560."""
+    """Tokens of an equal budget at every length; null: from nsa. The paper: 2560. Of no use to
+    budget=published."""
     decoded_tail: PositiveInt = 64
     """Last tokens of a prompt that are decoded one by one: policies with a dense prefill then read
     the question by their own rule."""
@@ -121,6 +132,14 @@ class BaselinesConfig(Strict):
     def _each_once(self) -> Self:
         if len(set(self.systems)) < len(self.systems):
             raise ValueError(f"systems={list(self.systems)} must name each policy once")
+        return self
+
+    @model_validator(mode="after")
+    def _published_sizes_are_fixed(self) -> Self:
+        if self.budget == "published" and self.tokens is not None:
+            raise ValueError(
+                f"tokens={self.tokens} is of no use to budget=published: it is that of an equal one"
+            )
         return self
 
 

@@ -249,8 +249,10 @@ class EvaluateRun(Strict):
         return self
 
     @model_validator(mode="after")
-    def _baselines_have_a_task(self) -> Self:
-        is_measured = self.bits_per_byte is not None or self.needle is not None or self.tasks
-        if self.baselines is not None and not is_measured:
-            raise ValueError("baselines need bits_per_byte, needle or tasks to be measured by")
+    def _something_is_measured(self) -> Self:
+        if self.bits_per_byte is None and self.needle is None and not self.tasks:
+            raise ValueError(
+                "bits_per_byte=null, needle=null and no tasks: give at least one, or there is "
+                "nothing to measure"
+            )
         return self

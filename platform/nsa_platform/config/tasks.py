@@ -91,6 +91,15 @@ class MqarTask(_Generated):
     """Ids below this are used: keys from the lower half, values from the upper one. Default: all
     ids of the tokenizer."""
 
+    @model_validator(mode="after")
+    def _keys_differ(self) -> Self:
+        if self.vocabulary is not None and self.vocabulary < 2 * self.pairs:
+            raise ValueError(
+                f"vocabulary={self.vocabulary} must lie in [2 x pairs = {2 * self.pairs} and "
+                "control tokens, the tokenizer's]: its lower half are the keys"
+            )
+        return self
+
 
 class LongBenchTask(_Asked):
     """LongBench, from the user's copy of its files."""
