@@ -11,22 +11,28 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jobs.cluster import connect
 from jobs.evaluation_answers import Answers, check_sizes
-from jobs.evaluation_inputs import counted, filler_of, num_trials, open_loader, score_text
+from jobs.evaluation_inputs import (
+    check_text,
+    counted,
+    filler_of,
+    num_trials,
+    open_loader,
+    score_text,
+)
 from jobs.model_tags import model_tags
 from jobs.policies import measure_policies
 from jobs.run_report import REPORT, evaluation_report
-from jobs.training_inputs import private_folder
+from jobs.training_inputs import make_private_folder, private_folder
 from nsa_platform import storage
 from nsa_platform.config.evaluate import BitsPerByteConfig, NeedleConfig
 from nsa_platform.config.model import ModelConfig
 from nsa_platform.config.runs import EvaluateRun
 from nsa_platform.config.tasks import MqarTask
-from nsa_platform.data.shards import ShardSet
 from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.evaluate.baselines.comparison import PolicyResult
 from nsa_platform.evaluate.baselines.report import baselines_summary, record_baselines
 from nsa_platform.evaluate.bits_per_byte import BitsPerByte, first_batches
-from nsa_platform.evaluate.needle import NeedleGrid, needle_grid
+from nsa_platform.evaluate.needle import NeedleGrid, check_room, needle_grid
 from nsa_platform.evaluate.ngram import Ngrams
 from nsa_platform.evaluate.prompt import Write
 from nsa_platform.evaluate.report import MODEL, record_bits_per_byte, record_needles, summary
@@ -35,7 +41,7 @@ from nsa_platform.evaluate.tasks.report import record_overview, record_task, tas
 from nsa_platform.evaluate.tasks.results import TaskResult
 from nsa_platform.evaluate.tasks.suite import check_tasks, open_task, run_task
 from nsa_platform.model.transformer import Transformer
-from nsa_platform.model.weights import load_config, load_model
+from nsa_platform.model.weights import check_weights, load_config, load_model
 from nsa_platform.tracking import (
     RunHandle,
     Tracker,
@@ -156,7 +162,7 @@ def _checkpoint(run: EvaluateRun) -> str:
 
 
 def _look(run: EvaluateRun, folder: str) -> ModelConfig:
-    """Find what does not fit before a run is opened: model, tokenizer, data, lengths, engine."""
+    """Find what does not fit before a run is opened: model, weights, data, lengths, engine."""
     place = storage.fetch(folder, storage.default_cache("files"))
     config, tokenizer = load_config(place), Tokenizer(place)
     _check_lengths(run, config.max_context)
@@ -167,15 +173,17 @@ def _look(run: EvaluateRun, folder: str) -> ModelConfig:
             "baselines: policies need a model with attention.kind=full, "
             f"{run.checkpoint} has {config.attention.kind}"
         )
-    for split in ("validation", "train"):
-        ShardSet(storage.join(run.data, split), tokenizer_fingerprint=tokenizer.fingerprint)
+    check_weights(place, config)
+    check_text(run, tokenizer)
+    if run.needle is not None:
+        check_room(tokenizer, run.needle)
     for task in run.tasks:
         open_task(task, tokenizer)
     return config
 
 
 def _open(run: EvaluateRun, run_id: str | None, model: ModelConfig) -> RunHandle:
-    queue_dir = private_folder(run) / "tracking-queue"
+    queue_dir = make_private_folder(run) / "tracking-queue"
     if run_id is not None:
         return attach_run(run.tracking, name=run.name, run_id=run_id, queue_dir=queue_dir)
     context = run.bits_per_byte.context_length if run.bits_per_byte else model.max_context

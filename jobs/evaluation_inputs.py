@@ -38,6 +38,31 @@ def counted(batches: Iterator[Batch], advance: Callable[[int], None]) -> Iterato
         advance(len(batch.ids))
 
 
+def check_text(run: EvaluateRun, tokenizer: Tokenizer) -> None:
+    """Find out before anything begins that the data is there, and text in what is read of it.
+
+    Raises:
+        ValueError: a split was made with another tokenizer, or is read and holds nothing.
+        OSError: a split is not there.
+    """
+    searched = run.baselines.minference if run.baselines is not None else None
+    needs = {
+        "bits_per_byte": run.bits_per_byte is not None,
+        "needle.filler=heldout": run.needle is not None and run.needle.filler == "heldout",
+        "baselines.minference.sample=heldout": searched is not None
+        and searched.sample == "heldout",
+    }
+    readers = {
+        "validation": [key for key, is_needed in needs.items() if is_needed],
+        "train": [] if run.bits_per_byte is None else ["bits_per_byte"],
+    }
+    for split, keys in readers.items():
+        folder = storage.join(run.data, split)
+        shards = ShardSet(folder, tokenizer_fingerprint=tokenizer.fingerprint)
+        if keys and not shards.manifest.tokens:
+            raise ValueError(f"{folder} holds no tokens, but {', '.join(keys)} reads it")
+
+
 def open_loader(data: str, split: str, tokenizer: Tokenizer, context_length: int) -> Loader:
     shards = ShardSet(storage.join(data, split), tokenizer_fingerprint=tokenizer.fingerprint)
     return Loader(shards, LoaderConfig(path=data, context_length=context_length))

@@ -15,7 +15,14 @@ from jobs.fitting import HopelessRun, fit
 from jobs.lock import alone
 from jobs.progress import TrainingProgress
 from jobs.trainer import make_fitting, num_validators, say_if_too_small
-from jobs.training_inputs import Origin, inspect, private_folder, read_finished, run_folder
+from jobs.training_inputs import (
+    Origin,
+    inspect,
+    make_private_folder,
+    private_folder,
+    read_finished,
+    run_folder,
+)
 from nsa_platform.config.runs import PretrainRun, SftRun
 from nsa_platform.tracking import RunHandle, Tracker
 from nsa_platform.train.task import Outcome
@@ -30,7 +37,7 @@ def run_training(job: str, run: PretrainRun | SftRun, origin: Origin) -> None:
     with ExitStack() as stack:
         try:
             inputs = inspect(run, origin)
-            lock = private_folder(run) / "driver.lock"
+            lock = make_private_folder(run) / "driver.lock"
             stack.enter_context(alone(lock, what=f"{run.name} is being trained"))
             finished = read_finished(run, inputs)
             if finished is not None:

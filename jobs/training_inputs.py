@@ -71,6 +71,20 @@ def private_folder(run: PretrainRun | SftRun | EvaluateRun) -> Path:
     return Path.home() / ".cache" / "nsa_platform" / "runs" / f"{run.name}-{key}"
 
 
+def make_private_folder(run: PretrainRun | SftRun | EvaluateRun) -> Path:
+    """As private_folder, and it is there.
+
+    Raises:
+        OSError: it cannot be made; the message names the key.
+    """
+    folder = private_folder(run)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"storage={run.storage}: {folder}: {error.strerror}") from None
+    return folder
+
+
 def find_origin(run: PretrainRun | SftRun) -> Origin:
     """A new model, or the exported one that `checkpoint` names.
 

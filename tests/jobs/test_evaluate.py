@@ -1,6 +1,7 @@
 """jobs.evaluate on a small exported model: what it records, and what it refuses."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from nsa_platform.config.train import TrackingConfig
 from nsa_platform.tracking import open_run, register_model
 from nsa_platform.tracking.library import MlflowClient
 from nsa_platform.tracking.store import connect
-from tests.platform.evaluate.small import Corpus, export, make_corpus, make_model
+from tests.platform.evaluate.small import Corpus, export, make_corpus, make_model, write_split
 
 SETTINGS = {
     "name": "evaluation",
@@ -46,6 +47,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for folder, kind in (("model", "nsa"), ("full", "full"), ("moba", "moba")):
         model = make_model(corpus.tokenizer.vocab_size, max_context=160, kind=kind)
         export(corpus, model, place / folder)
+    shutil.copytree(place / "model", place / "cut")
+    weights = place / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    shutil.copytree(place / "data", place / "empty")
+    shutil.rmtree(place / "empty" / "validation")
+    write_split(place / "empty", "validation", [], corpus.tokenizer)
     (place / "aime.jsonl").write_text('{"problem": "1+1?", "answer": 2}\n')
     return place
 
@@ -258,6 +265,13 @@ def test_results_go_into_a_given_run_and_leave_it_as_it_was(place: Path) -> None
         ({"checkpoint": "models:/evaluated@nobody"}, "no model 'evaluated' with the alias"),
         ({"data": "nowhere"}, "nowhere/validation/manifest.json"),
         ({"data": "other"}, "was made with tokenizer"),
+        ({"data": "empty"}, "empty/validation holds no tokens, but bits_per_byte, needle.filler="),
+        ({"checkpoint": "cut"}, "cut/model.safetensors: is not a whole safetensors file"),
+        (
+            {"needle": {"lengths": [96, 64], "keys": 8, "values": 2, "queries": 2}},
+            "needle.lengths=64 must be more than",
+        ),
+        ({"storage": "aime.jsonl"}, "error: storage=/"),
     ],
 )
 def test_what_does_not_fit_ends_with_its_name_and_status_1(
@@ -270,10 +284,11 @@ def test_what_does_not_fit_ends_with_its_name_and_status_1(
         make_other(place / "other")
     before = number_of_runs(place)
     with pytest.raises(SystemExit) as end:
-        job.main(["--config", config_file(place, **changes)])
+        job.main(["--config", config_file(place, name="never", **changes)])
     assert end.value.code == 1
     assert message in capsys.readouterr().err
     assert number_of_runs(place) == before
+    assert not (place / "runs" / "never").exists(), "no run waits to be delivered"
 
 
 def test_a_package_that_scores_a_task_is_missed_before_anything(

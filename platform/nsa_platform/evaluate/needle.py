@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from nsa_platform.config.evaluate import NeedleConfig
-from nsa_platform.data.haystack import Counts, Haystack, haystack
+from nsa_platform.data.haystack import Counts, Haystack, haystack, synthetic_filler
 from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.evaluate.prompt import Prompt, Write, in_groups
 from nsa_platform.evaluate.scores import AnswerScore
@@ -97,6 +97,17 @@ def needle_grid(
             advance()
         grid.trials.extend(trials[place] for place in range(len(group)))
     return grid
+
+
+def check_room(tokenizer: Tokenizer, config: NeedleConfig) -> None:
+    """Make the shortest haystacks, so that what does not fit is known before a model is asked.
+
+    Raises:
+        ValueError: there is no room for needle and question.
+    """
+    shortest = config.model_copy(update={"lengths": (min(config.lengths),)})
+    for _ in _sites(tokenizer, shortest, synthetic_filler(tokenizer)):
+        pass
 
 
 def _sites(

@@ -142,6 +142,15 @@ def weights_digest(folder: str | Path) -> str:
     return digest.hexdigest()[:12]
 
 
+def check_weights(folder: str | Path, config: ModelConfig) -> None:
+    """Find what is wrong with the weights without reading them.
+
+    Raises:
+        ExportError: a file is missing, broken or foreign, or the tensors do not fit the config.
+    """
+    _open_weights(folder, config)
+
+
 def load_model(
     folder: str | Path,
     config: ModelConfig | None = None,
@@ -161,17 +170,11 @@ def load_model(
         ValueError: the model cannot be dealt to so many ranks.
     """
     config = config or load_config(folder)
-    try:
-        files = TensorFiles(folder)
-    except TensorFileError as error:
-        raise ExportError(str(error)) from None
-    stored = {name.removeprefix(PREFIX): name for name in files.shapes}
-    shapes = {name: files.shapes[origin] for name, origin in stored.items()}
-    _check_tensors(shapes, config, str(files.paths[0]))
+    files, stored = _open_weights(folder, config)
     model = rank_model(config, tensor)
     state = {}
     for name, origin in stored.items():
-        cut = None if tensor.size == 1 else cut_of(name, shapes[name], config)
+        cut = None if tensor.size == 1 else cut_of(name, files.shapes[origin], config)
         value = (
             files.tensor(origin) if cut is None else files.parts(origin, cut.dim, cut.own(tensor))
         )
@@ -198,6 +201,18 @@ def hf_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         CONFIG_KEY: config.model_dump(mode="json"),
     }
+
+
+def _open_weights(folder: str | Path, config: ModelConfig) -> tuple[TensorFiles, dict[str, str]]:
+    """The files, and the stored name of each of the model's tensors."""
+    try:
+        files = TensorFiles(folder)
+    except TensorFileError as error:
+        raise ExportError(str(error)) from None
+    stored = {name.removeprefix(PREFIX): name for name in files.shapes}
+    shapes = {name: files.shapes[origin] for name, origin in stored.items()}
+    _check_tensors(shapes, config, str(files.paths[0]))
+    return files, stored
 
 
 def _check_tensors(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig, source: str) -> None:

@@ -40,6 +40,23 @@ def sentences(dice: random.Random, count: int) -> str:
     return "".join(lines)
 
 
+def write_split(path: Path, split: str, texts: list[str], tokenizer: Tokenizer) -> None:
+    """Texts as prepare_data writes a split."""
+    writer = ShardWriter(
+        str(path / split),
+        kind="text",
+        split=split,
+        tokenizer=TokenizerRecord(
+            tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id
+        ),
+        shard_tokens=4000,
+    )
+    for text in texts:
+        ids = [*tokenizer.encode(text), tokenizer.eos_id]
+        writer.add(ids, text_bytes=len(text.encode()))
+    writer.finish(SourceRecord(files=1, bytes=1, documents=len(texts)))
+
+
 def make_corpus(path: Path, *, vocab_size: int = 300) -> Corpus:
     dice = random.Random(0)
     documents = {
@@ -48,19 +65,7 @@ def make_corpus(path: Path, *, vocab_size: int = 300) -> Corpus:
     }
     tokenizer = train_tokenizer(documents["train"], vocab_size, path / "tokenizer")
     for split, texts in documents.items():
-        writer = ShardWriter(
-            str(path / split),
-            kind="text",
-            split=split,
-            tokenizer=TokenizerRecord(
-                tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id
-            ),
-            shard_tokens=4000,
-        )
-        for text in texts:
-            ids = [*tokenizer.encode(text), tokenizer.eos_id]
-            writer.add(ids, text_bytes=len(text.encode()))
-        writer.finish(SourceRecord(files=1, bytes=1, documents=len(texts)))
+        write_split(path, split, texts, tokenizer)
     return Corpus(path, tokenizer, documents)
 
 
