@@ -19,7 +19,7 @@ import torch
 from jobs.cli import fail
 from jobs.evaluation_inputs import held_out_parser, open_loader
 from nsa_platform import figures, storage
-from nsa_platform.config.base import ConfigError
+from nsa_platform.config.model import AttentionConfig, NsaAttentionConfig
 from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.evaluate.adaptive import read
 from nsa_platform.evaluate.bits_per_byte import first_batches
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             num_blocks=options.num_blocks,
             top_ps=options.top_p,
         )
-    except (ConfigError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         fail(str(error))
     for point in record["points"]:
         rule = "all" if point["selection_top_p"] is None else f"top-p {point['selection_top_p']:g}"
@@ -67,8 +67,7 @@ def measure(
     """Score held-out rows at every number and every share, write and return the record.
 
     Raises:
-        ConfigError, ValueError, OSError: model, data and numbers do not fit, or cannot be read or
-            written.
+        ValueError, OSError: model, data and numbers do not fit, or cannot be read or written.
     """
     on_gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
@@ -77,6 +76,7 @@ def measure(
         raise ValueError(
             f"--length={length} must not exceed {model.config.max_context}, the model's max_context"
         )
+    _check_blocks(model.config.attention, num_blocks)
     rows = first_batches(
         open_loader(data, "validation", tokenizer, length), tokens=texts * length, batch_rows=1
     )
@@ -111,11 +111,33 @@ def measure(
     return record
 
 
+def _check_blocks(attention: AttentionConfig, num_blocks: Sequence[int]) -> None:
+    """A query reads its forced blocks in any case."""
+    if not isinstance(attention, NsaAttentionConfig):
+        raise ValueError(f"the model has attention.kind={attention.kind}: it selects no blocks")
+    forced = attention.num_initial_blocks + attention.num_local_blocks
+    if min(num_blocks) < forced:
+        raise ValueError(
+            f"--num-blocks={min(num_blocks)} must be at least {forced}, the model's "
+            "num_initial_blocks + num_local_blocks"
+        )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = held_out_parser(__doc__)
     parser.add_argument("--num-blocks", type=int, nargs="+", default=[4, 8, 16])
-    parser.add_argument("--top-p", type=float, nargs="*", default=[0.5, 0.7, 0.9])
+    parser.add_argument("--top-p", type=_share, nargs="*", default=[0.5, 0.7, 0.9])
     return parser
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text!r}")
+    return share
 
 
 if __name__ == "__main__":

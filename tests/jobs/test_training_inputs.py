@@ -122,6 +122,14 @@ def test_a_run_that_is_being_trained(tmp_path: Path, tiny_shards, capsys) -> Non
     assert [path.name for path in lock.parent.iterdir()] == ["driver.lock"]
 
 
+def test_a_folder_that_cannot_be_made(tmp_path: Path, tiny_shards, capsys) -> None:
+    (tmp_path / "file").touch()
+    error = refusal(
+        capsys, pretrain, config(tmp_path, tiny_shards.path, storage=str(tmp_path / "file"))
+    )
+    assert error == f"error: storage={tmp_path}/file: {tmp_path}/file/run: Not a directory"
+
+
 def test_chats_are_not_for_pretraining(tmp_path: Path, tiny_chat_shards, capsys) -> None:
     error = refusal(capsys, pretrain, config(tmp_path, tiny_chat_shards.path))
     assert f"{tiny_chat_shards.path}: holds chats, for jobs.sft" in error

@@ -48,6 +48,11 @@ def test_the_command(
     assert blocks[1] <= blocks[2] <= blocks[0] and record["texts"] == 2
     assert f"top-p 0.05 of {n}: {blocks[1]:.2f} blocks a query" in capsys.readouterr().out
     assert (tmp_path / "out" / "adaptive.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(SystemExit):
-        job.main([*command, "--top-p", "1.5"])
-    assert "selection_top_p" in capsys.readouterr().err
+    for flag, value, said in (
+        ("--top-p", "1.5", "argument --top-p: must be above 0 and at most 1, got '1.5'"),
+        ("--top-p", "0", "argument --top-p: must be above 0 and at most 1, got '0'"),
+        ("--num-blocks", "0", "--num-blocks=0 must be at least 3, the model's num_initial"),
+    ):
+        with pytest.raises(SystemExit):
+            job.main([*command, flag, value])
+        assert said in capsys.readouterr().err
