@@ -119,6 +119,11 @@ def port_number(text: str) -> int:
     return int(text)
 
 
+def warn(message: str) -> None:
+    """`warning: message` on standard error."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def fail(message: str, *, status: int = 1) -> NoReturn:
     """End the process with `error: message` on standard error."""
     print(f"error: {message}", file=sys.stderr)

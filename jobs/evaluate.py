@@ -13,16 +13,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from jobs.cli import fail, interruptible, read_run
+from jobs.cli import fail, interruptible, read_run, warn
 from jobs.evaluation import evaluate
+from jobs.policies import budget_warning
+from jobs.policy_tables import policy_tables
 from nsa_platform.config.runs import EvaluateRun
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     run, dry_run = read_run(EvaluateRun, __doc__ or "", argv)
+    if line := budget_warning(run):
+        warn(line)
     if dry_run:
         return
-    with interruptible():
+    with interruptible("interrupted; the same command measures everything anew"):
         try:
             print_results(evaluate(run))
         except (ValueError, OSError) as error:
@@ -45,12 +49,11 @@ def print_results(results: dict[str, Any]) -> None:
         table.add_row("worth of the needle for log p(number)", f"{needle['lift']:+.2f} nats")
         console.print(table)
     if "baselines" in results:
-        table = Table("policy", "bits per byte", "numbers exact", "keys per query (text)")
-        for name, each in results["baselines"].items():
-            exact = f"{each['needle_exact']:.0%}" if "needle_exact" in each else "-"
-            keys = [r["count"]["keys_per_query"] for r in each["reads"] if r["task"] == "text"]
-            table.add_row(name, _number(each.get("bits_per_byte")), exact, _number(*keys or [None]))
-        console.print(table)
+        for head, rows in policy_tables(results["baselines"]):
+            table = Table(*head)
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
     if "tasks" in results:
         table = Table("task", "cell", "samples", "score", "95 % interval")
         for name, task in results["tasks"].items():

@@ -1,6 +1,6 @@
 """What jobs.evaluate does with baselines: every policy gets what the model itself gets."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from rich.progress import Progress
@@ -8,6 +8,7 @@ from rich.progress import Progress
 from jobs.evaluation_inputs import filler_of, num_trials, pattern_sample, score_text
 from nsa_platform.config.evaluate import BaselinesConfig
 from nsa_platform.config.runs import EvaluateRun
+from nsa_platform.config.tasks import AimeTask, LongBenchTask, LongBenchV2Task, TaskConfig
 from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.evaluate.baselines.comparison import (
     PolicyResult,
@@ -19,9 +20,30 @@ from nsa_platform.evaluate.baselines.comparison import (
 from nsa_platform.evaluate.baselines.pattern_search import Searched, search_patterns
 from nsa_platform.evaluate.baselines.reader import PolicyReader
 from nsa_platform.evaluate.prompt import Prompt, Write, one_by_one
+from nsa_platform.evaluate.tasks.results import TaskResult
 from nsa_platform.evaluate.tasks.suite import open_task, run_task
 from nsa_platform.model.transformer import Transformer
 from nsa_platform.serve.sampler import Sampler, Sampling
+
+
+def budget_warning(run: EvaluateRun) -> str | None:
+    """Where the budget is so large that policies tell nothing apart; None: nowhere."""
+    config = run.baselines
+    if config is None:
+        return None
+    contexts = {length for task in run.tasks for length in _lengths(task)}
+    if run.bits_per_byte is not None:
+        contexts.add(run.bits_per_byte.context_length)
+    if run.needle is not None:
+        contexts.update(run.needle.lengths)
+    budgets = {context: budget_of(config, context) for context in sorted(contexts)}
+    whole = [f"{at:,}" for at, budget in budgets.items() if budget and budget.total >= at]
+    if not whole:
+        return None
+    return (
+        f"baselines: at {' and '.join(whole)} tokens the budget is the whole context, and every "
+        f"policy reads everything"
+    )
 
 
 def measure_policies(
@@ -89,19 +111,41 @@ def _tasks(
     tokenizer: Tokenizer,
     progress: Progress,
 ) -> None:
-    """The run's tasks for one policy."""
+    """The run's tasks for one policy; a reader for each length counts what is read there."""
     for config in run.tasks:
-        task, reader = open_task(config, tokenizer), make()
-        bar = progress.add_task(f"policies: {task.name}", total=task.size)
-        found = run_task(
-            task,
-            tokenizer,
-            write=_write_of(reader),
-            score=reader.answer,
-            advance=lambda bar=bar: progress.advance(bar),
-        )
-        result.tasks.append(found)
-        result.reads += reads_of(reader, task.name, None)
+        parts = {length: open_task(part, tokenizer) for length, part in by_length(config)}
+        total = sum(task.size for task in parts.values())
+        bar = progress.add_task(f"policies: {config.kind}", total=total)
+        whole = TaskResult(config.kind, [])
+        for length, task in parts.items():
+            reader = make()
+            found = run_task(
+                task,
+                tokenizer,
+                write=_write_of(reader),
+                score=reader.answer,
+                advance=lambda bar=bar: progress.advance(bar),
+            )
+            whole.rows.extend(found.rows)
+            result.reads += reads_of(reader, task.name, length)
+        result.tasks.append(whole)
+
+
+def by_length(config: TaskConfig) -> Iterator[tuple[int | None, TaskConfig]]:
+    """A task's lengths, each with the task of this length alone, in the order in which the whole
+    task has their samples; None and the task itself where it has no lengths."""
+    lengths = _lengths(config)
+    if not lengths:
+        yield None, config
+    for length in sorted(lengths):
+        yield length, config.model_copy(update={"lengths": (length,)})
+
+
+def _lengths(config: TaskConfig) -> tuple[int, ...]:
+    """Of the contexts of a task's samples; a task of somebody's texts has none."""
+    if isinstance(config, LongBenchTask | LongBenchV2Task | AimeTask):
+        return ()
+    return config.lengths
 
 
 def _write_of(reader: PolicyReader) -> Write:

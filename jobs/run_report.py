@@ -8,6 +8,7 @@ from typing import Any
 import ray
 import torch
 
+from jobs.policy_tables import policy_tables
 from jobs.training_inputs import Inputs, Origin
 from nsa_platform.config.runs import EvaluateRun, PretrainRun, SftRun
 from nsa_platform.model.cost import count_parameters
@@ -104,11 +105,8 @@ def evaluation_report(run: EvaluateRun, results: Mapping[str, Any], *, seconds: 
             *markdown_table(("needle in a haystack", f"{len(needle['trials'])} needles"), rows),
         ]
     if "baselines" in results:
-        rows = [
-            (name, _number(each.get("bits_per_byte")), _number(each.get("needle_tokens")))
-            for name, each in results["baselines"].items()
-        ]
-        lines += ["", *markdown_table(("policy", "bits per byte", "needle's tokens"), rows)]
+        for head, rows in policy_tables(results["baselines"]):
+            lines += ["", *markdown_table(head, rows)]
     if "tasks" in results:
         rows = [
             (name, cell, f"{score['samples']}", f"{score['mean']:.3f}",

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import yaml
@@ -144,25 +145,33 @@ def test_policies_are_measured_beside_the_model(
     changes = {
         "checkpoint": "full",
         "baselines": {"systems": systems, "tokens": 20},
-        "tasks": [{"kind": "mqar", "lengths": [64], "pairs": 3, "samples": 2}, TASKS[1]],
+        "tasks": [{"kind": "mqar", "lengths": [96, 64], "pairs": 3, "samples": 2}, TASKS[1]],
     }
     results = evaluate(EvaluateRun.load(config_file(place, **changes)))
     job.print_results(results)
-    assert "streaming" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    for word in ("streaming", "numbers exact", "tokens of", "(95 %)", "keys per", " to "):
+        assert word in out
     run = client(place).get_run(results["run_id"])
     own, full = run.data.metrics, results["baselines"]["full"]
     assert full["bits_per_byte"] == pytest.approx(own["eval/bits_per_byte"], abs=1e-4)
     assert full["mqar/64"] == own["eval/mqar/64"]
+    assert full["mqar/96"] == own["eval/mqar/96"]
     assert full["aime/4"] == own["eval/aime/4"]
     assert full["needle_lift"] == pytest.approx(own["eval/needle_lift"], abs=1e-3)
     for name in systems:
         assert own[f"eval/baselines/{name}/needle_tokens"] >= 0
         assert 0 <= own[f"eval/baselines/{name}/mqar/64"] <= 1
         reads = {(r["task"], r["length"]): r for r in results["baselines"][name]["reads"]}
-        tasks = {("mqar", None), ("aime", None)}
+        tasks = {("mqar", 64), ("mqar", 96), ("aime", None)}
         assert set(reads) == {("text", 64), ("needle", 80), ("needle", 120), *tasks}
         phase = "prefill" if name in ("full", "minference") else "decode"
         assert own[f"eval/baselines/{name}/text/{phase}/64/bytes_per_step"] > 0
+        intervals = results["baselines"][name]["intervals"]
+        scores = ["needle_exact", "needle_tokens", "mqar/64", "mqar/96", "aime/4"]
+        assert list(intervals) == scores
+        for key, (low, high) in intervals.items():
+            assert low <= results["baselines"][name][key] <= high
         if phase == "decode":
             assert reads["needle", 120]["count"]["keys_per_query"] <= 20
     kinds = results["baselines"]["minference"]["patterns"]
@@ -188,6 +197,20 @@ def test_policies_are_measured_beside_the_model(
     assert [row[:3] for row in rows] == [
         [name, length, 2] for name in ("model", *systems) for length in (80, 120)
     ]
+
+
+def test_an_interrupted_evaluation_does_not_go_on(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: EvaluateRun) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "evaluate", interrupted)
+    with pytest.raises(SystemExit) as end:
+        job.main(["--config", config_file(place)])
+    assert end.value.code == 130
+    said = "error: interrupted; the same command measures everything anew\n"
+    assert capsys.readouterr().err == said
 
 
 def test_a_registered_model_is_evaluated_below_its_training_run(place: Path) -> None:

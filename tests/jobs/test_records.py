@@ -272,7 +272,20 @@ def test_an_evaluation_report_shows_what_was_measured() -> None:
         "device": "CPU",
         "bits_per_byte": {"model": {"bits_per_byte": 2.16, "nats_per_token": 4.6}},
         "needle": {"exact": 0.5, "tokens": 0.75, "lift": 1.25, "trials": [{}] * 30},
-        "baselines": {"quest": {"bits_per_byte": 2.5, "needle_tokens": 0.25}},
+        "baselines": {
+            "quest": {
+                "bits_per_byte": 2.5,
+                "needle_exact": 0.5,
+                "needle_tokens": 0.25,
+                "mqar/512": 0.375,
+                "intervals": {
+                    "needle_exact": [0.3, 0.7],
+                    "needle_tokens": [0.125, 0.5],
+                    "mqar/512": [0.25, 0.5],
+                },
+                "reads": [{"task": "text", "count": {"keys_per_query": 39.96}}],
+            }
+        },
         "tasks": {"mqar": {"cells": {"512": {"samples": 8, "mean": 0.5, "low": 0.2, "high": 0.8}}}},
     }
     report = evaluation_report(run, results, seconds=5)
@@ -280,7 +293,8 @@ def test_an_evaluation_report_shows_what_was_measured() -> None:
         "models:/nsa-quickstart@champion",
         "| model | 2.160 | 4.600 |",
         "| number written exactly | 50% |",
-        "| quest | 2.500 | 0.250 |",
+        "| quest | 2.500 | 50% (30 to 70) | 25% (12 to 50) | 40.0 |",
+        "| mqar | 512 | quest | 0.375 | 0.250 to 0.500 |",
         "| mqar | 512 | 8 | 0.500 | 0.200 to 0.800 |",
     ):
         assert words in report

@@ -27,7 +27,7 @@ class TaskReads:
     task: str
     """text, needle, or a task's name."""
     length: int | None
-    """Tokens of the context; None: of all lengths of a task together."""
+    """Tokens of the context; None: those of a task that has no lengths."""
     phase: Phase
     count: ReadCount
 

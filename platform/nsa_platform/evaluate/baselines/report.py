@@ -53,6 +53,7 @@ def baselines_summary(results: dict[str, PolicyResult]) -> dict[str, Any]:
         name: {
             **_metrics(result),
             **({"by_position": _by_position(result.bits)} if result.bits is not None else {}),
+            "intervals": _intervals(result),
             "reads": [asdict(each) for each in result.reads],
             **({"patterns": _pattern_counts(result)} if result.patterns else {}),
         }
@@ -76,6 +77,22 @@ def _metrics(result: PolicyResult) -> dict[str, float]:
         found[f"{where}/union_per_group"] = reads.count.union_per_group
         found[f"{where}/bytes_per_step"] = reads.count.bytes_per_step
     return found
+
+
+def _intervals(result: PolicyResult) -> dict[str, tuple[float, float]]:
+    """Intervals of 95 % of the metrics that have one."""
+    found = {}
+    if result.grid is not None:
+        for name in ("exact", "tokens"):
+            readings = [float(getattr(trial, name)) for trial in result.grid.trials]
+            found[f"needle_{name}"] = _interval(readings)
+    for task in result.tasks:
+        found |= {f"{task.name}/{cell}": (of.low, of.high) for cell, of in task.cells.items()}
+    return found
+
+
+def _interval(readings: list[float]) -> tuple[float, float]:
+    return wilson(readings) if set(readings) <= {0.0, 1.0} else bootstrap(readings)
 
 
 def _record_reads(tracker: Tracker, results: dict[str, PolicyResult]) -> None:
@@ -149,8 +166,7 @@ def _record_needles(tracker: Tracker, everybody: dict[str, PolicyResult]) -> Non
         for length in lengths:
             exact = [trial.exact for trial in grid.trials if trial.length == length]
             mean = sum(exact) / len(exact)
-            low, high = wilson(exact) if set(exact) <= {0.0, 1.0} else bootstrap(exact)
-            table.append([name, length, len(exact), mean, low, high])
+            table.append([name, length, len(exact), mean, *_interval(exact)])
             cells[-1].append(mean)
     columns = ["policy", "length", "needles", "exact", "low (95 %)", "high (95 %)"]
     tracker.log_table(columns, table, f"{FOLDER}/baselines_needle.json")
