@@ -64,12 +64,12 @@ def start_of(
     searched: MInference's patterns; None: the same one for every head.
     """
 
-    def start(context: int) -> Policy:
-        budget = budget_of(config, context)
+    def start(prompt_tokens: int, follow: int) -> Policy:
+        budget = budget_of(config, prompt_tokens + follow)
         if name == "minference" and searched is not None:
             return searched.policy(model, budget)
         if budget is None:
-            return published(name, model, prompt_tokens=context)
+            return published(name, model, prompt_tokens=prompt_tokens)
         return within(name, model, budget)
 
     return start

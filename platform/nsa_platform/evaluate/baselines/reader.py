@@ -15,8 +15,8 @@ from nsa_platform.evaluate.scores import LOGITS_PER_CHUNK, AnswerScore
 from nsa_platform.model.inputs import PolicyInputs
 from nsa_platform.model.transformer import Transformer
 
-Start = Callable[[int], Policy]
-"""The tokens of a context to a policy that has seen nothing."""
+Start = Callable[[int, int], Policy]
+"""The tokens of a prompt, and those that may follow it, to a policy that has seen nothing."""
 
 
 def _likeliest(logits: Tensor) -> int:
@@ -54,7 +54,7 @@ class PolicyReader:
         lengths = batch.cu_seqlens.diff().tolist()
         losses = []
         for ids, goals in zip(batch.ids.split(lengths), batch.targets.split(lengths), strict=True):
-            policy = self.start(context)
+            policy = self.start(context, 0)
             phase: Phase = "prefill" if "decode" not in policy.sparse_in else "decode"
             hidden = self._forward(policy, ids, phase)
             losses.append(self._losses(hidden, goals))
@@ -64,7 +64,7 @@ class PolicyReader:
     @torch.no_grad()
     def answer(self, prompt: list[int], answer: list[int]) -> AnswerScore:
         """Score an answer that follows a prompt, its earlier tokens given and decoded."""
-        policy, hidden = self._read_prompt(prompt)
+        policy, hidden = self._read_prompt(prompt, len(answer))
         given = torch.tensor(answer[:-1], dtype=torch.int64, device=self.device)
         after = self._forward(policy, given, "decode") if len(given) else hidden[:0]
         logits = self.model.logits(torch.cat([hidden[-1:], after])).float()
@@ -82,7 +82,7 @@ class PolicyReader:
 
         pick: the scores [vocab] of the next token to its id; the default is greedy.
         """
-        policy, hidden = self._read_prompt(prompt)
+        policy, hidden = self._read_prompt(prompt, count)
         written: list[int] = []
         while True:
             token = pick(self.model.logits(hidden[-1]))
@@ -95,9 +95,9 @@ class PolicyReader:
         self._count(policy)
         return written
 
-    def _read_prompt(self, prompt: list[int]) -> tuple[Policy, Tensor]:
+    def _read_prompt(self, prompt: list[int], follow: int) -> tuple[Policy, Tensor]:
         """A policy that has seen the prompt, and the hidden states of at least its last token."""
-        policy = self.start(len(prompt))
+        policy = self.start(len(prompt), follow)
         ids = torch.tensor(prompt, device=self.device)
         body = max(0, len(ids) - self.decoded_tail)
         if body:

@@ -47,7 +47,8 @@ def within(name: BaselineName, config: ModelConfig, budget: Budget) -> Policy:
     """A policy whose query reads what the budget gives: leading, local and, of the rest, its pick.
 
     Sizes of pages and blocks keep the ratio to the budget that they have to the paper's 2560
-    tokens: 16 for Quest's pages, 128 for InfLLM's blocks. MInference without searched patterns
+    tokens: 16 for Quest's pages, 128 for InfLLM's blocks, which share the dynamic tokens with what
+    has left the window and is in no whole block yet. MInference without searched patterns
     spends half of the dynamic tokens on columns and half on diagonals, beside the budget's own.
     """
     leading, local, dynamic = budget.leading, budget.local, budget.dynamic

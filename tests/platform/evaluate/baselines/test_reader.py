@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from nsa_platform.config.evaluate import BaselineName, PatternSearchConfig
+from nsa_platform.config.evaluate import BaselineName, BaselinesConfig, PatternSearchConfig
 from nsa_platform.config.model import ModelConfig, NsaAttentionConfig, NsaChoices
 from nsa_platform.data.loader import Batch
 from nsa_platform.data.packing import IGNORED
 from nsa_platform.evaluate.baselines.budget import equal_budget, split_budget
+from nsa_platform.evaluate.baselines.comparison import start_of
 from nsa_platform.evaluate.baselines.full import Full
+from nsa_platform.evaluate.baselines.h2o import H2o
 from nsa_platform.evaluate.baselines.pattern_search import search_patterns
 from nsa_platform.evaluate.baselines.policy import Phase, Policy
 from nsa_platform.evaluate.baselines.reader import PolicyReader
+from nsa_platform.evaluate.baselines.sliding import SlidingWindow
 from nsa_platform.evaluate.baselines.systems import published, within
 from nsa_platform.evaluate.scores import ModelScorer
 from nsa_platform.model.cost import key_counts
@@ -60,7 +63,7 @@ def make_full(*, gated: bool) -> Transformer:
 
 
 def reader(model: Transformer, make: type[Policy] = Full, *, tail: int = 5) -> PolicyReader:
-    return PolicyReader(model, lambda context: make(model.config), decoded_tail=tail)
+    return PolicyReader(model, lambda *_: make(model.config), decoded_tail=tail)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +85,7 @@ def test_the_full_policy_is_the_model(gated: bool, batch: Batch) -> None:
     assert full.generate(PROMPT, 3, pick=lambda logits: 11) == [11, 11, 11]
     stopped = PolicyReader(
         model,
-        lambda context: Full(model.config),
+        lambda *_: Full(model.config),
         decoded_tail=5,
         stop_ids=full.generate(PROMPT, 1),
     )
@@ -94,7 +97,7 @@ def test_a_budget_beyond_the_text_reads_everything(
     name: BaselineName, model: Transformer, batch: Batch
 ) -> None:
     wide = PolicyReader(
-        model, lambda context: within(name, model.config, split_budget(4000)), decoded_tail=5
+        model, lambda *_: within(name, model.config, split_budget(4000)), decoded_tail=5
     )
     np.testing.assert_allclose(wide.nats(batch, context=96), ModelScorer(model).nats(batch), **NEAR)
 
@@ -104,7 +107,7 @@ def test_a_small_budget_is_kept_where_the_policy_is_sparse(
     name: BaselineName, model: Transformer
 ) -> None:
     budget = split_budget(40)
-    tight = PolicyReader(model, lambda context: within(name, model.config, budget), decoded_tail=5)
+    tight = PolicyReader(model, lambda *_: within(name, model.config, budget), decoded_tail=5)
     ids = [(7 * i * i + i) % 300 for i in range(200)]
     tight.answer(ids, [1, 2, 3])
     sparse_in = within(name, model.config, budget).sparse_in
@@ -132,7 +135,7 @@ def test_what_infllm_has_left_over_comes_off_the_budget(
     found: dict[BaselineName, PolicyReader] = {}
     for name in ("infllm", "sliding"):
         start = partial(within, name, model.config, split_budget(tokens))
-        found[name] = PolicyReader(model, lambda _, start=start: start(), decoded_tail=tail)
+        found[name] = PolicyReader(model, lambda *_, start=start: start(), decoded_tail=tail)
         found[name].answer(ids, [1, 2])
     for phase in ("prefill", "decode"):
         mine, whole = (each.reads[phase].summary().keys_per_query for each in found.values())
@@ -164,7 +167,7 @@ def test_searched_patterns_keep_the_budget(published_sizes: bool, model: Transfo
 def test_published_sizes_run(name: BaselineName, model: Transformer) -> None:
     one = PolicyReader(
         model,
-        lambda context: published(name, model.config, prompt_tokens=context),
+        lambda prompt, _: published(name, model.config, prompt_tokens=prompt),
         decoded_tail=5,
     )
     assert len(one.generate(PROMPT, 3)) == 3
@@ -172,11 +175,30 @@ def test_published_sizes_run(name: BaselineName, model: Transformer) -> None:
 
 def test_published_h2o_keeps_a_tenth_and_a_tenth(model: Transformer) -> None:
     one = PolicyReader(
-        model, lambda n: published("h2o", model.config, prompt_tokens=n), decoded_tail=1
+        model, lambda n, _: published("h2o", model.config, prompt_tokens=n), decoded_tail=1
     )
     one.generate([5] * 100, 4)
     # The own token comes on top of 10 heavy and 10 recent ones.
     assert one.reads["decode"].summary().keys_per_query == 21
+
+
+def test_a_budget_is_that_of_a_prompt_and_its_answer(model: Transformer) -> None:
+    asked = []
+
+    def start(prompt_tokens: int, follow: int) -> Policy:
+        asked.append((prompt_tokens, follow))
+        return Full(model.config)
+
+    one = PolicyReader(model, start, decoded_tail=5)
+    one.answer(PROMPT, [7, 8, 9])
+    one.generate(PROMPT, 4)
+    assert asked == [(len(PROMPT), 3), (len(PROMPT), 4)]
+    sliding = start_of("sliding", model.config, BaselinesConfig())(128, 4096 - 128)
+    assert isinstance(sliding, SlidingWindow)
+    assert sliding.window == equal_budget(NsaChoices(), 4096).total
+    published_sizes = BaselinesConfig(budget="published")
+    heavy = start_of("h2o", model.config, published_sizes)(120, 900)
+    assert isinstance(heavy, H2o) and heavy.heavy == 12, "a tenth of the prompt"
 
 
 def test_a_policy_needs_full_attention() -> None:
