@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -13,6 +13,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 class ConfigError(ValueError):
     """A configuration is wrong. The message names the key, what came and what is allowed."""
+
+
+V = TypeVar("V", bound=tuple[Any, ...])
+
+
+def each_once(values: V) -> V:
+    """For fields whose values are measured each: one that stands twice would count twice."""
+    if len(set(values)) < len(values):
+        raise ValueError("must hold each value once")
+    return values
 
 
 class Strict(BaseModel):

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from nsa_platform.config.base import Strict
+from nsa_platform.config.base import Strict, each_once
 from nsa_platform.config.model import NsaChoices
 from nsa_platform.config.serve import EngineConfig
 
@@ -36,13 +36,19 @@ class BitsPerByteConfig(Strict):
 class NeedleConfig(Strict):
     """Needle in a haystack over length x depth."""
 
-    lengths: Annotated[tuple[Annotated[int, Field(ge=64)], ...], Field(min_length=1)] = (
+    lengths: Annotated[
+        tuple[Annotated[int, Field(ge=64)], ...], Field(min_length=1), AfterValidator(each_once)
+    ] = (
         256,
         512,
         1024,
     )
     """Prompt lengths in tokens."""
-    depths: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=1)] = (
+    depths: Annotated[
+        tuple[Annotated[float, Field(ge=0, le=1)], ...],
+        Field(min_length=1),
+        AfterValidator(each_once),
+    ] = (
         0.0,
         0.25,
         0.5,

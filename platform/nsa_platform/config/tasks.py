@@ -2,12 +2,14 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 
-from nsa_platform.config.base import Strict
+from nsa_platform.config.base import Strict, each_once
 from nsa_platform.config.locations import Location
 
-Lengths = Annotated[tuple[Annotated[int, Field(ge=64)], ...], Field(min_length=1)]
+Lengths = Annotated[
+    tuple[Annotated[int, Field(ge=64)], ...], Field(min_length=1), AfterValidator(each_once)
+]
 
 LONGBENCH_OF_THE_PAPER = (
     *("multifieldqa_en", "multifieldqa_zh", "qasper", "hotpotqa", "2wikimqa"),
@@ -108,7 +110,9 @@ class LongBenchTask(_Asked):
     folder: Location
     """Holds <dataset>.jsonl for each dataset, as data.zip of
     huggingface.co/datasets/THUDM/LongBench does."""
-    datasets: Annotated[tuple[str, ...], Field(min_length=1)] = LONGBENCH_OF_THE_PAPER
+    datasets: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(each_once)] = (
+        LONGBENCH_OF_THE_PAPER
+    )
     """Default: the ten that the paper reports. <dataset>_e: those of LongBench-E."""
     prompts: Location | None = None
     """dataset2prompt.json of github.com/THUDM/LongBench: published scores are made with it.
@@ -169,7 +173,9 @@ class AimeTask(_Asked):
     """Answers drawn for each problem; pass@1 is their mean."""
     temperature: Annotated[float, Field(ge=0)] = 0.7
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
-    max_new_tokens: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (8192, 16384)
+    max_new_tokens: Annotated[
+        tuple[PositiveInt, ...], Field(min_length=1), AfterValidator(each_once)
+    ] = (8192, 16384)
     """Limits of an answer's length; each is a measurement of its own."""
     max_problem_tokens: PositiveInt = 2048
     """A longer problem is an error."""

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from nsa_platform import storage
 from nsa_platform.config.tasks import QaTask
 from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.evaluate.tasks.fitting import padded, too_short
 from nsa_platform.evaluate.tasks.frame import Frame, open_frame
+from nsa_platform.evaluate.tasks.rows import read_source
 from nsa_platform.evaluate.tasks.ruler_scores import any_of
 from nsa_platform.evaluate.tasks.task import Task, WrittenSample
 
@@ -132,15 +132,20 @@ def _candidates(collection: Collection, question: Question, dice: random.Random)
 
 
 def _read(config: QaTask) -> Collection:
+    text = read_source(config.file, source=SOURCES[config.kind])
     try:
-        tree = json.loads(storage.read_text(config.file))
-        return _squad(tree) if config.kind == "qa_1" else _hotpot(tree)
-    except storage.MissingFileError as error:
-        raise storage.MissingFileError(f"{error}: it should be {SOURCES[config.kind]}") from None
+        tree = json.loads(text)
+        collection = _squad(tree) if config.kind == "qa_1" else _hotpot(tree)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"tasks: {config.kind}: {config.file} is not {SOURCES[config.kind]}: {error!r}"
         ) from None
+    if not collection.questions:
+        raise ValueError(
+            f"tasks: {config.kind}: {config.file} holds no question that has an answer; it should "
+            f"be {SOURCES[config.kind]}"
+        )
+    return collection
 
 
 def _squad(tree: Any) -> Collection:

@@ -9,7 +9,6 @@ Source: arXiv 2308.14508; github.com/THUDM/LongBench, pred.py and eval.py.
 """
 
 import difflib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -19,12 +18,11 @@ from nsa_platform.config.tasks import LongBenchTask
 from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.evaluate.tasks import longbench_scores as scores
 from nsa_platform.evaluate.tasks.frame import Frame, open_frame
+from nsa_platform.evaluate.tasks.longbench_rows import ROWS, LongBenchRow, read_prompts
 from nsa_platform.evaluate.tasks.rows import read_rows
 from nsa_platform.evaluate.tasks.task import Scorer, Task, WrittenSample
 
 SOURCE = "{name}.jsonl of LongBench's data.zip (huggingface.co/datasets/THUDM/LongBench)"
-PROMPTS_SOURCE = "config/dataset2prompt.json of github.com/THUDM/LongBench"
-FIELDS = ("input", "context", "answers", "all_classes", "length")
 EXTENDED = "_e"
 BUCKETS = ((4000, "0-4k"), (8000, "4-8k"))
 
@@ -131,12 +129,14 @@ def longbench(config: LongBenchTask, tokenizer: Tokenizer) -> Task:
         OSError: a file cannot be read.
     """
     datasets = {name: _dataset(name) for name in config.datasets}
-    prompts = _prompts(config.prompts)
+    prompts = read_prompts(config.prompts, [name.removesuffix(EXTENDED) for name in datasets])
     rows = {
         name: read_rows(
-            storage.join(config.folder, f"{name}.jsonl"), FIELDS, source=SOURCE.format(name=name)
+            storage.join(config.folder, f"{name}.jsonl"),
+            ROWS.get(dataset.against, LongBenchRow),
+            source=SOURCE.format(name=name),
         )[: config.samples]
-        for name in datasets
+        for name, dataset in datasets.items()
     }
     chat, plain = open_frame(tokenizer, chat=config.chat), Frame()
 
@@ -145,15 +145,15 @@ def longbench(config: LongBenchTask, tokenizer: Tokenizer) -> Task:
             frame = plain if dataset.is_plain else chat
             prompt = prompts.get(name.removesuffix(EXTENDED), dataset.prompt)
             for number, row in enumerate(rows[name]):
-                text = prompt.format(context=row["context"], input=row["input"])
+                text = prompt.format(context=row.context, input=row.input)
                 ids = middle_left_out(tokenizer.encode(text), config.max_length - frame.size)
                 yield WrittenSample(
-                    cells=_cells(name, row["length"]),
+                    cells=_cells(name, row.length),
                     unit=f"{name}/{number}",
                     prompt=frame.around(ids),
-                    references=tuple(row["answers"]),
+                    references=tuple(row.answers),
                     max_new_tokens=dataset.max_new_tokens,
-                    score=scorer(dataset, row["answers"], row["all_classes"] or ()),
+                    score=scorer(dataset, row.answers, row.all_classes or ()),
                 )
 
     return Task("longbench", sum(map(len, rows.values())), samples)
@@ -197,12 +197,3 @@ def _dataset(name: str) -> Dataset:
             f"tasks: longbench: no dataset {name!r}{hint} (there are {', '.join(DATASETS)})"
         )
     return known
-
-
-def _prompts(location: str | None) -> dict[str, str]:
-    if location is None:
-        return {}
-    try:
-        return dict(json.loads(storage.read_text(location)))
-    except (ValueError, TypeError):
-        raise ValueError(f"tasks: longbench: prompts: {location} is not {PROMPTS_SOURCE}") from None
