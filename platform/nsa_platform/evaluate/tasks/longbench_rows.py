@@ -1,4 +1,4 @@
-"""Rows of LongBench's files, by the score that reads them, and the prompts of its dataset2prompt.json.
+"""Rows of LongBench's files, by the score that reads them, and its file of prompts.
 
 All of it is checked when a task is opened: a score that meets something else would end an
 evaluation after hours, or count nonsense.

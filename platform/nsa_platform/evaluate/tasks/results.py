@@ -1,8 +1,8 @@
 """Scores of a task in its cells: counts, means and intervals of 95 %.
 
 Where every unit is one sample that is right or wrong, or all units have the same mean, the interval
-is Wilson's over units; otherwise it is the percentile bootstrap over units, for samples of a unit are
-alike. Of equal means a bootstrap would make an interval of no width, which reads as certainty.
+is Wilson's over units; otherwise it is the percentile bootstrap over units, for samples of a unit
+are alike. Of equal means a bootstrap would make an interval without width, which reads as certainty.
 """
 
 import math

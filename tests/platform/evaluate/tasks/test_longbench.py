@@ -156,7 +156,7 @@ def test_what_is_missing_is_named(corpus, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no dataset 'qaspar'; did you mean 'qasper'"):
         opened(datasets=["qaspar"])
     write(tmp_path, "qasper.jsonl", [row(), {"input": "x", "context": "y"}])
-    with pytest.raises(ValueError, match="row 2 has no answers, all_classes, length"):
+    with pytest.raises(ValueError, match="line 2 has no answers, all_classes, length"):
         opened()
     (tmp_path / "qasper.jsonl").write_text("not JSON")
     with pytest.raises(ValueError, match="is neither JSON lines nor a JSON list"):

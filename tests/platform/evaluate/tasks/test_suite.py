@@ -106,7 +106,7 @@ def test_problems_are_tried_several_times(corpus, tmp_path: Path) -> None:
     assert (score.method, score.low, score.high) == ("bootstrap", 0.25, 1.0)
     assert score.new_tokens > 5
     file.write_text('{"problem": "x", "answer": "1/2"}\n')
-    with pytest.raises(ValueError, match="row 1: answer='1/2' must be an integer"):
+    with pytest.raises(ValueError, match="line 1: answer='1/2': must be an integer from 0 to 999"):
         open_task(aime(file), corpus.tokenizer)
     file.write_text(json.dumps({"problem": "long " * 900, "answer": 1}))
     with pytest.raises(ValueError, match="more than tasks: aime: max_problem_tokens=2048"):
@@ -194,6 +194,14 @@ def test_a_group_is_made_when_the_one_before_is_answered(corpus) -> None:
         (r"\boxed{1{,}000}", None),
         (r"\boxed{1,000}", 1000),
         (r"\boxed{\frac12}", None),
+        (r"\boxed{5} then \boxed{\frac{1}{2}}", None),
+        (r"\boxed{\frac{1}{2}} then \boxed{5}", 5),
+        (r"\boxed{1, 2}", None),
+        (r"\boxed{12,3456}", None),
+        (r"\boxed{$\ 1\,234 $}", 1234),
+        (r"\boxed{5} then \boxed{12", 5),
+        (r"\boxed{7 \} } then \boxed{\boxed{8}}", 8),
+        (rf"\boxed{{{'9' * 5000}}}", None),
         ("the answer is 12", None),
     ],
 )
@@ -217,6 +225,17 @@ def test_intervals() -> None:
     alike = score_of(rows([1.0, 0.0, 1.0, 1.0], unit="same"))
     assert (alike.low, alike.high, alike.units) == (0.0, 1.0, 1)
     assert bootstrap([0.5, 0.5]) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("score", [0.0, 0.5, 1.0])
+def test_equal_scores_are_no_certainty(score: float) -> None:
+    """30 problems with 4 tries each, all with the same mean."""
+    tries = [score] * 4 if score != 0.5 else [0.0, 1.0, 1.0, 0.0]
+    cell = score_of([row for unit in range(30) for row in rows(tries, unit=str(unit))])
+    assert (cell.method, cell.mean, cell.samples, cell.units) == ("wilson", score, 120, 30)
+    # z^2 / (n + z^2) with z = 1.96 and n = 30; in the middle 1.96 x 0.5 / sqrt(n + z^2).
+    bounds = {0.0: (0.0, 0.1135), 0.5: (0.3315, 0.6685), 1.0: (0.8865, 1.0)}
+    assert (cell.low, cell.high) == pytest.approx(bounds[score], abs=1e-4)
 
 
 def test_the_mean_is_over_first_cells() -> None:
