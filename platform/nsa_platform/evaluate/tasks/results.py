@@ -2,7 +2,7 @@
 
 Where every unit is one sample that is right or wrong, or all units have the same mean, the interval
 is Wilson's over units; otherwise it is the percentile bootstrap over units, for samples of a unit
-are alike. Of equal means a bootstrap would make an interval without width, which reads as certainty.
+are alike. Of equal means a bootstrap makes an interval without width, which reads as certainty.
 """
 
 import math
