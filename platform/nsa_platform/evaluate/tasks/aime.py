@@ -1,6 +1,6 @@
 """Competition problems whose answer is an integer from 0 to 999, tried several times each.
 
-pass@1 is the mean over all tries; its interval resamples problems, for the tries at one of them are
+pass@1 is the mean over all tries; its interval is over problems, for the tries at one of them are
 alike. The answer is the last \\boxed{...} of what was written. Each limit of length is a cell.
 
 Source: arXiv 2502.11089, section 4.2 (temperature 0.7, top-p 0.95, 16 tries, 8,192 and 16,384
@@ -29,7 +29,7 @@ PROMPT = "{problem}\n\nReason step by step and put the final answer into \\boxed
 
 _SPACE = r"(?:[\s$]|\\[,;! ])*"
 _INTEGER = re.compile(rf"{_SPACE}(\d{{1,3}}(?:(?:,|\\[,;! ])\d{{3}})+|\d{{1,100}}){_SPACE}")
-_BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+_BRACES = re.compile(r"\\boxed\s*\{|\\\\(?!boxed)|\\[{}]|[{}]")
 
 
 def _whole(answer: object) -> object:

@@ -202,6 +202,8 @@ def test_a_group_is_made_when_the_one_before_is_answered(corpus) -> None:
         (r"\boxed{5} then \boxed{12", 5),
         (r"\boxed{7 \} } then \boxed{\boxed{8}}", 8),
         (rf"\boxed{{{'9' * 5000}}}", None),
+        (r"\\boxed{6}", 6),
+        (r"x \\\boxed{6} \\{", 6),
         ("the answer is 12", None),
     ],
 )
