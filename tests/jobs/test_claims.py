@@ -11,6 +11,7 @@ import yaml
 
 from jobs.claims import CLAIMS, PAGE, Claims, Records, main, page
 from nsa_platform.config.base import ConfigError
+from nsa_platform.config.runs import EvaluateRun
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
@@ -91,6 +92,84 @@ def test_what_is_wrong_is_named(copy: Path) -> None:
     (copy / CLAIMS).write_text(text.replace("@read_bytes", "@red_bytes", 1))
     with pytest.raises(ValueError, match="@red_bytes: no such number"):
         page(copy)
+
+
+BROKEN = [
+    (
+        "measured: exactly w tokens",
+        "measured: exactly {w} tokens",
+        "claim 12: measured cannot be filled",
+    ),
+    ('show: "{:.1%}"', 'show: "{:.1q}"', r"claim 14: show='\{:\.1q\}' cannot be filled in"),
+    ("id: 2\n", "id: 1\n", "claims must have different ids, got twice: 1"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "told"), BROKEN)
+def test_a_broken_claim_is_named(old: str, new: str, told: str, copy: Path) -> None:
+    text = (copy / CLAIMS).read_text()
+    (copy / CLAIMS).write_text(text.replace(old, new, 1))
+    assert text != (copy / CLAIMS).read_text()
+    with pytest.raises(ValueError, match=told):
+        page(copy)
+
+
+def test_a_broken_record_is_named_with_its_claim(copy: Path) -> None:
+    path = copy / "kernels.json"
+    records = json.loads(path.read_text())
+    dense = next(each for each in records if each["name"] == "32k/full/forward")
+    for changed, told in (
+        ([*records, dense | {"value": 0}], "claim 1: kernels.json#32k/full/forward: is 0"),
+        (
+            [*records, dense | {"commit": ""}],
+            "claim 1: kernels.json#32k/full/forward: says no commit",
+        ),
+        ({"name": "kernels"}, "claim 1: kernels.json: holds no list of records"),
+    ):
+        path.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=told):
+            page(copy)
+    path.write_text("[")
+    with pytest.raises(ValueError, match=r"claims\.yaml: claim 1: kernels\.json: is not JSON"):
+        page(copy)
+
+
+def test_a_command_measures_every_record_of_its_claim(claims: Claims) -> None:
+    records = Records(RESULTS)
+    for claim in claims.all:
+        for place in {
+            p.partition("@")[0] for f in claim.figures.values() for p in (*f.of, *f.over)
+        }:
+            measured_by = records.record(place)["command"].split(",")[0]
+            script = re.search(r"jobs\.\w+|kernels/\S+\.py", measured_by)
+            assert (script.group() if script else "bench.py") in claim.command, (claim.id, place)
+
+
+def test_evaluations_that_are_named_measure_what_is_claimed(claims: Claims) -> None:
+    wanted = {3: "bits_per_byte", 26: "needle", 27: "needle"}
+    for claim in claims.all:
+        if claim.id not in wanted:
+            continue
+        policies: list[bool] = []
+        for command in claim.command.split("&&"):
+            words = shlex.split(command)
+            sets = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+            run = EvaluateRun.load(ROOT / words[words.index("--config") + 1], sets)
+            policies.append(run.baselines is not None)
+            assert getattr(run, wanted[claim.id]) is not None, claim.id
+            if wanted[claim.id] == "needle":
+                assert run.needle is not None and max(run.needle.lengths) == 65536
+        assert any(policies) is (claim.id == 3)
+
+
+def test_the_documents_tell_what_the_device_does_for_a_byte() -> None:
+    text = " ".join((ROOT / "docs/evaluation.md").read_text().split())
+    (told,) = re.findall(r"an H100 could do (\d+) meanwhile", text)
+    records = Records(RESULTS)
+    ridge = records.value("kernels.json#ceiling/matmul") / records.value(
+        "kernels.json#ceiling/copy"
+    )
+    assert told == f"{ridge:.0f}"
 
 
 def test_the_command_takes_no_arguments(capsys: pytest.CaptureFixture[str]) -> None:
