@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from jobs.cli import fail
-from jobs.evaluation_inputs import held_out_parser, open_loader
+from jobs.evaluation_inputs import held_out_origin, held_out_parser, open_loader
 from nsa_platform import figures, storage
 from nsa_platform.config.model import AttentionConfig, NsaAttentionConfig
 from nsa_platform.data.tokenizer import Tokenizer
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             texts=options.texts,
             num_blocks=options.num_blocks,
             top_ps=options.top_p,
+            origin=held_out_origin("adaptive", argv),
         )
     except (ValueError, OSError) as error:
         fail(str(error))
@@ -63,8 +64,9 @@ def measure(
     texts: int,
     num_blocks: Sequence[int],
     top_ps: Sequence[float],
+    origin: dict[str, str],
 ) -> dict[str, Any]:
-    """Score held-out rows at every number and every share, write and return the record.
+    """Score held-out rows at every number and every share, write and return the record of this origin.
 
     Raises:
         ValueError, OSError: model, data and numbers do not fit, or cannot be read or written.
@@ -96,6 +98,7 @@ def measure(
     record = {
         "model": model.config.name,
         "device": device_name(model.embedding.weight.device),
+        **origin,
         "length": length,
         "texts": len(batches),
         "points": [asdict(point) for point in points],

@@ -63,6 +63,19 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
+def record_arguments(result: argparse.ArgumentParser) -> None:
+    """Where a job that makes a record is told to leave it and its picture; by itself it prints."""
+    result.add_argument("--json", type=Path, metavar="PATH", help="write the record here")
+    result.add_argument("--picture", type=Path, metavar="PATH.png", help="draw it here")
+    result.add_argument("--draw", type=Path, metavar="JSON", help="only draw this record again")
+
+
+def write_record(record: dict[str, Any], path: Path) -> None:
+    """Write a record of measured figures, its folder too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
 def read_run(root: type[Run], doc: str, argv: Sequence[str] | None = None) -> tuple[Run, bool]:
     """Parse the command line and the YAML, make places absolute, print the resolved configuration.
 

@@ -1,11 +1,13 @@
-"""What a decode step reads and multiplies against the context: arithmetic, no GPU.
+r"""What a decode step reads and multiplies against the context: arithmetic, no GPU.
 
-    python -m jobs.decode_arithmetic --config jobs/configs/pretrain/nsa_1b.yaml
+    python -m jobs.decode_arithmetic --config jobs/configs/pretrain/nsa_1b.yaml \
+        --json results/decode_arithmetic.json --picture docs/decode_arithmetic.png
+    python -m jobs.decode_arithmetic --draw results/decode_arithmetic.json --picture X.png
 
 Of the configuration's NSA, of full attention with the same heads, and of MLA with a latent of as
-many channels as those keys and values have. Writes results/decode_arithmetic.json, from which
-docs/decode_arithmetic.png is drawn. The slope is what one more token of context adds to the bytes,
-over what it adds with full attention: 1/16 with the paper's stride.
+many channels as those keys and values have. The slope is what one more token of context adds to
+the bytes, over what it adds with full attention: 1/16 with the paper's stride. Prints the figures;
+writes nothing but what --json and --picture name.
 """
 
 import argparse
@@ -15,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jobs.cli import EXIT_BAD_CONFIG, fail
+from jobs.cli import EXIT_BAD_CONFIG, fail, read_record, record_arguments, write_record
 from nsa_platform import figures
 from nsa_platform.config.base import ConfigError
 from nsa_platform.config.model import MlaAttentionConfig, ModelConfig, NsaAttentionConfig
@@ -101,33 +103,38 @@ def draw(result: dict[str, Any], path: Path) -> None:
         for system in dict.fromkeys(each["system"] for each in points)
     }
     title = f"Attention of one decode step, {result['model']}, bfloat16"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(figures.png(figures.decode_arithmetic(lines, ridge=ridge, title=title)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the record and its picture."""
+    """Print the figures, write what is asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", type=Path, metavar="X.yaml", help="a pretraining run")
-    parser.add_argument("--draw", action="store_true", help="only draw the record again")
+    record_arguments(parser)
     options = parser.parse_args(argv)
-    if (options.config is None) is not options.draw:
+    if (options.config is None) is (options.draw is None):
         parser.error("give either --config or --draw")
-    target = ROOT / "results" / f"{NAME}.json"
+    if options.draw is not None and (options.json or not options.picture):
+        parser.error("--draw goes with --picture, and not with --json")
     try:
-        if options.draw:
-            result = json.loads(target.read_text(encoding="utf-8"))
+        if options.draw is not None:
+            result = read_record(options.draw)
         else:
             model = PretrainRun.load(options.config).model
             if model is None:
                 raise ValueError(f"{options.config}: has no model of its own")
-            command = f"python -m jobs.decode_arithmetic --config {options.config}"
-            result = record(model, command)
-            target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        draw(result, ROOT / "docs" / f"{NAME}.png")
-    except (ConfigError, ValueError, OSError, KeyError) as error:
+            result = record(model, f"python -m jobs.decode_arithmetic --config {options.config}")
+        if options.json is not None:
+            write_record(result, options.json)
+        if options.picture is not None:
+            draw(result, options.picture)
+    except (ConfigError, ValueError, OSError) as error:
         fail(str(error), status=EXIT_BAD_CONFIG)
+    except KeyError as error:
+        fail(f"{options.draw} says no {error} of its figures", status=EXIT_BAD_CONFIG)
     for each in result["records"]:
         print(f"{each['name']}: {each['value']:,.4g} {each['unit']}")
 

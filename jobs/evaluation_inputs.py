@@ -2,7 +2,10 @@
 
 import argparse
 import random
-from collections.abc import Callable, Iterator, Mapping
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 
 from rich.progress import Progress
 
@@ -17,6 +20,7 @@ from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.evaluate.bits_per_byte import BitsPerByte, bits_per_byte, first_batches
 from nsa_platform.evaluate.scores import Score
 from nsa_platform.evaluate.tasks.words import uuid_pairs
+from nsa_platform.tracking import origin_tags
 
 
 def held_out_parser(description: str | None) -> argparse.ArgumentParser:
@@ -30,6 +34,16 @@ def held_out_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--length", type=int, required=True, help="tokens of a text")
     parser.add_argument("--texts", type=int, default=4, help="held-out rows that are read")
     return parser
+
+
+def held_out_origin(job: str, argv: Sequence[str] | None) -> dict[str, str]:
+    """How, when and with what code such a command measures, for its record."""
+    words = sys.argv[1:] if argv is None else argv
+    return {
+        "commit": origin_tags(job, "").get("mlflow.source.git.commit", ""),
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": shlex.join(["python", "-m", f"jobs.{job}", *words]),
+    }
 
 
 def counted(batches: Iterator[Batch], advance: Callable[[int], None]) -> Iterator[Batch]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from jobs.cli import fail
-from jobs.evaluation_inputs import held_out_parser, open_loader
+from jobs.evaluation_inputs import held_out_origin, held_out_parser, open_loader
 from nsa_platform import figures, storage
 from nsa_platform.config.model import NsaAttentionConfig
 from nsa_platform.data.tokenizer import Tokenizer
@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             length=options.length,
             texts=options.texts,
             queries=options.queries,
+            origin=held_out_origin("mechanism", argv),
         )
     except (ValueError, OSError) as error:
         fail(str(error))
@@ -52,9 +53,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(
-    model_folder: str, data: str, output: str, *, length: int, texts: int, queries: int
+    model_folder: str,
+    data: str,
+    output: str,
+    *,
+    length: int,
+    texts: int,
+    queries: int,
+    origin: dict[str, str],
 ) -> dict[str, Any]:
-    """Look at held-out rows, write the record and its pictures, return the record.
+    """Look at held-out rows, write the record, of this origin, and its pictures; return the record.
 
     Raises:
         ValueError, OSError: model, data and sizes do not fit, or cannot be read or written.
@@ -75,6 +83,7 @@ def measure(
     record = {
         "model": model.config.name,
         "device": device_name(model.embedding.weight.device),
+        **origin,
         "length": length,
         "texts": len(seen),
         "queries": sum(len(each.queries) for each in seen),

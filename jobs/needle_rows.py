@@ -7,9 +7,11 @@ A row has exactly --length tokens. Each key, an English word, has a number in th
 evaluation's needle; the same sentence comes again farther on, half of them at the row's end, and
 then the number can be known only from before. Many keys in a row make it worth learning soon to
 copy what stood behind the same words; sentences lie anywhere, so that all distances occur.
+The output is a new or empty folder, or one that this command has written: needle_rows.json says so.
 """
 
 import argparse
+import json
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -28,6 +30,7 @@ from nsa_platform.data.shards import ShardSet, ShardWriter
 from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.evaluate.tasks.words import english
 
+MARK = "needle_rows.json"
 SHARD_TOKENS = 8_000_000
 ROWS_AT_ONCE = 64
 FILLER_TOKENS = 32_000_000
@@ -138,8 +141,13 @@ def write_rows(
     """
     tokenizer = Tokenizer(storage.join(folder, "tokenizer"))
     # Before anything is written.
+    if keys > (most := len(words())):
+        raise ValueError(f"--keys={keys} must not exceed {most}, the words that there are")
+    _claim(folder, output)
     _make_rows(folder, "validation", length, keys, seed, range(1))
     record = ShardSet(storage.join(folder, "train")).manifest.tokenizer
+    made = {"data": folder, "length": length, "rows": rows, "keys": keys, "seed": seed}
+    storage.write_text(storage.join(output, MARK), json.dumps(made, indent=1) + "\n")
     tokenizer.save(storage.join(output, "tokenizer"))
     num_bytes = tokenizer.token_bytes()
     for split, count in (("train", rows), ("validation", max(8, rows // 32))):
@@ -153,6 +161,18 @@ def write_rows(
         for row in _rows_of(folder, split, count, processes, (length, keys, seed)):
             writer.add(row.tolist(), text_bytes=int(num_bytes[row].sum()))
         writer.finish(SourceRecord(files=0, bytes=0, documents=count))
+
+
+def _claim(folder: str, output: str) -> None:
+    """Raise ValueError unless the output folder is ours to write."""
+    places = [
+        each if storage.is_remote(each) else Path(each).resolve() for each in (folder, output)
+    ]
+    if places[0] == places[1]:
+        raise ValueError(f"{output}: is the data itself; give another folder to write")
+    found = storage.list_names(output)
+    if found and MARK not in found:
+        raise ValueError(f"{output}: holds other files ({found[0]}, ...); give a new folder")
 
 
 def _rows_of(

@@ -162,6 +162,16 @@ def test_evaluations_that_are_named_measure_what_is_claimed(claims: Claims) -> N
         assert any(policies) is (claim.id == 3)
 
 
+def test_a_record_says_which_of_its_values_are_rounded() -> None:
+    tree = json.loads((RESULTS / "ablations_nsa_50m_h100.json").read_text())
+    digits, told = tree["rounded"]["digits"], tree["rounded"]["variants"]
+    losses = {run["variant"]: [value for _, value in run["valid"]] for run in tree["runs"]}
+    rounded = [
+        name for name, values in losses.items() if [round(v, digits) for v in values] == values
+    ]
+    assert rounded == told
+
+
 def test_the_documents_tell_what_the_device_does_for_a_byte() -> None:
     text = " ".join((ROOT / "docs/evaluation.md").read_text().split())
     (told,) = re.findall(r"an H100 could do (\d+) meanwhile", text)

@@ -1,6 +1,7 @@
 """Rows in which numbers are told and told again."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,27 @@ def test_every_number_is_told_twice_and_half_of_them_at_the_end(rows: Path) -> N
     assert 0.35 < at_end / keys < 0.75
 
 
+def test_other_peoples_folders_are_left_alone(
+    rows: Path, tiny_shards, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_shards.path, other)
+    before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+    for output, told in (
+        (other, f"{other}: holds other files (prepared.json, ...)"),
+        (tiny_shards.path, "is the data itself"),
+    ):
+        with pytest.raises(SystemExit):
+            write(tiny_shards.path, output)
+        assert told in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+    # Its own are written again.
+    (tmp_path / "mine").mkdir()
+    for _ in range(2):
+        write(tiny_shards.path, tmp_path / "mine")
+    assert texts_of(tmp_path / "mine", "train") == texts_of(rows, "train")
+
+
 def test_rows_depend_on_the_seed_alone(rows: Path, tiny_shards, tmp_path: Path) -> None:
     write(tiny_shards.path, tmp_path / "same")
     write(tiny_shards.path, tmp_path / "other", "--seed", "1")
@@ -68,6 +90,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is(
 ) -> None:
     for flag, value, told in (
         ("--length", "40", "--length=40 has no room for a sentence that is told twice"),
+        ("--keys", "100000", "--keys=100000 must not exceed "),
         ("--rows", "0", "--rows must be at least 1, got 0"),
     ):
         with pytest.raises(SystemExit):

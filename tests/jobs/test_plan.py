@@ -52,6 +52,19 @@ def test_the_recorded_arithmetic_is_that_of_today(model):
     assert values["mla/65536"]["intensity"] == pytest.approx(60)
 
 
+def test_the_arithmetic_is_written_where_it_is_told_alone(tmp_path: Path) -> None:
+    kept = {path: path.read_bytes() for path in (ROOT / "results").glob("decode_*")}
+    kept |= {path: path.read_bytes() for path in (ROOT / "docs").glob("decode_*")}
+    made, picture = tmp_path / "a.json", tmp_path / "a.png"
+    smoke = ["--config", str(ROOT / "jobs/configs/pretrain/smoke.yaml")]
+    decode_arithmetic.main(smoke)
+    decode_arithmetic.main([*smoke, "--json", str(made)])
+    assert json.loads(made.read_text())["records"] and not picture.exists()
+    decode_arithmetic.main(["--draw", str(made), "--picture", str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert len(kept) == 2 and all(path.read_bytes() == content for path, content in kept.items())
+
+
 def test_a_latent_cache_holds_and_reads_its_latents_alone(model):
     latent = ModelConfig.parse(model.model_dump() | {"attention": MLA})
     # 24 layers, 192 + 64 channels, 2 bytes.

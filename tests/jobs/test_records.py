@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import gates, needle_record, record
-from jobs.gates import draw as draw_gates
+from jobs import decode_arithmetic, gates, needle_record, record
 from jobs.gates import record as record_gates
 from jobs.load_record import record_load
 from jobs.model_tags import model_tags
@@ -102,9 +101,9 @@ def test_gates_of_runs_one_after_the_other(tracking: TrackingConfig, tmp_path: P
         tracker = Tracker(handle)
         for step in range(2, steps + 1, 2):
             for layer in (0, 1):
-                gates = {"cmp": gate, "slc": gate / step, "win": 0.1 * layer}
+                means = {"cmp": gate, "slc": gate / step, "win": 0.1 * layer}
                 tracker.log_metrics(
-                    {f"nsa/gate_mean/{key}/{layer}": value for key, value in gates.items()}, step
+                    {f"nsa/gate_mean/{key}/{layer}": value for key, value in means.items()}, step
                 )
         assert tracker.finish("FINISHED") == 0
         facts = {"run_id": handle.run_id, "handle": {"uri": tracking.uri}, "step": steps}
@@ -120,9 +119,33 @@ def test_gates_of_runs_one_after_the_other(tracking: TrackingConfig, tmp_path: P
     assert values["gates-sft/win/last"] == pytest.approx(0.05)  # a mean of two layers
     assert [phase["begins"] for phase in found["phases"]] == [0, 4]
     assert [step for phase in found["phases"] for step, _ in phase["gates"]] == [2, 4, 6]
-    # As it is drawn again from its file.
-    draw_gates(json.loads(json.dumps(found)), tmp_path / "docs" / "gates.png")
-    assert (tmp_path / "docs" / "gates.png").read_bytes().startswith(b"\x89PNG")
+    assert found["command"] == f"python -m jobs.gates {folders[0]} {folders[1]}"
+    with pytest.raises(
+        ValueError, match=r"gates-sft: its run gates-sft has the name of one before"
+    ):
+        record_gates([*folders, folders[1]])
+    with pytest.raises(
+        ValueError, match=r"nowhere: holds no finished run \(finished\.json: No such"
+    ):
+        record_gates([tmp_path / "nowhere"])
+    # It lies where the flags say, and nowhere else; and is drawn again from its file.
+    kept, picture = tmp_path / "new" / "gates_tiny.json", tmp_path / "docs" / "gates.png"
+    stored = {path.name for path in (ROOT / "results").iterdir()}
+    gates.main([*map(str, folders), "--json", str(kept)])
+    assert json.loads(kept.read_text())["name"] == "gates_tiny" and not picture.exists()
+    assert {path.name for path in (ROOT / "results").iterdir()} == stored
+    gates.main(["--draw", str(kept), "--picture", str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_record_without_gates_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "other.json"
+    path.write_text('{"records": []}')
+    with pytest.raises(SystemExit):
+        gates.main(["--draw", str(path), "--picture", str(tmp_path / "x.png")])
+    assert f"{path} holds no gates: it has no phases" in capsys.readouterr().err
 
 
 def test_needles_of_evaluations_the_best_first(
@@ -300,14 +323,18 @@ def test_an_evaluation_report_shows_what_was_measured() -> None:
         assert words in report
 
 
-@pytest.mark.parametrize("job", [gates, record], ids=["gates", "record"])
+@pytest.mark.parametrize(
+    ("job", "more"),
+    [(gates, ["--picture", "x.png"]), (decode_arithmetic, ["--picture", "x.png"]), (record, [])],
+    ids=["gates", "decode_arithmetic", "record"],
+)
 @pytest.mark.parametrize(
     ("text", "reason"),
     [("# Heading", "is not JSON"), ('{"points": []}', "holds no measured figures")],
 )
-def test_a_file_that_is_no_record_is_named(job, text, reason, tmp_path, capsys):
+def test_a_file_that_is_no_record_is_named(job, more, text, reason, tmp_path, capsys):
     path = tmp_path / "other.json"
     path.write_text(text)
     with pytest.raises(SystemExit):
-        job.main(["--draw", str(path)])
+        job.main(["--draw", str(path), *more])
     assert f"{path} {reason}" in capsys.readouterr().err

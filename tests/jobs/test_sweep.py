@@ -12,6 +12,7 @@ from jobs import sweep
 from jobs.sweep_record import QUANTILES, draw, interval, report_of, summary_of
 from jobs.sweeping import Sweep
 from nsa_platform.config.base import ConfigError
+from nsa_platform.config.model import NsaAttentionConfig
 from nsa_platform.config.runs import SweepRun
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +40,21 @@ def test_runs_are_variants_times_seeds_with_the_overrides_in_order() -> None:
     assert [run.train.steps for run in runs] == [8, 8, 4]
     assert [run.model.ffn_width == 96 for run in runs if run.model] == [True, True, False]
     assert {run.tracking.parent for run in runs} == {"s"}
+
+
+def test_sizes_are_swept_around_the_papers() -> None:
+    trials = Sweep.plan(SweepRun.load(ROOT / "jobs/configs/sweep/sizes.yaml")).trials
+    sizes = []
+    for trial in trials:
+        assert trial.run.model is not None
+        heads = trial.run.model.attention
+        assert isinstance(heads, NsaAttentionConfig)
+        l, d = heads.compression_block_size, heads.compression_stride
+        chosen = heads.selection_block_size, heads.num_selected_blocks
+        sizes.append((l, d, *chosen, heads.window_size))
+    assert sizes[0] == (32, 16, 64, 16, 512) and len(set(sizes)) == len(sizes)
+    for place, size in enumerate(sizes[0]):
+        assert {size // 2, size * 2} <= {each[place] for each in sizes}
 
 
 @pytest.mark.parametrize(

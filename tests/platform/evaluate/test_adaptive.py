@@ -1,6 +1,7 @@
 """Reading more or fewer blocks: the loss is the patched model's own, and blocks are counted."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,8 @@ def test_the_command(
     command = [str(folder), str(corpus.path), str(tmp_path / "out"), "--length", str(length)]
     job.main([*command, "--texts", "2", "--num-blocks", str(n), "--top-p", "0.05", "0.9"])
     record = json.loads((tmp_path / "out" / "adaptive.json").read_text())
+    assert record["command"].startswith(f"python -m jobs.adaptive {folder} {corpus.path} ")
+    assert re.fullmatch("[0-9a-f]{40}", record["commit"]) and record["date"].startswith("20")
     assert [point["selection_top_p"] for point in record["points"]] == [None, 0.05, 0.9]
     blocks = [point["blocks"] for point in record["points"]]
     assert blocks[1] <= blocks[2] <= blocks[0] and record["texts"] == 2

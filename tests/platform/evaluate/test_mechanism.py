@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,8 @@ def test_the_command(
     command = [str(folder), str(corpus.path), str(tmp_path / "out")]
     job.main([*command, "--length", str(length), "--texts", "2", "--queries", "5"])
     record = json.loads((tmp_path / "out" / "mechanism.json").read_text())
+    assert record["command"].startswith(f"python -m jobs.mechanism {folder} {corpus.path} ")
+    assert re.fullmatch("[0-9a-f]{40}", record["commit"]) and record["date"].startswith("20")
     assert (record["texts"], record["queries"], record["length"]) == (2, 10, length)
     assert [each["layer"] for each in record["layers"]] == list(range(model.config.layers))
     assert all(0 < each["recall"] <= 1 + CLOSE for each in record["layers"])
