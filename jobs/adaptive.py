@@ -66,7 +66,10 @@ def measure(
     top_ps: Sequence[float],
     origin: dict[str, str],
 ) -> dict[str, Any]:
-    """Score held-out rows at every number and every share, write and return the record of this origin.
+    """Score held-out rows at every number and every share, write and return the record.
+
+    Args:
+        origin: of the record, by held_out_origin.
 
     Raises:
         ValueError, OSError: model, data and numbers do not fit, or cannot be read or written.

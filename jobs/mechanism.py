@@ -62,7 +62,10 @@ def measure(
     queries: int,
     origin: dict[str, str],
 ) -> dict[str, Any]:
-    """Look at held-out rows, write the record, of this origin, and its pictures; return the record.
+    """Look at held-out rows, write the record and its pictures, return the record.
+
+    Args:
+        origin: of the record, by held_out_origin.
 
     Raises:
         ValueError, OSError: model, data and sizes do not fit, or cannot be read or written.
