@@ -141,8 +141,14 @@ class Records:
         records, shared = (tree, {}) if isinstance(tree, list) else (tree.get("records"), tree)
         if not isinstance(records, list):
             raise ValueError(f"{file}: holds no list of records")
-        runs = [{"name": f"{r['variant']}-seed{r['seed']}", **r} for r in shared.get("runs", [])]
-        return {each["name"]: {**shared, **each} for each in [*records, *runs]}
+        try:
+            runs = [
+                {"name": f"{run['variant']}-seed{run['seed']}", **run}
+                for run in shared.get("runs", [])
+            ]
+            return {each["name"]: {**shared, **each} for each in [*records, *runs]}
+        except KeyError as error:
+            raise ValueError(f"{file}: one of its records has no {error}") from None
 
     def figure(self, figure: Figure) -> str:
         """A figure as text. Raises ValueError if there is none."""

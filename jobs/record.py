@@ -95,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if options.draw is None and None in (options.folder, options.name, options.device):
         parser.error("give a folder, --name and --device, or --draw")
+    if options.name and Path(options.name).name != options.name:
+        parser.error(f"--name must be a plain name, got {options.name}")
     try:
         if options.draw is not None:
             result = read_record(options.draw)

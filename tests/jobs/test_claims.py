@@ -124,6 +124,7 @@ def test_a_broken_record_is_named_with_its_claim(copy: Path) -> None:
             [*records, dense | {"commit": ""}],
             "claim 1: kernels.json#32k/full/forward: says no commit",
         ),
+        ([{"value": 1}], "claim 1: kernels.json: one of its records has no 'name'"),
         ({"name": "kernels"}, "claim 1: kernels.json: holds no list of records"),
     ):
         path.write_text(json.dumps(changed))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobs import needle_rows
+from nsa_platform.config.runs import EvaluateRun, PrepareDataRun, PretrainRun
 from nsa_platform.data.shards import ShardSet
 from nsa_platform.data.tokenizer import Tokenizer
 
@@ -97,3 +98,12 @@ def test_what_cannot_be_written_is_refused_before_anything_is(
             write(tiny_shards.path, tmp_path / "none", flag, value)
         assert told in capsys.readouterr().err
         assert not (tmp_path / "none").exists()
+
+
+def test_the_recipe_prepares_the_text_that_its_model_reads() -> None:
+    configs = Path(__file__).resolve().parents[2] / "jobs/configs"
+    text = PrepareDataRun.load(configs / "prepare_data/needle_text.yaml")
+    model = PretrainRun.load(configs / "pretrain/nsa_needle.yaml").model
+    asked = EvaluateRun.load(configs / "evaluate/needle.yaml")
+    assert model is not None and text.tokenizer.train_vocab_size == model.vocab_size
+    assert text.output == asked.data and text.validation_fraction > 0

@@ -338,3 +338,11 @@ def test_a_file_that_is_no_record_is_named(job, more, text, reason, tmp_path, ca
     with pytest.raises(SystemExit):
         job.main(["--draw", str(path), *more])
     assert f"{path} {reason}" in capsys.readouterr().err
+
+
+def test_a_name_is_no_way_out_of_the_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        record.main([str(tmp_path), "--device", "cpu", "--name", "../../other"])
+    assert "--name must be a plain name, got ../../other" in capsys.readouterr().err
