@@ -4,7 +4,7 @@
 
 Reads results/claims.yaml; each measured figure in it comes from a record under results/, so that
 the page cannot say anything else than the records do. Sizes and counts that follow from a
-configuration or a formula stand in the text, and tests hold them.
+configuration or a formula stand in the text.
 """
 
 import argparse
