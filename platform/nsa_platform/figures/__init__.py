@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nsa_platform.figures.canvas import png
-    from nsa_platform.figures.evaluation import bars, needle_map, scores
+    from nsa_platform.figures.evaluation import bars, needle_map, needle_maps, scores
     from nsa_platform.figures.mechanism import attention_held, block_attention, quality_by_blocks
     from nsa_platform.figures.serving import decode_arithmetic, decode_speeds, latencies, scaling
     from nsa_platform.figures.sweep import compared_losses, compared_positions
