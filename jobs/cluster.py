@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.ports import LOOPBACK, free_ports, is_free
 from nsa_platform.retry import first_line
@@ -51,6 +52,11 @@ def connect(*, num_cpus: int | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def this_node() -> NodeAffinitySchedulingStrategy:
+    """Place an actor beside its driver: what all hangs on must not go with a node of workers."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def lost_cluster(error: Exception) -> str:

@@ -9,7 +9,8 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.controller import TrainController
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from jobs.cluster import this_node
 
 
 class ControlledTrainer(TorchTrainer):
@@ -41,9 +42,8 @@ class ControlledTrainer(TorchTrainer):
     def _initialize_and_run_controller(self, **options: Any) -> Result:
         """As Ray Train does it, beside the driver, but for the handle that is kept."""
         environment = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0", **get_env_vars_to_propagate()}
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor = ray.remote(TrainController).options(
-            num_cpus=0, scheduling_strategy=here, runtime_env={"env_vars": environment}
+            num_cpus=0, scheduling_strategy=this_node(), runtime_env={"env_vars": environment}
         )
         with self._lock:
             if self._is_ended:

@@ -10,6 +10,7 @@ from ray.train.torch import TorchConfig
 from ray.util.queue import Queue
 
 from jobs.attempt import Attempt
+from jobs.cluster import this_node
 from jobs.controlled import ControlledTrainer
 from jobs.failures import FailureTeller
 from jobs.fitting import Fitting
@@ -36,7 +37,7 @@ def make_fitting(
         concluded: told the number of an attempt among these and its outcome, when it is done.
     """
     cluster = attempts[0].run.cluster
-    events = Queue(actor_options={"num_cpus": 0})
+    events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": this_node()})
     # Ray takes callbacks of the controller too; its annotation names the workers' only.
     callbacks: list[Any] = [FailureTeller(events), TerminationHeeder(), ResizeSaver()]
     trainer = ControlledTrainer(

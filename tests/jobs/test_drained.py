@@ -17,7 +17,7 @@ from tests.waiting import PATIENCE_S, eventually
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(6 * PATIENCE_S)]
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 150
+STEPS = 200
 CHANGES = {
     "model.vocab_size": 512,
     "data.context_length": 128,
@@ -52,6 +52,12 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
         cluster.shutdown()
 
 
+def said(driver: subprocess.Popen, log: Path, words: str) -> None:
+    """Wait until the driver says so; it must not end before."""
+    eventually(lambda: words in log.read_text() or driver.poll() is not None, words)
+    assert words in log.read_text() and driver.poll() is None, log.read_text()[-3000:]
+
+
 def test_a_node_is_drained_and_one_worker_goes_on(two_nodes: Cluster, tiny_shards, tmp_path):
     tracking = f"sqlite:///{tmp_path}/mlflow.db"
     places = {"data.path": tiny_shards.path, "tracking.uri": tracking, "storage": tmp_path}
@@ -68,16 +74,12 @@ def test_a_node_is_drained_and_one_worker_goes_on(two_nodes: Cluster, tiny_shard
     with log.open("wb") as output:
         driver = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
     try:
-        begun = re.compile(r"step [1-9]\d+/")
-        eventually(
-            lambda: begun.search(log.read_text()) or driver.poll() is not None, "a few steps"
-        )
-        assert driver.poll() is None, log.read_text()[-3000:]
+        said(driver, log, "step 1/")
         node = two_nodes.list_all_nodes()[1]
         drain = ["ray", "drain-node", "--address", two_nodes.address, "--node-id", node.node_id]
         drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken back"]
         subprocess.run([*drain, "--deadline-remaining-seconds", "600"], check=True)
-        eventually(lambda: "saved step" in log.read_text(), "checkpoint before the node goes")
+        said(driver, log, "saved step")
         two_nodes.remove_node(node)
         assert driver.wait(PATIENCE_S) == 0, log.read_text()[-3000:]
     finally:
