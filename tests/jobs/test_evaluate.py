@@ -42,7 +42,7 @@ TASKS = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory with data/, model/ and, after the first test, a store."""
+    """A working directory with data/ and models."""
     place = tmp_path_factory.mktemp("evaluate")
     corpus = make_corpus(place / "data")
     for folder, kind in (("model", "nsa"), ("full", "full"), ("moba", "moba")):
@@ -74,7 +74,7 @@ def tracking(place: Path) -> TrackingConfig:
 
 
 def client(place: Path) -> MlflowClient:
-    return connect(tracking(place).uri)
+    return connect(tracking(place).uri, creates=True)
 
 
 def number_of_runs(place: Path) -> int:
