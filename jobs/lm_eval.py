@@ -18,6 +18,7 @@ import torch
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 
+from jobs.cli import fail
 from jobs.evaluation_answers import Answers
 from nsa_platform import storage
 from nsa_platform.config.evaluate import EvaluationEngineConfig
@@ -29,6 +30,7 @@ from nsa_platform.evaluate.scores import ModelScorer
 from nsa_platform.model.weights import load_model
 from nsa_platform.tracking import fetch_model, is_model_reference
 
+MODEL_ARGS = ("checkpoint", "tracking_uri", "dtype")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -37,13 +39,14 @@ class NsaModel(HarnessModel):
 
     def __init__(
         self,
-        checkpoint: str,
+        checkpoint: str = "",
         *,
         tracking_uri: str = TrackingConfig().uri,
         dtype: str | None = None,
         device: str = "cpu",
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
+        **unknown: Any,
     ) -> None:
         """Load the model. dtype: default bfloat16 on a GPU, float32 on a CPU.
 
@@ -51,6 +54,9 @@ class NsaModel(HarnessModel):
             ValueError: an argument has no meaning here; the model cannot be read.
             OSError: it cannot be reached.
         """
+        if unknown or not checkpoint:
+            what = f"{', '.join(unknown)} not known" if unknown else "checkpoint is missing"
+            raise ValueError(f"--model_args: {what} (there are {', '.join(MODEL_ARGS)})")
         if not str(batch_size).isdecimal() or max_batch_size is not None:
             raise ValueError(f"batch_size={batch_size!r} must be a number; auto is not there")
         if dtype is not None and dtype not in DTYPES:
@@ -93,5 +99,14 @@ def _folder(checkpoint: str, tracking_uri: str) -> Any:
 
 register_model("nsa")(NsaModel)
 
+
+def main() -> None:
+    """The harness's command line; what cannot be measured ends with one line."""
+    try:
+        cli_evaluate()
+    except (ValueError, OSError) as error:
+        fail(str(error))
+
+
 if __name__ == "__main__":
-    cli_evaluate()
+    main()

@@ -1,4 +1,4 @@
-"""Needle grids of evaluations as one record and one picture: models, and policies, ranked.
+r"""Needle grids of evaluations as one record and one picture: models, and policies, ranked.
 
     python -m jobs.needle_record 08dfac83... 1f7e1071... --uri sqlite:///runs/mlflow.db \
         --json results/needle_h100.json --picture docs/needle_h100.png
@@ -9,13 +9,12 @@ policies that were measured beside it follow under its name, the best first.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jobs.cli import fail
+from jobs.cli import fail, write_record
 from nsa_platform import figures
 from nsa_platform.evaluate.tasks.results import wilson
 from nsa_platform.tracking import library, read_json, read_run
@@ -28,21 +27,26 @@ def record(run_ids: Sequence[str], *, uri: str) -> dict[str, Any]:
     """The grids of these runs, the best first, with where and how.
 
     Raises:
-        ValueError: a run has no needles.
+        ValueError: a run stands twice, or has no needles.
         OSError: the store or a run's results cannot be read.
     """
-    grids, commits, devices = [], [], []
+    if len(set(run_ids)) < len(run_ids):
+        raise ValueError("a run must be named once")
+    grids, commits, devices = [], set(), set()
     for run_id in run_ids:
         run, results = read_run(uri, run_id), read_json(uri, run_id, RESULTS)
         if results.get("needle") is None:
             raise ValueError(f"{run.name}: its evaluation had no needles")
-        grids.append({"run": run.name, "run_id": run_id, **_grid(results)})
-        commits.append(run.tags.get("mlflow.source.git.commit", "")[:12])
-        devices.append(results["device"])
+        try:
+            grids.append({"run": run.name, "run_id": run_id, **_grid(results)})
+            devices.add(results["device"])
+        except KeyError as error:
+            raise ValueError(f"{run.name}: its results say no {error}: evaluate anew") from None
+        commits.add(run.tags.get("mlflow.source.git.commit", "unknown")[:12])
     grids.sort(key=lambda grid: -grid["exact"])
     return {
-        "device": ", ".join(sorted(set(devices))),
-        "commit": ", ".join(sorted(set(commits))),
+        "device": ", ".join(sorted(devices)),
+        "commit": ", ".join(sorted(commits)),
         "date": datetime.now(UTC).date().isoformat(),
         "records": [each for grid in grids for each in _records(grid)],
         "grids": grids,
@@ -120,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = f"python -m jobs.needle_record {' '.join(options.runs)} --uri {options.uri}"
         result = {"name": options.json.stem, "command": command, **found}
         result["commit"] = options.commit or result["commit"]
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_record(result, options.json)
+        options.picture.parent.mkdir(parents=True, exist_ok=True)
         options.picture.write_bytes(draw(result))
     except (OSError, ValueError, library.MlflowException) as error:
         fail(str(error))

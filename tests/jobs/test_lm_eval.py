@@ -259,3 +259,23 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device='cuda:0', but torch sees no GPU here"):
         job.NsaModel("nowhere", device="cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ("", "--model_args: checkpoint is missing (there are checkpoint,"),
+        ("--model_args checkpoint=nowhere,pretrained=x", "--model_args: pretrained not known"),
+        ("--model_args checkpoint=nowhere", "nowhere"),
+        ("--model_args checkpoint=nowhere --batch_size auto", "batch_size='auto' must be a number"),
+    ],
+)
+def test_the_command_line_ends_with_one_line(
+    flags: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["lm_eval", "--model", "nsa", "--tasks", "hellaswag", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", [*words, *flags.split()])
+    with pytest.raises(SystemExit) as ended:
+        job.main()
+    assert ended.value.code == 1
+    assert line in capsys.readouterr().err.splitlines()[-1]

@@ -184,9 +184,18 @@ def test_needles_of_evaluations_the_best_first(
     assert list(values)[3:5] == ["better/needle_exact/high", "better/needle_exact/low"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "better/needle_exact: 0.875" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        needle_record.main(["0" * 32, *command[2:]])
-    assert "0" * 32 in capsys.readouterr().err
+    for runs, line in ((["0" * 32], "0" * 32), ([ids[0], ids[0]], "a run must be named once")):
+        with pytest.raises(SystemExit):
+            needle_record.main([*runs, *command[2:]])
+        assert line in capsys.readouterr().err
+    older = open_run(
+        tracking, job="x", name="older", params={}, tags={}, yaml_text="", queue_dir=tmp_path
+    )
+    tracker = Tracker(older)
+    tracker.log_dict({"needle": {"exact": 1, "trials": trials}}, "evaluation/results.json")
+    assert tracker.finish("FINISHED") == 0
+    with pytest.raises(ValueError, match="older: its results say no 'device': evaluate anew"):
+        needle_record.record([str(older.run_id)], uri=tracking.uri)
 
 
 def test_a_parent_must_be_named(tmp_path: Path) -> None:
