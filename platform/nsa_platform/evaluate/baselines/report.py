@@ -92,7 +92,9 @@ def _intervals(result: PolicyResult) -> dict[str, tuple[float, float]]:
 
 
 def _interval(readings: list[float]) -> tuple[float, float]:
-    return wilson(readings) if set(readings) <= {0.0, 1.0} else bootstrap(readings)
+    """Of readings that are all equal nothing can be drawn anew: Wilson's, as for tasks."""
+    is_share = set(readings) <= {0.0, 1.0} or len(set(readings)) == 1 < len(readings)
+    return wilson(readings) if is_share else bootstrap(readings)
 
 
 def _record_reads(tracker: Tracker, results: dict[str, PolicyResult]) -> None:

@@ -13,14 +13,16 @@ from nsa_platform.config.model import ModelConfig, NsaAttentionConfig, NsaChoice
 from nsa_platform.data.loader import Batch
 from nsa_platform.data.packing import IGNORED
 from nsa_platform.evaluate.baselines.budget import equal_budget, split_budget
-from nsa_platform.evaluate.baselines.comparison import start_of
+from nsa_platform.evaluate.baselines.comparison import PolicyResult, start_of
 from nsa_platform.evaluate.baselines.full import Full
 from nsa_platform.evaluate.baselines.h2o import H2o
 from nsa_platform.evaluate.baselines.pattern_search import search_patterns
 from nsa_platform.evaluate.baselines.policy import Phase, Policy
 from nsa_platform.evaluate.baselines.reader import PolicyReader
+from nsa_platform.evaluate.baselines.report import baselines_summary
 from nsa_platform.evaluate.baselines.sliding import SlidingWindow
 from nsa_platform.evaluate.baselines.systems import published, within
+from nsa_platform.evaluate.needle import NeedleGrid, Trial
 from nsa_platform.evaluate.scores import ModelScorer
 from nsa_platform.model.cost import key_counts
 from nsa_platform.model.inputs import PolicyInputs
@@ -240,3 +242,13 @@ def test_sequences_of_a_batch_do_not_see_each_other(model: Transformer, batch: B
     nats = reader(model).nats(batch, context=96)
     np.testing.assert_allclose(nats[:first], reader(model).nats(alone, context=96), **NEAR)
     assert (nats[batch.targets.numpy() == IGNORED] == 0).all()
+
+
+def test_equal_shares_of_needles_have_an_interval_with_a_width():
+    trials = [
+        Trial(64, 0.0, position=0, number="1 2", written="1", exact=0.5, tokens=0.5, lift=0.0)
+        for _ in range(4)
+    ]
+    found = baselines_summary({"x": PolicyResult(grid=NeedleGrid((64,), (0.0,), trials))})
+    low, high = found["x"]["intervals"]["needle_exact"]
+    assert low < 0.2 and high > 0.8
