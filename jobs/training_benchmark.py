@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from jobs.cli import EXIT_BAD_CONFIG, fail, parser
-from jobs.training_points import ATTENTIONS, RECOMPUTES, Point, attention_kernel, run_of
+from jobs.training_points import ATTENTIONS, Point, attention_kernel, run_of
 from jobs.training_record import about, record_of, write_record
 from jobs.worker_group import worker_group
 from nsa_platform.config.base import ConfigError
@@ -44,7 +44,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     result.add_argument("--json", type=Path, required=True, help="the record to write")
     result.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, metavar="TOKENS")
     result.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=("nsa", "full_sdpa"))
-    result.add_argument("--recompute", nargs="+", choices=RECOMPUTES, default=("selective", "full"))
+    result.add_argument(
+        "--recompute", nargs="+", default=("selective", "full"), metavar="MODE",
+        help="train.activation_checkpointing; several that layers take in turn: full,branches",
+    )  # fmt: skip
     result.add_argument("--warm-up", type=int, default=1, metavar="STEPS", help="not measured")
     result.add_argument("--steps", type=int, default=3, help="measured; their median counts")
     result.add_argument(

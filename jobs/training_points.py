@@ -15,7 +15,6 @@ from nsa_platform.model import attention as attention_module
 from nsa_platform.model.cost import dense_equivalent
 
 ATTENTIONS = ("nsa", "full", "full_sdpa")
-RECOMPUTES = ("none", "selective", "branches", "full")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +34,9 @@ class Point:
 def run_of(run: PretrainRun, point: Point, recompute: str, *, workers: int) -> PretrainRun:
     """The run as it would be trained at this point by so many workers.
 
+    Args:
+        recompute: train.activation_checkpointing, the modes of a list joined by commas.
+
     Raises:
         ConfigError: it cannot be.
     """
@@ -52,7 +54,7 @@ def run_of(run: PretrainRun, point: Point, recompute: str, *, workers: int) -> P
     tree["train"] |= {
         "sequences_per_microbatch": rows,
         "tokens_per_step": rows * point.context * microbatches * dealt,
-        "activation_checkpointing": recompute,
+        "activation_checkpointing": recompute.split(","),
     }
     tree["cluster"] |= {"num_workers": workers, "min_workers": None}
     return PretrainRun.parse(tree)

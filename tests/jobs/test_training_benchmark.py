@@ -72,7 +72,7 @@ def test_modes_that_do_not_fit_give_way_and_other_failures_are_told(
     tried, calls = Subject.tried, []
 
     def too_small(self: Subject, stage: Any, **steps: int) -> Any:
-        mode, context = stage.train.activation_checkpointing, stage.data.context_length
+        (mode,), context = stage.train.activation_checkpointing, stage.data.context_length
         calls.append((mode, context))
         if mode == "selective" or (mode == "branches" and context == 32):
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -101,7 +101,7 @@ def one_of_several(rank: int, size: int, port: int, line: list[str]) -> None:
 
     def too_small(self: Subject, stage: Any, **steps: int) -> Any:
         found = tried(self, stage, **steps)
-        if rank == 1 and stage.train.activation_checkpointing == "selective":
+        if rank == 1 and stage.train.activation_checkpointing == ("selective",):
             raise torch.OutOfMemoryError
         return found
 
@@ -121,6 +121,19 @@ def test_workers_go_on_together_where_one_has_no_room(config: Path, tmp_path: Pa
     (record,) = result["records"]
     assert record["recompute"] == "full"
     assert record["value"] == pytest.approx(32 / record["step_s"] / 2)
+
+
+def test_layers_may_differ_in_what_they_compute_again(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    more = ["--attention", "nsa", "--recompute", "full,branches"]
+    result = benchmark(config, tmp_path / "r.json", *more, "--set", "model.layers=2")
+    assert [record["recompute"] for record in result["records"]] == ["full,branches"] * 2
+    with pytest.raises(SystemExit) as end:
+        benchmark(config, tmp_path / "s.json", "--recompute", "full,halves")
+    assert end.value.code == 2
+    assert "train.activation_checkpointing.1: " in capsys.readouterr().err
+    assert not (tmp_path / "s.json").exists()
 
 
 def test_nothing_fits(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

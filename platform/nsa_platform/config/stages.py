@@ -10,7 +10,7 @@ from nsa_platform.config.base import Strict
 from nsa_platform.config.data import LoaderConfig, Sources
 from nsa_platform.config.mesh import MeshConfig
 from nsa_platform.config.model import ModelConfig, YarnConfig
-from nsa_platform.config.train import Recompute, TrainConfig
+from nsa_platform.config.train import RecomputePattern, TrainConfig
 
 
 class StageConfig(Strict):
@@ -35,7 +35,7 @@ class StageConfig(Strict):
     epoch in an order of its own: what an earlier one has seen may come again."""
     sequences_per_microbatch: PositiveInt = 1
     """Packed rows that one worker puts through the model at once."""
-    activation_checkpointing: Recompute | None = None
+    activation_checkpointing: RecomputePattern | None = None
     """What the backward pass computes again; null: as before."""
     mesh: MeshConfig | None = None
     """What workers share; null: as before."""

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from nsa_platform.config.base import Strict
 from nsa_platform.config.locations import ServiceLocation
@@ -10,6 +10,12 @@ from nsa_platform.config.lora import LoraConfig
 from nsa_platform.config.mesh import MeshConfig
 
 Recompute = Literal["none", "selective", "branches", "full"]
+RecomputePattern = Annotated[
+    tuple[Recompute, ...],
+    Field(min_length=1),
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+]
+"""One way for all layers, or several that layers take in turn."""
 
 
 class OptimizerConfig(Strict):
@@ -113,12 +119,11 @@ class TrainConfig(Strict):
     """Compute type. Weights, optimizer state and gradient reduction stay float32."""
     compile: bool = False
     """torch.compile for each layer."""
-    activation_checkpointing: Recompute = "none"
+    activation_checkpointing: RecomputePattern = ("none",)
     """What the backward pass computes again. full: all but the layers' inputs. selective: all but
     those and what attention returns, its dearest part. branches: selective, and of the attention
-    the sliding branch, whose cost does not grow with the context."""
-    activation_checkpointing_every: PositiveInt = 1
-    """Of which layers: the first of every so many, and the others keep everything. 1: of all."""
+    the sliding branch, whose cost does not grow with the context. A list is taken in turn by the
+    layers, from the first: [full, branches] spends the memory of branches on every second one."""
     parallel: Literal["auto", "replicate", "shard"] = "auto"
     """shard: FSDP2. replicate: gradients are averaged. auto: shard on GPU, with bfloat16 or with a
     mesh, else replicate."""

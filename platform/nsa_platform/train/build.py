@@ -78,8 +78,7 @@ def build_model(
         # Workers have other tokens and leave out other inputs; a checkpoint keeps the state.
         torch.manual_seed(train.seed + world.rank)
     layers = [layer for layer in model.layers if isinstance(layer, Layer)]
-    every = train.activation_checkpointing_every
-    recompute_activations(layers, train.activation_checkpointing, every=every)
+    recompute_activations(layers, train.activation_checkpointing)
     if train.compile:
         compile_layers(layers)
     if mesh.state is not None:

@@ -1,6 +1,7 @@
 """What a run will take, from its configuration alone: parameters, FLOPs, steps, memory."""
 
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Literal
 
 from nsa_platform.config.data import LoaderConfig
@@ -89,17 +90,19 @@ def _activation_bytes(model: ModelConfig, train: TrainConfig, tokens: int) -> in
         experts = model.moe.experts_per_token + model.moe.shared_experts
         ffn = max(ffn, experts * model.moe.expert_width)
     layer = KEPT_PER_LAYER * model.width + 4 * ffn
-    kept = model.layers * layer
-    if train.activation_checkpointing != "none":
-        attention = model.attention
-        results = attention.query_heads * attention.value_width
-        # Three branches and their sum; the two that are not computed again; none.
-        outputs = {"selective": 4, "branches": 2, "full": 0}[train.activation_checkpointing]
-        if not isinstance(attention, NsaAttentionConfig):
-            outputs = min(outputs, 1)
-        inputs = 1 if train.activation_checkpointing == "full" else 2
-        again = -(-model.layers // train.activation_checkpointing_every)
-        kept = again * (inputs * model.width + outputs * results) + layer
-        kept += (model.layers - again) * layer
+    attention = model.attention
+    results = attention.query_heads * attention.value_width
+    # Three branches and their sum; the two that are not computed again; none.
+    outputs = {"selective": 4, "branches": 2, "full": 0}
+    if not isinstance(attention, NsaAttentionConfig):
+        outputs = {mode: min(count, 1) for mode, count in outputs.items()}
+    by_mode = {
+        mode: (1 if mode == "full" else 2) * model.width + count * results
+        for mode, count in outputs.items()
+    } | {"none": layer}
+    modes = train.activation_checkpointing
+    kept = sum(by_mode[mode] for mode in islice(cycle(modes), model.layers))
+    if set(modes) != {"none"}:
+        kept += layer  # the one that is computed again
     logits = min(LOGITS_BYTES, 3 * 4 * tokens * model.vocab_size)
     return tokens * kept * element + logits

@@ -8,8 +8,8 @@ large as each of the others.
 
 import functools
 from collections.abc import Callable, Iterable
-from itertools import islice
-from typing import Any, Literal
+from itertools import cycle
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,11 +19,10 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from nsa_platform.config.train import Recompute
 from nsa_platform.model.attention import NsaAttention
 from nsa_platform.model.moe import MoeFeedForward
 from nsa_platform.model.transformer import Layer
-
-Recompute = Literal["none", "selective", "branches", "full"]
 
 # Results that stay, by name of the op; a layer has those that its kind of attention runs.
 _KERNELS = (
@@ -44,15 +43,15 @@ _MESSAGES = (
 )
 
 
-def recompute_activations(layers: Iterable[Layer], mode: Recompute, *, every: int = 1) -> None:
-    """Say what the backward pass computes again, in the first of every so many layers.
+def recompute_activations(layers: Iterable[Layer], pattern: Iterable[Recompute]) -> None:
+    """Say what the backward pass computes again; layers take the modes of `pattern` in turn.
 
     full: a layer keeps its input alone. selective: also that of its feed-forward and what its
     attention returns. branches: selective, and the sliding branch is computed again; the branches
     run apart for it. A layer with experts always keeps the input of its feed-forward: experts stay
     out of compiled graphs, and attention would follow them out of a region that holds both.
     """
-    for layer in islice(layers, None, None, every):
+    for layer, mode in zip(layers, cycle(pattern), strict=False):
         if mode == "none":
             continue
         if mode == "full" and not isinstance(layer.ffn, MoeFeedForward):

@@ -60,12 +60,14 @@ def test_totals_and_what_makes_activations_small() -> None:
 def test_layers_that_compute_nothing_again_keep_everything() -> None:
     model = MODEL.model_copy(update={"layers": 9})
 
-    def kept(mode: str, every: int) -> int:
-        config = settings(activation_checkpointing=mode, activation_checkpointing_every=every)
+    def kept(*modes: str) -> int:
+        config = settings(activation_checkpointing=modes)
         return estimate(model, DATA, config, ClusterConfig()).activation_bytes
 
-    by_every = [kept("full", every) for every in (1, 2, 3)]
+    by_every = [kept("full"), kept("full", "none"), kept("full", "none", "none")]
     assert by_every == sorted(by_every)
     # 9, 5 and 3 layers keep their input alone.
     assert (by_every[2] - by_every[1]) * 4 == (by_every[1] - by_every[0]) * 2
-    assert kept("none", 2) == kept("none", 1)
+    assert kept("none", "none") == kept("none")
+    assert kept("full", "full") == kept("full")
+    assert kept("full") < kept("full", "branches") < kept("branches")

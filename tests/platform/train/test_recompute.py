@@ -42,10 +42,10 @@ def assert_close(found: list[Tensor], wanted: list[Tensor]) -> None:
         assert (one - other).abs().max() <= ROUNDING * other.abs().max()
 
 
-def test_layers_between_keep_everything(monkeypatch) -> None:
+def test_layers_take_the_modes_in_turn(monkeypatch) -> None:
     model, layers = model_and_layers(MODEL.model_copy(update={"layers": 3}))
     plain = gradients(model)
-    recompute_activations(layers, "full", every=2)
+    recompute_activations(layers, ("full", "none"))
     kernel, calls = torch_backend.nsa_forward, []
 
     def counted(*args):
@@ -70,7 +70,7 @@ def test_layers_between_keep_everything(monkeypatch) -> None:
 def test_how_often_each_kernel_runs(mode, runs, monkeypatch) -> None:
     plain = gradients(model_and_layers()[0])
     model, layers = model_and_layers()
-    recompute_activations(layers, mode)
+    recompute_activations(layers, (mode,))
     counts: Counter[str] = Counter()
 
     def counted(name: str):
@@ -95,7 +95,7 @@ def test_a_layer_compiles_without_a_graph_break(mode) -> None:
     """fullgraph raises at the first break, forward; the backward pass is one graph with it."""
     plain = gradients(model_and_layers()[0])
     model, layers = model_and_layers()
-    recompute_activations(layers, mode)
+    recompute_activations(layers, (mode,))
     torch._dynamo.reset()
     for layer in layers:
         layer.forward = torch.compile(layer.forward, fullgraph=True, backend="aot_eager")
@@ -108,7 +108,7 @@ def test_compiled_layers_with_experts_learn_the_same(mode) -> None:
     """Experts break the graph; attention stays compiled around them."""
     plain = gradients(model_and_layers(MOE)[0])
     model, layers = model_and_layers(MOE)
-    recompute_activations(layers, mode)
+    recompute_activations(layers, (mode,))
     torch._dynamo.reset()
     graphs = CompileCounterWithBackend("aot_eager")
     for layer in layers:
@@ -137,7 +137,7 @@ def two_workers() -> Iterator[Axis]:
 @pytest.mark.parametrize("name", ["context", "tensor"])
 def test_shared_work_compiles_without_a_graph_break(name, two_workers: Axis) -> None:
     model, layers = model_and_layers()
-    recompute_activations(layers, "selective")
+    recompute_activations(layers, ("selective",))
     torch._dynamo.reset()
     for layer in layers:
         layer.forward = torch.compile(layer.forward, fullgraph=True, backend="aot_eager")
