@@ -1,5 +1,6 @@
 """How far a training run is: a live line on a terminal, plain lines elsewhere."""
 
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -104,7 +105,9 @@ class TrainingProgress:
 
 
 def _note(metrics: Mapping[str, float]) -> str:
-    note = f"loss {metrics['train/loss']:.3f} | {metrics['train/tokens_per_s']:,.0f} tokens/s"
+    # Metrics hold finite numbers alone.
+    loss = metrics.get("train/loss", math.nan)
+    note = f"loss {loss:.3f} | {metrics['train/tokens_per_s']:,.0f} tokens/s"
     if "train/mfu" in metrics:
         note += f" | mfu {metrics['train/mfu']:.1%}"
     return note

@@ -30,6 +30,11 @@ def test_lines_without_a_terminal() -> None:
     ]
 
 
+def test_a_loss_that_is_no_number_is_shown_as_such() -> None:
+    metrics = {name: value for name, value in METRICS.items() if name != "train/loss"}
+    assert shown((10, metrics))[-1] == "step 10/100 | loss nan | 1,234 tokens/s | eta 1:30:00"
+
+
 def test_steps_that_come_fast_are_left_out_but_not_validations_and_the_end() -> None:
     lines = shown((1, METRICS), (2, METRICS), (3, METRICS | VALID), (4, METRICS), (100, METRICS))
     assert [line.split(" | ")[0] for line in lines[2:]] == [

@@ -36,7 +36,7 @@ def test_the_loss_falls(data: LoaderConfig, tmp_path: Path) -> None:
 
 
 def test_what_is_reported(data: LoaderConfig, tmp_path: Path) -> None:
-    config = settings(log_every_steps=2)
+    config = settings(log_every_steps=2, checkpoint={"every_steps": 100})
     recorded = run(config, data, tmp_path)
     assert sorted(recorded.metrics) == [2, 3, 4, 6]
     names = set(recorded.metrics[6])
@@ -47,6 +47,8 @@ def test_what_is_reported(data: LoaderConfig, tmp_path: Path) -> None:
         "nsa/selected_distance/0/0",
     } <= names
     assert "train/mfu" not in names
+    # A step between two that are logged, after which the model is validated.
+    assert {"train/loss", "train/tokens_per_s", "valid/loss"} <= set(recorded.metrics[3])
     assert "valid/loss" not in recorded.metrics[2]
     assert recorded.metrics[6]["train/tokens"] == 6 * 8 * CONTEXT
 
