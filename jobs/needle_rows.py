@@ -7,8 +7,6 @@ A row has exactly --length tokens. Each key, an English word, has a number in th
 evaluation's needle; the same sentence comes again farther on, half of them at the row's end, and
 then the number can be known only from before. Many keys in a row make it worth learning soon to
 copy what stood behind the same words; sentences lie anywhere, so that all distances occur.
-With --answers-only nothing counts in the loss but the numbers that are told again: all else is a
-hundred times as much of a long row, and teaches nothing about finding them.
 The output is a new or empty folder, or one that this command has written: needle_rows.json says so.
 """
 
@@ -26,7 +24,7 @@ import numpy as np
 
 from jobs.cli import fail
 from nsa_platform import storage
-from nsa_platform.data.haystack import NEEDLE, QUESTION, WORDS
+from nsa_platform.data.haystack import NEEDLE, WORDS
 from nsa_platform.data.manifest import SourceRecord
 from nsa_platform.data.shards import ShardSet, ShardWriter
 from nsa_platform.data.tokenizer import Tokenizer
@@ -85,20 +83,10 @@ def words() -> list[str]:
     return sorted({*WORDS, *nouns})
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row, the end token included."""
-
-    ids: np.ndarray
-    """uint32 [length]"""
-    is_answer: np.ndarray
-    """bool [length]: the ends of sentences that were told before, from the number on."""
-
-
 def make_row(
     tokenizer: Tokenizer, text: Text, pool: Sequence[str], *, length: int, keys: int, seed: str
-) -> Row:
-    """One row of exactly `length` tokens.
+) -> list[int]:
+    """One row of exactly `length` tokens, the end token included.
 
     Sentences that would leave less than an eighth of the row to text are left out.
 
@@ -108,59 +96,43 @@ def make_row(
     dice = random.Random(seed)
     chosen = dice.sample(pool, keys)
     lines = [NEEDLE.format(word=word, number=dice.randint(10_000, 99_999)) for word in chosen]
-    questions = tokenizer.encode_batch([QUESTION.format(word=word) for word in chosen])
     sentences, room = [], length - 1
-    for sentence, question in zip(tokenizer.encode_batch(lines), questions, strict=True):
+    for sentence in tokenizer.encode_batch(lines):
         if room - 2 * len(sentence) >= length / 8:
-            sentences.append((sentence, len(question)))
+            sentences.append(sentence)
             room -= 2 * len(sentence)
     if not sentences:
         raise ValueError(f"--length={length} has no room for a sentence that is told twice")
     begin = dice.randrange(len(text.ids))
-    told: list[tuple[int, int]] = []
-    for order in range(len(sentences)):
+    told: list[tuple[int, int, list[int]]] = []
+    for order, sentence in enumerate(sentences):
         first, second = sorted((dice.randint(0, room), dice.randint(0, room)))
         if dice.random() < 0.5:
             second = room
-        told.append((text.line_end(begin, first), order))
-        told.append((second if second == room else text.line_end(begin, second), order))
+        told.append((text.line_end(begin, first), order, sentence))
+        told.append((second if second == room else text.line_end(begin, second), order, sentence))
     # Those at the end come in another order than they were told in.
     told.sort(key=lambda each: (each[0], dice.random()))
     hay, row, done = text.piece(begin, room).tolist(), [], 0
-    is_answer, known = np.zeros(length, dtype=bool), set()
-    for place, order in told:
-        sentence, before_answer = sentences[order]
-        row += hay[done:place]
-        if order in known:
-            is_answer[len(row) + before_answer : len(row) + len(sentence)] = True
-        row += sentence
-        known.add(order)
+    for place, _, sentence in told:
+        row += [*hay[done:place], *sentence]
         done = place
-    ids = np.array([*row, *hay[done:], tokenizer.eos_id], dtype=np.uint32)
-    return Row(ids, is_answer)
+    return [*row, *hay[done:], tokenizer.eos_id]
 
 
 def _make_rows(
     folder: str, split: str, length: int, keys: int, seed: int, numbers: range
-) -> list[Row]:
+) -> list[np.ndarray]:
     """Rows of some numbers, in a process of their own."""
     tokenizer = Tokenizer(storage.join(folder, "tokenizer"))
     text, pool = Text.read(folder, split, tokenizer), words()
     make = partial(make_row, tokenizer, text, pool, length=length, keys=keys)
     seeds = (f"{seed}/{split}/{length}/{number}" for number in numbers)
-    return [make(seed=each) for each in seeds]
+    return [np.array(make(seed=each), dtype=np.uint32) for each in seeds]
 
 
 def write_rows(
-    folder: str,
-    output: str,
-    *,
-    length: int,
-    rows: int,
-    keys: int,
-    seed: int,
-    processes: int,
-    answers_only: bool,
+    folder: str, output: str, *, length: int, rows: int, keys: int, seed: int, processes: int
 ) -> None:
     """Write both splits, of which validation has a thirty-second of `rows`, at least 8.
 
@@ -174,25 +146,20 @@ def write_rows(
     _claim(folder, output)
     _make_rows(folder, "validation", length, keys, seed, range(1))
     record = ShardSet(storage.join(folder, "train")).manifest.tokenizer
-    sizes = {"length": length, "rows": rows, "keys": keys}
-    made = {"data": folder, **sizes, "seed": seed, "answers_only": answers_only}
+    made = {"data": folder, "length": length, "rows": rows, "keys": keys, "seed": seed}
     storage.write_text(storage.join(output, MARK), json.dumps(made, indent=1) + "\n")
     tokenizer.save(storage.join(output, "tokenizer"))
     num_bytes = tokenizer.token_bytes()
     for split, count in (("train", rows), ("validation", max(8, rows // 32))):
         writer = ShardWriter(
             storage.join(output, split),
-            kind="chat" if answers_only else "text",
+            kind="text",
             split=split,
             tokenizer=record,
             shard_tokens=SHARD_TOKENS,
         )
         for row in _rows_of(folder, split, count, processes, (length, keys, seed)):
-            writer.add(
-                row.ids.tolist(),
-                text_bytes=int(num_bytes[row.ids].sum()),
-                loss_mask=row.is_answer.tolist() if answers_only else None,
-            )
+            writer.add(row.tolist(), text_bytes=int(num_bytes[row].sum()))
         writer.finish(SourceRecord(files=0, bytes=0, documents=count))
 
 
@@ -210,7 +177,7 @@ def _claim(folder: str, output: str) -> None:
 
 def _rows_of(
     folder: str, split: str, count: int, processes: int, sizes: tuple[int, int, int]
-) -> Iterator[Row]:
+) -> Iterator[np.ndarray]:
     parts = [range(i, min(i + ROWS_AT_ONCE, count)) for i in range(0, count, ROWS_AT_ONCE)]
     work = partial(_make_rows, folder, split, *sizes)
     with ProcessPoolExecutor(min(processes, len(parts))) as pool:
@@ -228,9 +195,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--length", type=int, required=True, help="tokens of a row")
     parser.add_argument("--rows", type=int, required=True, help="of the training split")
     parser.add_argument("--keys", type=int, required=True, help="numbers told in a row, at most")
-    parser.add_argument(
-        "--answers-only", action="store_true", help="train on numbers that are told again alone"
-    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(argv)
@@ -239,13 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
     try:
-        write_rows(
-            str(Path(options.data)),
-            str(Path(options.output)),
-            seed=options.seed,
-            answers_only=options.answers_only,
-            **sizes,
-        )
+        write_rows(str(Path(options.data)), str(Path(options.output)), seed=options.seed, **sizes)
     except (ValueError, OSError) as error:
         fail(str(error))
     print(f"{options.output}: {options.rows:,} rows of {options.length:,} tokens")

@@ -58,25 +58,6 @@ def test_every_number_is_told_twice_and_half_of_them_at_the_end(rows: Path) -> N
     assert 0.35 < at_end / keys < 0.75
 
 
-def test_answers_alone_count_where_they_are_told_again(
-    rows: Path, tiny_shards, tmp_path: Path
-) -> None:
-    write(tiny_shards.path, tmp_path / "answers", "--answers-only")
-    assert texts_of(tmp_path / "answers", "train") == texts_of(rows, "train")
-    tokenizer = Tokenizer(tmp_path / "answers/tokenizer")
-    split = ShardSet(str(tmp_path / "answers/train"), tokenizer_fingerprint=tokenizer.fingerprint)
-    shard = split.open(0)
-    assert shard.loss_mask is not None
-    for ids, counts in zip(
-        shard.ids.reshape(-1, LENGTH), shard.loss_mask.reshape(-1, LENGTH), strict=True
-    ):
-        text, again, known = tokenizer.decode(ids.tolist()), "", set()
-        for word, number in TOLD.findall(text):
-            again += f" {number}.\n" if word in known else ""
-            known.add(word)
-        assert again and tokenizer.decode(ids[counts].tolist()) == again
-
-
 def test_other_peoples_folders_are_left_alone(
     rows: Path, tiny_shards, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
