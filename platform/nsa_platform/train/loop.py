@@ -74,8 +74,7 @@ def train(
         validation_is_due |= validates and validation == "asynchronous"
         is_saved = is_last or is_leaving or (save_is_due and result.skipped is None)
         metrics: dict[str, float] = {}
-        is_logged = progress.step % config.log_every_steps == 0
-        if is_saved or validates or is_logged or result.skipped:
+        if is_saved or validates or result.skipped or progress.step % config.log_every_steps == 0:
             metrics |= read_step(result, progress=progress, model=model, say=listeners.say)
             metrics |= {"train/lr": rate, "train/context_length": loader.config.context_length}
             metrics |= throughput.metrics(clock) | memory_metrics(world.device)
