@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nsa_platform import storage
+from nsa_platform.config.base import ConfigError
 from nsa_platform.config.data import LoaderConfig
 from nsa_platform.config.model import ModelConfig
 from nsa_platform.config.runs import EvaluateRun, PretrainRun, SftRun
@@ -25,6 +26,8 @@ from nsa_platform.train.resume import ResumeError, check_resumable, describe_run
 from nsa_platform.train.snapshots import newest_facts
 
 FINISHED = "finished.json"
+_GONE = frozenset({"activation_checkpointing_every"})
+"""Keys of earlier versions that had no say in what is computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +205,11 @@ def _changes(
         changes = check_resumable(_written_now(facts["described"]), described[number])
     except ResumeError as error:
         raise ResumeError(f"{folder}: {error}") from None
+    except ConfigError as error:
+        raise ResumeError(
+            f"{folder}: another version has begun this run, in words that this one does not know: "
+            f"{error}; go on with that version, or choose another name for another run"
+        ) from None
     stage = stages[number]
     if facts["step"] > stage.last_step:
         after = f" after {stage.first_step}" if stage.first_step else ""
@@ -217,9 +225,9 @@ def _written_now(described: dict[str, Any]) -> dict[str, Any]:
     """What an older version has described, with the defaults of keys that it did not have yet."""
     sections = {"model": ModelConfig, "data": LoaderConfig, "train": TrainConfig}
     now = {"packing_rule": f"{described['data'].get('packing', 'split')}/1", **described}
-    now |= {
-        name: root.parse(described[name]).model_dump(mode="json") for name, root in sections.items()
-    }
+    for name, root in sections.items():
+        kept = {key: value for key, value in described[name].items() if key not in _GONE}
+        now[name] = root.parse(kept, source=name).model_dump(mode="json")
     if "earlier" in described:
         now["earlier"] = [_written_now(each) for each in described["earlier"]]
     return now

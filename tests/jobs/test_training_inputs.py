@@ -221,6 +221,22 @@ def test_checkpoints_of_a_version_with_fewer_keys(tmp_path: Path, tiny_shards) -
     assert inspect(run, origin).changes == []
 
 
+def test_checkpoints_of_a_version_with_other_keys(tmp_path: Path, tiny_shards, capsys) -> None:
+    run = PretrainRun.load(config(tmp_path, tiny_shards.path))
+    origin = find_origin(run)
+    (described,) = inspect(run, origin).described
+    # How activations were recomputed had two keys once; it decides nothing of what is computed.
+    described["train"] |= {"activation_checkpointing": "full", "activation_checkpointing_every": 1}
+    _checkpoint(tmp_path, described)
+    (change,) = inspect(run, origin).changes
+    assert change.startswith("train.activation_checkpointing")
+    described["train"]["of_another_version"] = 1
+    _checkpoint(tmp_path, described)
+    error = refusal(capsys, pretrain, config(tmp_path, tiny_shards.path))
+    assert "another version has begun this run" in error
+    assert "train: of_another_version: unknown key" in error and str(tmp_path / "runs") in error
+
+
 def test_rows_that_an_older_version_laid_out_otherwise(tmp_path: Path, tiny_shards) -> None:
     data = {"path": str(tiny_shards.path), "context_length": 32, "packing": "whole"}
     run = PretrainRun.load(config(tmp_path, tiny_shards.path, data=data))
