@@ -1,12 +1,12 @@
 """Problems of many steps, and chats that work them out: what fine-tuning on reasoning is worth.
 
-    python -m jobs.reasoning_chats runs/reason --chats 20000 --problems 120 --steps 4 8 16 32 64 128
+    python -m jobs.reasoning_chats runs/reason --chats 20000 --problems 120 --steps 2 4 8 16 32 64
 
 Writes OUTPUT/text.jsonl, worked problems of a quarter of the steps at most to pretrain on;
 OUTPUT/chats.jsonl, worked problems of all steps to fine-tune on; and OUTPUT/problems.jsonl, others
 with `problem` and `answer`, which the task `aime` samples answers to. A problem gives numbers to
-names, each from two names told anywhere in it, among numbers that lead nowhere; the answer is a
-number from 0 to 19, and the way to it is as long as there are steps. Each step must find what comes
+names, each the sum of two told anywhere in it, among numbers that lead nowhere; the answer is a
+number from 0 to 9, and the way to it is as long as there are steps. Each step must find what comes
 next and two numbers, far back in the problem or in what was worked out; none is hard by itself.
 """
 
@@ -22,7 +22,7 @@ from jobs.cli import fail
 from nsa_platform import storage
 from nsa_platform.evaluate.tasks.aime import PROMPT
 
-MODULUS = 20
+MODULUS = 10
 """A small model learns its sums in minutes; a guess is right once in so many times."""
 SHORT = 4
 """Text to pretrain on has problems of the steps over this."""
@@ -44,39 +44,48 @@ class Problem:
         return "\n".join([*self.steps, f"The answer is \\boxed{{{self.answer}}}."])
 
 
-def names() -> list[str]:
-    """Names of two open syllables, none rarer than another: as many as a problem of 128 steps
-    needs, and few enough that each becomes a token."""
+def num_names(steps: int) -> int:
+    """Names in a problem of so many steps."""
+    return STARTS + steps + steps // 2
+
+
+def names(count: int) -> list[str]:
+    """So many names of two open syllables, none rarer than another. Each becomes a token, which a
+    model has to learn: the fewer, the sooner.
+
+    Raises:
+        ValueError: there are not so many.
+    """
     syllables = [f"{first}{second}" for first in "bdgklmnprstvz" for second in "aeiou"]
-    return [first + second for first in syllables for second in ("ba", "ne", "ti", "lo", "mu")]
+    every = [first + second for first in syllables for second in ("ba", "ne", "ti", "lo", "mu")]
+    if count > len(every):
+        raise ValueError(f"problems need {count} names, there are {len(every)}")
+    return every[:count]
 
 
 def make_problem(pool: Sequence[str], *, steps: int, seed: str) -> Problem:
     """A problem whose answer takes exactly `steps` steps; half as many more lead nowhere.
 
     A step takes the name before it, so that none can be skipped, and any other that is known. What
-    a name leads to is told once, so that the way is found by looking, not by trying.
+    a name leads to is told once, behind that name with a capital: the way is found by looking.
 
     Raises:
         ValueError: the pool has too few names.
     """
     dice = random.Random(seed)
-    aside = steps // 2
-    if len(pool) < STARTS + steps + aside:
-        raise ValueError(f"{steps} steps need {STARTS + steps + aside} names, got {len(pool)}")
-    chosen = dice.sample(pool, STARTS + steps + aside)
+    if len(pool) < num_names(steps):
+        raise ValueError(f"{steps} steps need {num_names(steps)} names, got {len(pool)}")
+    chosen = dice.sample(pool, num_names(steps))
     known = {name: dice.randrange(MODULUS) for name in chosen[:STARTS]}
-    told = [f"{name} is {value}." for name, value in known.items()]
+    told = [f"so {name} is {value}." for name, value in known.items()]
     start = last = chosen[STARTS - 1]
     worked = []
     for name in chosen[STARTS : STARTS + steps]:
         other = dice.choice([each for each in known if each != last])
-        sign = dice.choice("+-")
-        told.append(f"{last} {sign} {other} gives {name}.")
-        change = known[other] if sign == "+" else -known[other]
-        known[name] = (known[last] + change) % MODULUS
+        told.append(f"{last.title()} {name} {other}.")
+        known[name] = (known[last] + known[other]) % MODULUS
         worked.append(
-            f"{last} {sign} {other} gives {name}: {last} is {known[last]}, "
+            f"{last.title()} {name} {other}: {last} is {known[last]}, "
             f"{other} is {known[other]}, {name} is {known[name]}."
         )
         last = name
@@ -85,10 +94,11 @@ def make_problem(pool: Sequence[str], *, steps: int, seed: str) -> Problem:
     for name in chosen[STARTS + steps :]:
         first = ends.pop(dice.randrange(len(ends)))
         other = dice.choice([each for each in known if each != first])
-        told.append(f"{first} {dice.choice('+-')} {other} gives {name}.")
+        told.append(f"{first.title()} {name} {other}.")
         ends.append(name)
     dice.shuffle(told)
-    question = f"All numbers are modulo {MODULUS}. Start from {start}: what is {answer}?"
+    rule = f"A line A b c says that b is a plus c, modulo {MODULUS}."
+    question = f"{rule} Start from {start}: what is {answer}?"
     return Problem("\n".join([*told, question]), tuple(worked), known[answer])
 
 
@@ -109,7 +119,7 @@ def write_files(
         ValueError: the steps are too many for the names there are.
         OSError: a file cannot be written.
     """
-    pool = names()
+    pool = names(num_names(max(steps)))
     short = [each for each in steps if each <= max(steps) // SHORT] or [min(steps)]
     files: dict[str, Iterator[dict[str, Any]]] = {
         "text.jsonl": (

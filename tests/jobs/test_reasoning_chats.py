@@ -16,19 +16,17 @@ NAMES = [f"n{i}" for i in range(60)]
 
 
 def solved(text: str) -> tuple[int, int]:
-    """The answer, and the steps to it, by following from the start what each name gives."""
-    known = {name: int(value) for name, value in re.findall(r"(\w+) is (\d+)\.", text)}
-    gives = {
-        first: (sign, other, name)
-        for first, sign, other, name in re.findall(r"(\w+) ([+-]) (\w+) gives (\w+)\.", text)
-    }
-    assert len(gives) == text.count(" gives ")  # told once for each name
+    """The answer, and the steps to it, by following from the start what each name leads to."""
+    known = {name: int(value) for name, value in re.findall(r"so (\w+) is (\d)\.", text)}
+    lines = re.findall(r"^([A-Z]\w+) (\w+) (\w+)\.$", text, re.MULTILINE)
+    leads = {first.lower(): (name, other) for first, name, other in lines}
+    assert len(leads) == len(lines)  # told once for each name
     asked = re.search(r"Start from (\w+): what is (\w+)\?", text)
     assert asked
     last, steps = asked[1], 0
     while last != asked[2]:
-        sign, other, name = gives[last]
-        known[name] = (known[last] + (known[other] if sign == "+" else -known[other])) % 20
+        name, other = leads[last]
+        known[name] = (known[last] + known[other]) % 10
         last, steps = name, steps + 1
     return known[last], steps
 
@@ -41,17 +39,20 @@ def test_the_answer_follows_from_the_text_and_the_steps_lead_there(steps):
     assert len(problem.steps) == steps
     for step in problem.steps:
         told, numbers = step.removesuffix(".").split(": ")
-        left, right, value = (int(each.split(" is ")[1]) for each in numbers.split(", "))
-        assert value == (left + right if " + " in told else left - right) % 20
+        first, second, total = (int(each.split(" is ")[1]) for each in numbers.split(", "))
+        assert total == (first + second) % 10
         assert f"{told}." in problem.text
     # More is told than the way needs, and not in its order.
-    assert problem.text.count(" gives ") == steps + steps // 2
+    assert problem.text.count("\n") == job.STARTS + steps + steps // 2
     assert problem == job.make_problem(NAMES, steps=steps, seed=f"a/{steps}")
 
 
 def test_a_problem_of_128_steps_has_names_enough():
-    problem = job.make_problem(job.names(), steps=128, seed="long")
+    problem = job.make_problem(job.names(job.num_names(128)), steps=128, seed="long")
     assert solved(problem.text) == (problem.answer, 128)
+    assert len(set(job.names(325))) == 325
+    with pytest.raises(ValueError, match="problems need 453 names, there are 325"):
+        job.names(job.num_names(300))
 
 
 def test_what_is_written_is_what_the_task_asks(tmp_path: Path):
@@ -74,7 +75,9 @@ def test_what_is_written_is_what_the_task_asks(tmp_path: Path):
     )
     sample = next(iter(task.samples()))
     assert isinstance(sample, WrittenSample)
-    chat = job._messages(job.make_problem(job.names(), steps=2, seed="0/held out/0"))
+    chat = job._messages(
+        job.make_problem(job.names(job.num_names(8)), steps=2, seed="0/held out/0")
+    )
     assert chat[0]["content"].strip() in tokenizer.decode(sample.prompt)
     assert sample.score(chat[1]["content"]) == 1.0 and sample.score("\\boxed{1000}") == 0.0
 
