@@ -1,6 +1,7 @@
 """What a training benchmark found as a plain tree: its points, and where and how it was done."""
 
 import json
+import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -19,6 +20,8 @@ from nsa_platform.train.trial import Tried
 
 ROOT = Path(__file__).resolve().parents[1]
 
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Variables of torch's allocator, on which it depends what fits."""
 NAMES = {
     "train/tokens_per_s": "tokens_per_s",
     "train/tflops_per_worker": "tflops",
@@ -62,6 +65,7 @@ def about(
     """What holds for all points of one run of the benchmark."""
     assert run.model is not None
     starter = "python" if world.size == 1 else f"torchrun --nproc-per-node {world.size}"
+    allocator = [f"{name}={os.environ[name]}" for name in ALLOCATOR if name in os.environ]
     return {
         "name": name,
         "model": run.model.name,
@@ -79,7 +83,7 @@ def about(
         },
         "commit": commit or _commit(),
         "date": datetime.now(UTC).date().isoformat(),
-        "command": f"{starter} -m jobs.training_benchmark {command}",
+        "command": " ".join([*allocator, f"{starter} -m jobs.training_benchmark {command}"]),
     }
 
 

@@ -136,6 +136,17 @@ def test_layers_may_differ_in_what_they_compute_again(
     assert not (tmp_path / "s.json").exists()
 
 
+def test_the_record_says_how_memory_was_given_out(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = "expandable_segments:True"
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", setting)
+    command = benchmark(config, tmp_path / "r.json", "--attention", "nsa")["command"]
+    told = f"PYTORCH_CUDA_ALLOC_CONF={setting} python -m jobs.training_benchmark "
+    assert command.startswith(told)
+
+
 def test_nothing_fits(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def too_small(self: Subject, stage: Any, **steps: int) -> Any:
         raise torch.OutOfMemoryError
