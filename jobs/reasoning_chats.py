@@ -49,17 +49,17 @@ def num_names(steps: int) -> int:
     return STARTS + steps + steps // 2
 
 
-def names(count: int) -> list[str]:
-    """So many names of two open syllables, none rarer than another. Each becomes a token, which a
-    model has to learn: the fewer, the sooner.
+def names(steps: int) -> list[str]:
+    """As many names of two open syllables as a problem of so many steps has, none rarer than
+    another. Each becomes a token, which a model has to learn: the fewer, the sooner.
 
     Raises:
         ValueError: there are not so many.
     """
     syllables = [f"{first}{second}" for first in "bdgklmnprstvz" for second in "aeiou"]
     every = [first + second for first in syllables for second in ("ba", "ne", "ti", "lo", "mu")]
-    if count > len(every):
-        raise ValueError(f"problems need {count} names, there are {len(every)}")
+    if (count := num_names(steps)) > len(every):
+        raise ValueError(f"--steps={steps} needs {count} names, there are {len(every)}")
     return every[:count]
 
 
@@ -119,7 +119,7 @@ def write_files(
         ValueError: the steps are too many for the names there are.
         OSError: a file cannot be written.
     """
-    pool = names(num_names(max(steps)))
+    pool = names(max(steps))
     short = [each for each in steps if each <= max(steps) // SHORT] or [min(steps)]
     files: dict[str, Iterator[dict[str, Any]]] = {
         "text.jsonl": (

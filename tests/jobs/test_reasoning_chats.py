@@ -48,11 +48,11 @@ def test_the_answer_follows_from_the_text_and_the_steps_lead_there(steps):
 
 
 def test_a_problem_of_128_steps_has_names_enough():
-    problem = job.make_problem(job.names(job.num_names(128)), steps=128, seed="long")
+    problem = job.make_problem(job.names(128), steps=128, seed="long")
     assert solved(problem.text) == (problem.answer, 128)
-    assert len(set(job.names(325))) == 325
-    with pytest.raises(ValueError, match="problems need 453 names, there are 325"):
-        job.names(job.num_names(300))
+    assert len(set(job.names(215))) == job.num_names(215) == 325
+    with pytest.raises(ValueError, match="--steps=216 needs 327 names, there are 325"):
+        job.names(216)
 
 
 def test_what_is_written_is_what_the_task_asks(tmp_path: Path):
@@ -75,9 +75,7 @@ def test_what_is_written_is_what_the_task_asks(tmp_path: Path):
     )
     sample = next(iter(task.samples()))
     assert isinstance(sample, WrittenSample)
-    chat = job._messages(
-        job.make_problem(job.names(job.num_names(8)), steps=2, seed="0/held out/0")
-    )
+    chat = job._messages(job.make_problem(job.names(8), steps=2, seed="0/held out/0"))
     assert chat[0]["content"].strip() in tokenizer.decode(sample.prompt)
     assert sample.score(chat[1]["content"]) == 1.0 and sample.score("\\boxed{1000}") == 0.0
 
