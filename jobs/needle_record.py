@@ -5,11 +5,12 @@ r"""Needle grids of evaluations as one record and one picture: models, and polic
 
 Takes the MLflow runs of jobs.evaluate, whose ids it prints at its end. The share of numbers that
 a model writes exactly comes with Wilson's interval of 95 %, over the grid and for each length;
-policies that were measured beside it follow under its name, the best first.
+policies that were measured beside it follow under its name, the best first, each with a map of its
+own.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from nsa_platform.evaluate.tasks.results import wilson
 from nsa_platform.tracking import library, read_json, read_run
 
 RESULTS = "evaluation/results.json"
+TRIALS = "evaluation/baselines_needle_trials.json"
 UNIT = "share of numbers"
 
 
@@ -38,7 +40,11 @@ def record(run_ids: Sequence[str], *, uri: str) -> dict[str, Any]:
         if results.get("needle") is None:
             raise ValueError(f"{run.name}: its evaluation had no needles")
         try:
-            grids.append({"run": run.name, "run_id": run_id, **_grid(results)})
+            grid = {"run": run.name, "run_id": run_id, **_grid(results["needle"])}
+            if results.get("baselines"):
+                table = read_json(uri, run_id, TRIALS)
+                grid["policies"] = _policies(grid, results["baselines"], table)
+            grids.append(grid)
             devices.add(results["device"])
         except KeyError as error:
             raise ValueError(f"{run.name}: its results say no {error}: evaluate anew") from None
@@ -53,23 +59,44 @@ def record(run_ids: Sequence[str], *, uri: str) -> dict[str, Any]:
     }
 
 
-def _grid(results: dict[str, Any]) -> dict[str, Any]:
-    """Scores of the needles in each cell, [depth][length], and what policies made of them."""
-    trials = results["needle"]["trials"]
+def _grid(needle: dict[str, Any]) -> dict[str, Any]:
+    """Scores of a model's needles in each cell, [depth][length]."""
+    trials = needle["trials"]
     lengths = sorted({trial["length"] for trial in trials})
     depths = sorted({trial["depth"] for trial in trials})
+    cells = _cells(trials, lengths, depths)
+    return {
+        "exact": needle["exact"], "lengths": lengths, "depths": depths, "cells": cells,
+        "policies": {},
+    }  # fmt: skip
+
+
+def _policies(
+    grid: dict[str, Any], baselines: dict[str, Any], table: dict[str, Any]
+) -> dict[str, Any]:
+    """What policies made of the same needles, the best first."""
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    ranked = sorted(baselines.items(), key=lambda item: -item[1]["needle_exact"])
+    return {
+        name: {
+            "exact": each["needle_exact"],
+            "interval": each["intervals"]["needle_exact"],
+            "cells": _cells(
+                (row for row in rows if row["policy"] == name), grid["lengths"], grid["depths"]
+            ),
+        }
+        for name, each in ranked
+    }
+
+
+def _cells(
+    trials: Iterable[dict[str, Any]], lengths: list[int], depths: list[float]
+) -> list[list[list[float]]]:
     cells: list[list[list[float]]] = [[[] for _ in lengths] for _ in depths]
     for trial in trials:
-        place = depths.index(trial["depth"]), lengths.index(trial["length"])
-        cells[place[0]][place[1]].append(float(trial["exact"]))
-    policies = {
-        name: {"exact": each["needle_exact"], "interval": each["intervals"]["needle_exact"]}
-        for name, each in (results.get("baselines") or {}).items()
-    }
-    exact = results["needle"]["exact"]
-    return {
-        "exact": exact, "lengths": lengths, "depths": depths, "cells": cells, "policies": policies
-    }  # fmt: skip
+        row, column = depths.index(trial["depth"]), lengths.index(trial["length"])
+        cells[row][column].append(float(trial["exact"]))
+    return cells
 
 
 def _records(grid: dict[str, Any]) -> list[dict[str, Any]]:
@@ -80,7 +107,7 @@ def _records(grid: dict[str, Any]) -> list[dict[str, Any]]:
     found = [_share(name, [score for scores in by_length for score in scores])]
     for length, scores in zip(grid["lengths"], by_length, strict=True):
         found.append(_share(f"{name}/{length}", scores))
-    for policy, each in sorted(grid["policies"].items(), key=lambda item: -item[1]["exact"]):
+    for policy, each in grid["policies"].items():
         low, high = each["interval"]
         found.append(_record(f"{name}/{policy}", each["exact"], low, high))
     return found
@@ -96,15 +123,13 @@ def _record(name: str, value: float, low: float, high: float) -> dict[str, Any]:
 
 
 def draw(result: dict[str, Any]) -> bytes:
-    """A map for each run, the best first."""
-    maps = {
-        f"{grid['run']}: {grid['exact']:.1%}": (
-            grid["lengths"],
-            grid["depths"],
-            [[sum(cell) / len(cell) for cell in row] for row in grid["cells"]],
-        )
-        for grid in result["grids"]
-    }
+    """A map for each run, the best first, and behind it one for each policy."""
+    maps = {}
+    for grid in result["grids"]:
+        for name, each in {"": grid, **grid["policies"]}.items():
+            title = f"{grid['run']} {name}".rstrip() + f": {each['exact']:.1%}"
+            shares = [[sum(cell) / len(cell) for cell in row] for row in each["cells"]]
+            maps[title] = grid["lengths"], grid["depths"], shares
     return figures.png(figures.needle_maps(maps, title="Needles: numbers written exactly"))
 
 

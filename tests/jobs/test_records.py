@@ -169,6 +169,11 @@ def test_needles_of_evaluations_the_best_first(
             "baselines": {"low": policy, "high": {**policy, "needle_exact": 0.375}},
         }
         tracker.log_dict(results, "evaluation/results.json")
+        rows = [
+            [policy, *trial.values()] for policy in ("model", "low", "high") for trial in trials
+        ]
+        columns = ["policy", *trials[0]]
+        tracker.log_table(columns, rows, "evaluation/baselines_needle_trials.json")
         assert tracker.finish("FINISHED") == 0
         ids.append(handle.run_id)
     target, picture = tmp_path / "needles.json", tmp_path / "needles.png"
@@ -181,6 +186,7 @@ def test_needles_of_evaluations_the_best_first(
     assert values["worse/needle_exact"] == (0.625, pytest.approx(0.3057, abs=1e-4))
     assert [values[f"worse/needle_exact/{length}"][0] for length in (64, 128)] == [0.5, 0.75]
     assert found["grids"][1]["cells"] == [[[0, 1], [0, 1]], [[0, 1], [1, 1]]]
+    assert found["grids"][1]["policies"]["low"]["cells"] == found["grids"][1]["cells"]
     assert list(values)[3:5] == ["better/needle_exact/high", "better/needle_exact/low"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "better/needle_exact: 0.875" in capsys.readouterr().out

@@ -40,17 +40,22 @@ def needle_maps(
     *,
     title: str,
 ) -> Figure:
-    """Maps of shares side by side, on one scale.
+    """Maps of shares side by side, at most four in a row, on one scale.
 
     Args:
         maps: title -> lengths, depths, and one row for each depth, one column for each length.
     """
-    wide = sum(len(lengths) for lengths, _, _ in maps.values())
+    columns = min(len(maps), 4)
+    rows = -(-len(maps) // columns)
+    wide = max(len(lengths) for lengths, _, _ in maps.values())
     tall = max(len(depths) for _, depths, _ in maps.values())
-    figure = Figure(figsize=(0.8 * wide + 1.6 * len(maps), 0.45 * tall + 2.0), layout="constrained")
+    size = columns * (0.8 * wide + 1.6), rows * (0.45 * tall + 1.5) + 0.5
+    figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(title, color=INK)
-    panels = figure.subplots(1, len(maps), squeeze=False)[0]
-    for axes, (name, (lengths, depths, values)) in zip(panels, maps.items(), strict=True):
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels[len(maps) :]:
+        axes.set_axis_off()
+    for axes, (name, (lengths, depths, values)) in zip(panels, maps.items(), strict=False):
         dress(axes, name, x="context length (tokens)", y="depth of the needle")
         heat(figure, axes, values, label="", percent=True, low=0.0, high=1.0, map_="RdYlGn")
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=30)
