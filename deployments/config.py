@@ -1,5 +1,7 @@
 """What is deployed: the shape of ray.serve.llm's configuration, for NSA models."""
 
+import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -34,7 +36,22 @@ def _try(kind: Callable[..., object], arguments: Mapping[str, Any], key: str) ->
     try:
         kind(**arguments)
     except TypeError as error:
-        raise ValueError(f"{key}: {error}") from None
+        valid = ", ".join(inspect.signature(kind).parameters)
+        raise ValueError(f"{key}: {error} (valid: {valid})") from None
+
+
+def _check_import(path: str, key: str) -> None:
+    """Raise ValueError unless there is what module:name names. A module that is not here may be in
+    the cluster's runtime environment."""
+    module, _, name = path.replace(":", ".").rpartition(".")
+    if not module or not name:
+        raise ValueError(f"{key}={path!r} must look like module:name")
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError:
+        return
+    if not hasattr(found, name):
+        raise ValueError(f"{key}={path!r}: {module} has no {name}")
 
 
 class ModelLoadingConfig(Strict):
@@ -63,6 +80,8 @@ class ScalingPolicy(Strict):
         # Ray would find out in its controller, which then scales nothing any more.
         if self.policy_function == OWN_POLICY:
             _try(PressurePolicy, self.policy_kwargs, "policy_kwargs")
+        else:
+            _check_import(self.policy_function, "policy_function")
         return self
 
 
@@ -131,6 +150,8 @@ class RouterSettings(Strict):
     def _arguments_fit(self) -> Self:
         if self.request_router_class == OWN_ROUTER:
             _try(PrefixRoutes, self.request_router_kwargs, "request_router_kwargs")
+        else:
+            _check_import(self.request_router_class, "request_router_class")
         return self
 
 

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
-import yaml
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from deployments.config import LLMServingArgs, read_args
-from nsa_platform.config.base import ConfigError, Strict, read_yaml
+from nsa_platform.config.base import ConfigError, Strict
 
 IMPORT_PATH = "deployments.llm:build_openai_app"
 
@@ -46,8 +45,8 @@ class ServeApplication(Strict):
 class ServeFile(Strict):
     """A file as `serve run` and `serve deploy` take it."""
 
-    proxy_location: str = "EveryNode"
-    """EveryNode, HeadOnly or Disabled."""
+    proxy_location: Literal["EveryNode", "HeadOnly", "Disabled"] = "EveryNode"
+    """On which nodes a proxy listens."""
     http_options: HttpSettings = HttpSettings()
     """Where the proxies listen."""
     logging_config: dict[str, Any] | None = None
@@ -62,10 +61,7 @@ class ServeFile(Strict):
         Raises:
             ConfigError: one line for each problem.
         """
-        tree = read_yaml(path)
-        for override in overrides:
-            _patch(tree, override)
-        parsed = cls.parse(tree, source=str(path))
+        parsed = cls.load(path, overrides)
         application = parsed.applications[0]
         if application.import_path != IMPORT_PATH:
             raise ConfigError(
@@ -78,36 +74,3 @@ class ServeFile(Strict):
     def serving_args(self, root: Path) -> LLMServingArgs:
         """Arguments of the application, relative places seen from `root`. Raises ConfigError."""
         return read_args(self.applications[0].args, root=root)
-
-
-def _patch(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not all(key.split(".")):
-        raise ConfigError(f"--set {override}: must look like a.0.b=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not YAML: {error}") from None
-    node: Any = tree
-    *parents, last = key.split(".")
-    for parent in parents:
-        if isinstance(node, list):
-            node = node[_index(parent, node, override)]
-        elif isinstance(node, dict):
-            node = node.setdefault(parent, {})
-        else:
-            raise ConfigError(f"--set {override}: there are no keys at or below {parent}")
-    if isinstance(node, list):
-        node[_index(last, node, override)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
-        raise ConfigError(f"--set {override}: there is no key {last}")
-
-
-def _index(text: str, items: list[Any], override: str) -> int:
-    if not text.isdigit() or int(text) >= len(items):
-        raise ConfigError(
-            f"--set {override}: {text!r} must be a place in a list of {len(items)}, from 0"
-        )
-    return int(text)

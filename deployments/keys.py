@@ -88,7 +88,8 @@ def read_keys(settings: AccessSettings) -> KeyRing | None:
         ConfigError: there is no such file or variable, or what it holds is no list of keys.
     """
     if settings.api_keys_file is not None:
-        tree, source = read_yaml(Path(settings.api_keys_file)), settings.api_keys_file
+        source = f"access.api_keys_file={settings.api_keys_file}"
+        tree = read_yaml(Path(settings.api_keys_file))
     elif settings.api_keys_env is not None:
         tree, source = _from_environment(settings.api_keys_env), f"${settings.api_keys_env}"
     else:

@@ -48,7 +48,12 @@ def served(file: ServeFile) -> Iterator[str]:
     application, http = file.applications[0], file.http_options
     # What it says of its own progress is said here already, and better.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(proxy_location=ProxyLocation(file.proxy_location), http_options=http.model_dump())
+    try:
+        serve.start(
+            proxy_location=ProxyLocation(file.proxy_location), http_options=http.model_dump()
+        )
+    except RuntimeError as error:
+        raise DeployError(f"http_options: {reason_of(str(error))}") from None
     try:
         try:
             serve.run(

@@ -7,7 +7,7 @@ files), as token ids of exactly --input-len; answers have exactly --output-len t
 With --dataset-name prefix_repetition several prompts share each of a few beginnings, as turns of a
 conversation do. With --tracking-uri the load becomes an MLflow run. Flags of the load, and names in
 the file of --result-filename, are those of `vllm bench serve`, which works against these servers
-too.
+too. A server that asks for a key gets that of OPENAI_API_KEY.
 
 Exit status: 0 all requests were answered; 1 some were not; 2 the server or a flag is wrong.
 """

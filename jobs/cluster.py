@@ -87,8 +87,15 @@ def _dashboard() -> Iterator[int]:
 
 
 def _init(**options: Any) -> None:
-    """ray.init, which leaves SIGTERM to whoever handled it before."""
+    """ray.init, which leaves SIGTERM to whoever handled it before.
+
+    Raises:
+        ConnectionError: there is no such cluster, or none could be started.
+    """
     handler = signal.getsignal(signal.SIGTERM)
-    ray.init(**options, **QUIET)
+    try:
+        ray.init(**options, **QUIET)
+    except RuntimeError as error:
+        raise ConnectionError(f"Ray does not start: {first_line(error)}") from error
     if callable(handler) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)

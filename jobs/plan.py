@@ -35,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         model, engine = read_sizes(options.config, options.overrides)
-        num_ranks = options.tensor_parallel_size or engine.tensor_parallel_size
+        num_ranks = options.tensor_parallel_size
+        if num_ranks is None:
+            num_ranks = engine.tensor_parallel_size
         plan = plan_serving(
             model,
             GPUS[options.gpu],
@@ -45,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             blocks_per_page=blocks_per_page_of(model, engine),
             num_ranks=num_ranks,
             kv_bytes=kv_bytes_of(engine),
+            max_step_tokens=engine.max_num_batched_tokens,
+            enable_prefix_caching=engine.enable_prefix_caching,
         )
     except (ConfigError, ExportError, ValueError, OSError) as error:
         fail(str(error), status=EXIT_BAD_CONFIG)

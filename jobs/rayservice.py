@@ -117,6 +117,8 @@ def _plan(asked: PodPlan, served: LLMConfig, source: str) -> ServingPlan:
             blocks_per_page=blocks_per_page_of(model, engine),
             num_ranks=engine.tensor_parallel_size,
             kv_bytes=kv_bytes_of(engine),
+            max_step_tokens=engine.max_num_batched_tokens,
+            enable_prefix_caching=engine.enable_prefix_caching,
         )
     except ValueError as error:
         raise ConfigError(f"{source}: engine_kwargs: {error}") from error

@@ -1,6 +1,7 @@
 """Load on a server of OpenAI's API: prompts of one length, and when the tokens of answers came."""
 
 import asyncio
+import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-from openai import AsyncOpenAI, OpenAI, OpenAIError
+from openai import APIConnectionError, AsyncOpenAI, OpenAI, OpenAIError
 
 PIECE_CHARACTERS = 16_384
 """Of text that the server is asked to tokenize at once."""
@@ -44,17 +45,24 @@ class Sample:
         return (self.e2el_s - self.ttft_s) / max(1, self.output_tokens - 1)
 
 
+def api_key() -> str:
+    """Of OPENAI_API_KEY, as OpenAI's client takes it; a server without keys takes any."""
+    return os.environ.get("OPENAI_API_KEY") or "none"
+
+
 def served_model(base_url: str, name: str | None) -> tuple[str, int]:
     """The model of this name, or the only one, and the tokens that a request of it may have.
 
     Raises:
         LoadError: the server does not answer, or serves no such model.
     """
-    client = OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=1)
+    client = OpenAI(base_url=f"{base_url}/v1", api_key=api_key(), max_retries=1)
     try:
         models = {model.id: model for model in client.models.list()}
-    except OpenAIError as error:
+    except APIConnectionError as error:
         raise LoadError(f"{base_url} does not answer: {error}") from error
+    except OpenAIError as error:
+        raise LoadError(f"{base_url}/v1/models: {error}") from error
     finally:
         client.close()
     if name is None and len(models) == 1:
@@ -74,7 +82,7 @@ def tokens_of(
         LoadError: the texts hold fewer, or the server refuses them.
     """
     size = max(1, min(PIECE_CHARACTERS, max_model_len // BYTES_PER_CHARACTER - 1))
-    client = OpenAI(base_url=base_url, api_key="none", max_retries=1)
+    client = OpenAI(base_url=base_url, api_key=api_key(), max_retries=1)
     ids: list[int] = []
     try:
         for path in texts:
@@ -154,7 +162,7 @@ async def run_load(
         return sample
 
     async with AsyncOpenAI(
-        base_url=f"{base_url}/v1", api_key="none", max_retries=0, timeout=3600
+        base_url=f"{base_url}/v1", api_key=api_key(), max_retries=0, timeout=3600
     ) as client:
         begin = time.perf_counter()
         tasks = []

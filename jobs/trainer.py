@@ -51,6 +51,7 @@ def make_fitting(
             resources_per_worker={"CPU": cluster.cpus_per_worker, "GPU": 1}
             if cluster.use_gpu
             else {"CPU": cluster.cpus_per_worker},
+            elastic_resize_monitor_interval_s=cluster.grow_check_s,
         ),
         run_config=RunConfig(
             name=f"attempt-{time.time_ns()}",

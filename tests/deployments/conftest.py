@@ -1,12 +1,15 @@
 """A tiny exported model, and an engine behind the HTTP layer without Ray."""
 
 import asyncio
+import socket
+import threading
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from openai import OpenAI
@@ -28,6 +31,7 @@ from nsa_platform.serve.loading import load_engine
 from tests.conftest import DataFolder
 from tests.deployments.running import Serving
 from tests.deployments.running import serving as serve_on_ray
+from tests.waiting import PATIENCE_S
 
 MODEL_ID = "tiny"
 MAX_CONTEXT = 4096
@@ -143,6 +147,21 @@ def local_app(
     finally:
         backend.service.close()
         asyncio.run(backend.engine.close())
+
+
+@contextmanager
+def listening(app: FastAPI) -> Iterator[str]:
+    """The application on a port of this machine."""
+    with socket.create_server(("127.0.0.1", 0), backlog=256) as line:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [line]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{line.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(PATIENCE_S)
+            assert not thread.is_alive()
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,9 @@ from openai import AuthenticationError, OpenAI, RateLimitError
 from deployments import new_key
 from deployments.accounts import Account
 from deployments.keys import AccessSettings, ApiKey, KeyRing, hash_of, read_keys
+from jobs import benchmark
 from nsa_platform.config.base import ConfigError
-from tests.deployments.conftest import MODEL_ID, local_app
+from tests.deployments.conftest import MODEL_ID, listening, local_app
 
 SECRET, OTHER = "nsa-first", "nsa-second"
 KEYS = {
@@ -75,6 +76,20 @@ def test_the_official_client_and_its_key(guarded):
     assert asked.choices
     with pytest.raises(AuthenticationError, match="a wrong API key"):
         OpenAI(api_key="nsa-no", **settings).models.list()
+
+
+def test_the_benchmark_brings_its_key(
+    model_folder, access, tmp_path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--input-len=8", "--output-len=2", "--num-prompts=2", "--num-warmups=1"]
+    with local_app(model_folder, access=access) as (app, _), listening(app) as address:
+        monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+        with pytest.raises(SystemExit):
+            benchmark.main(["--base-url", address, *flags])
+        assert f"{address}/v1/models: Error code: 401" in capsys.readouterr().err
+        monkeypatch.setenv("OPENAI_API_KEY", OTHER)
+        assert benchmark.main(["--base-url", address, *flags, "--max-concurrency=1"]) == 0
+    assert "Successful requests" in capsys.readouterr().out
 
 
 def test_tokens_run_out_and_come_back(model_folder, access, monkeypatch):

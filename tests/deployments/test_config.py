@@ -202,7 +202,7 @@ def test_keys_are_patched_by_place():
         ("http_options.port=0", "http_options.port"),
         ("applications.1.name=x", "'1' must be a place in a list of 1"),
         ("applications.x.name=x", "'x' must be a place in a list of 1"),
-        ("proxy_location.x=1", "no key x"),
+        ("proxy_location.x=1", "proxy_location is a value and has no keys below it"),
         ("port", "must look like"),
         ("applications.0.args.llm_config=1", "did you mean 'llm_configs'"),
         ("applications.0.import_path=ray.serve.llm:build_openai_app", "must be deployments.llm"),

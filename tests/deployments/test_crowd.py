@@ -3,27 +3,21 @@
 import asyncio
 import json
 import random
-import socket
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx2
-import uvicorn
-from fastapi import FastAPI
 
 from nsa_platform.config.serve import EngineConfig
 from nsa_platform.model.weights import load_model
 from nsa_platform.serve.generator import Generator
-from tests.deployments.conftest import MODEL_ID, local_app
+from tests.deployments.conftest import MODEL_ID, listening, local_app
 from tests.waiting import PATIENCE_S, eventually
 
 CLIENTS = 200
-SECONDS = 15.0
+SECONDS = 60.0
 CROWDED = EngineConfig(
     max_model_len=512,
     max_num_seqs=16,
@@ -32,21 +26,6 @@ CROWDED = EngineConfig(
     async_scheduling=True,  # as on a GPU
 )
 LONGEST = 40
-
-
-@contextmanager
-def listening(app: FastAPI) -> Iterator[str]:
-    """The application on a port of this machine."""
-    with socket.create_server(("127.0.0.1", 0), backlog=CLIENTS) as line:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [line]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{line.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join(PATIENCE_S)
-            assert not thread.is_alive()
 
 
 def prompts() -> list[list[int]]:

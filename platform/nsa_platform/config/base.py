@@ -59,7 +59,7 @@ class Strict(BaseModel):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
-        """Read a YAML file, patch it with `a.b=value` overrides, validate.
+        """Read a YAML file, patch it with `a.b=value` and `a.0.b=value` overrides, validate.
 
         Raises:
             ConfigError: the file is missing or not YAML, an override is malformed, or the result
@@ -106,7 +106,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def patch(tree: dict[str, Any], overrides: Sequence[str], *, flag: str = "--set") -> dict[str, Any]:
-    """A plain tree with `a.b=value` overrides, which came by a flag of this name.
+    """A plain tree with `a.b=value` overrides, which came by a flag of this name. Into a list a key
+    is a place, from 0: `a.0.b=value`.
 
     Raises:
         ConfigError: an override is malformed.
@@ -114,21 +115,33 @@ def patch(tree: dict[str, Any], overrides: Sequence[str], *, flag: str = "--set"
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
-            raise ConfigError(f"{flag} {override}: must look like a.b=value")
+            raise ConfigError(f"{flag} {override}: must look like a.b=value or a.0.b=value")
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"{flag} {override}: the value is not YAML: {error}") from None
-        node = tree
+        node: Any = tree
         *parents, last = key.split(".")
         for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
+            if isinstance(node, list):
+                node = node[_place(parent, node, f"{flag} {override}")]
+            else:
+                node = node.setdefault(parent, {})
+            if not isinstance(node, dict | list):
                 raise ConfigError(
                     f"{flag} {override}: {parent} is a value and has no keys below it"
                 )
-        node[last] = value
+        if isinstance(node, list):
+            node[_place(last, node, f"{flag} {override}")] = value
+        else:
+            node[last] = value
     return tree
+
+
+def _place(text: str, items: list[Any], flag: str) -> int:
+    if not (text.isascii() and text.isdigit()) or int(text) >= len(items):
+        raise ConfigError(f"{flag}: {text!r} must be a place in a list of {len(items)}, from 0")
+    return int(text)
 
 
 def _explain(root: type[BaseModel], problem: Any) -> str:

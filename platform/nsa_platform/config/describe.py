@@ -1,6 +1,6 @@
 """Every key of a configuration with type, default and help, as text for --help."""
 
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -17,7 +17,8 @@ def _lines(model: type[BaseModel], prefix: str) -> list[str]:
         key = f"{prefix}{name}"
         below = _models(field.annotation)
         if below:
-            lines.extend(line for part in below for line in _lines(part, f"{key}."))
+            inside = f"{key}.0." if _is_list(field.annotation) else f"{key}."
+            lines.extend(line for part in below for line in _lines(part, inside))
             continue
         default = "required" if field.default is PydanticUndefined else repr(field.default)
         help_text = " ".join((field.description or "").split())
@@ -31,9 +32,21 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     return [model for arg in get_args(annotation) for model in _models(arg)]
 
 
+def _is_list(annotation: Any) -> bool:
+    """Whether its models stand in a list."""
+    return get_origin(annotation) in (tuple, list) or any(map(_is_list, get_args(annotation)))
+
+
 def _type(annotation: Any) -> str:
+    if annotation is type(None):
+        return "null"
+    if get_origin(annotation) is Annotated:
+        return _type(get_args(annotation)[0])
     if isinstance(annotation, type) and get_origin(annotation) is None:
         return annotation.__name__
-    args = [_type(arg) if not isinstance(arg, str) else repr(arg) for arg in get_args(annotation)]
-    known = [arg for arg in args if arg not in ("Ge", "Gt", "Le", "Lt", "MinLen", "FieldInfo")]
-    return " | ".join(known) if known else str(annotation)
+    if get_origin(annotation) is Literal:
+        return " | ".join(map(repr, get_args(annotation)))
+    args = list(dict.fromkeys(_type(arg) for arg in get_args(annotation) if arg is not Ellipsis))
+    if get_origin(annotation) in (tuple, list, dict):
+        return f"{'list' if get_origin(annotation) is not dict else 'dict'} of {', '.join(args)}"
+    return " | ".join(args) if args else str(annotation)

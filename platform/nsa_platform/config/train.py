@@ -190,6 +190,9 @@ class ClusterConfig(Strict):
     min_workers: PositiveInt | None = None
     """Elastic: training starts and goes on with as few workers as this while the cluster has no
     room for num_workers, and grows when it has; null: always num_workers."""
+    grow_check_s: PositiveFloat = 60.0
+    """Seconds after which an elastic run looks again whether the cluster has room for more workers.
+    To grow it saves its state and starts all workers anew, so it had better not do so often."""
     use_gpu: bool = False
     """One GPU and nccl for each worker; otherwise CPU and gloo."""
     cpus_per_worker: PositiveInt = 1

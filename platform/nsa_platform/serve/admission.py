@@ -28,6 +28,10 @@ class QueueFull(RuntimeError):
         self.retry_after_s = retry_after_s
 
 
+class NeverInTime(ValueError):
+    """No engine of these sizes has the first token of such a request by then."""
+
+
 def predicted_ttft_s(scheduler: Scheduler, num_tokens: int, priority: int = 0) -> float:
     """Seconds until the first token of a request with num_tokens tokens to compute; 0 as long as
     the cost model knows nothing."""
@@ -132,7 +136,8 @@ class Admission:
 
         Raises:
             ValueError: the deadline, in seconds from now, is not positive.
-            QueueFull: it is not.
+            NeverInTime: it is not, and would not be by an idle engine.
+            QueueFull: it is not now.
         """
         if deadline_s is not None and not deadline_s > 0:
             raise ValueError(f"deadline_s={deadline_s} must be positive")
@@ -146,10 +151,16 @@ class Admission:
         for name, bound in (("deadline_s", deadline_s), ("max_ttft_s", self.max_ttft_s)):
             if bound is None:
                 continue
+            alone = self.scheduler.cost.prompt_seconds(num_tokens, 0)
+            if alone > bound:
+                raise NeverInTime(
+                    f"{name}={bound:g} is less than the {alone:.2g} s that {num_tokens} tokens of "
+                    "a prompt take alone"
+                )
             predicted = predicted_ttft_s(self.scheduler, num_tokens, priority)
             if predicted > bound:
                 raise QueueFull(
-                    f"the first token is predicted to come after {predicted:.1f} s, and {name} is "
+                    f"the first token is predicted to come after {predicted:.2g} s, and {name} is "
                     f"{bound:g}",
                     # What is ahead of it is worked off at the rate of time.
                     retry_after_s=predicted - bound,

@@ -361,9 +361,11 @@ class Engine:
         """Take a request's next token, and say what came of it."""
         request, params, token = live.request, live.request.params, sampled.token_id
         if token is None:
-            self._finish(request, "abort", None)
+            self._finish(request, "abort", "grammar" if params.grammar else None)
             return request.output()
         is_first = not request.output_ids
+        if is_first and time.monotonic() > request.deadline_s:
+            return self._expire(request)
         prompt_logprobs = self.runner.prompt_scores.take(request) if is_first else None
         selected = self.runner.block_reads.take(request)
         request.output_ids.append(token)

@@ -6,7 +6,8 @@ The door to llguidance, which says after every token which ones may follow.
 import threading
 from collections import OrderedDict
 
-from llguidance import LLMatcher, LLTokenizer
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.serve.request import Grammar
@@ -15,6 +16,8 @@ MAX_KEPT = 64
 """Compiled grammars that are kept for the next request of the same."""
 # Bounded, or a model that has learned no JSON writes spaces for ever.
 WHITESPACE = r"[\x20\x0A\x0D\x09]{0,12}"
+# All requests of a step wait for the slowest grammar: some 50 ms, where the library allows 200.
+LIMITS = LLParserLimits(initial_lexer_fuel=200_000, step_lexer_fuel=50_000)
 
 
 class GrammarError(ValueError):
@@ -48,14 +51,30 @@ class Grammars:
             if known is not None:
                 self._compiled.move_to_end(grammar)
                 return known.deep_copy()
-        compiled = LLMatcher(self._tokens, _source(grammar), log_level=0)
-        if compiled.is_error():
-            raise GrammarError(f"{grammar.kind}: {' '.join(compiled.get_error().split())}")
+        compiled = LLMatcher(self._tokens, _source(grammar), log_level=0, limits=LIMITS)
+        self._try(grammar, compiled)
         with self._lock:
             self._compiled[grammar] = compiled
             if len(self._compiled) > MAX_KEPT:
                 self._compiled.popitem(last=False)
             return compiled.deep_copy()
+
+    def _try(self, grammar: Grammar, compiled: LLMatcher) -> None:
+        """Take a first token: what describes nothing, or too much, shows only then.
+
+        Raises:
+            GrammarError: it does, or it was not compiled.
+        """
+        trial = compiled.deep_copy()
+        if not trial.is_error():
+            packed = np.frombuffer(trial.compute_bitmask(), dtype=np.uint8)
+            trial.consume_token(int(np.unpackbits(packed, bitorder="little").argmax()))
+        if trial.is_error():
+            # The library's first line says why, those behind it where its parser stood.
+            reason = " ".join(trial.get_error().partition("<state>")[0].split())
+            if reason == "NoExtensionBias":
+                reason = "no text fits it"
+            raise GrammarError(f"{grammar.kind}: {reason}")
 
 
 def _source(grammar: Grammar) -> str:

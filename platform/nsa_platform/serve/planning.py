@@ -6,7 +6,10 @@ full bandwidth, nothing between them, no message between GPUs. What an engine re
 not planned.
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass
+
+import torch
 
 from nsa_platform.config.model import (
     AttentionConfig,
@@ -23,7 +26,7 @@ from nsa_platform.model.cost import (
     flops_per_token,
 )
 from nsa_platform.model.tensor_parallel import share_of
-from nsa_platform.serve.kv_cache import check_fp8_cache, page_size_of
+from nsa_platform.serve.kv_cache import KvCache, check_fp8_cache, page_size_of
 
 ELEMENT_BYTES = 2
 """bfloat16 weights and cache."""
@@ -68,7 +71,8 @@ class ServingPlan:
     sequence: CacheBytes
     """Of one sequence of the whole context, in whole pages, what each GPU has of it."""
     num_fitting: int
-    """Sequences of the whole context that the cache holds."""
+    """Sequences of the whole context that the cache holds, with the pages of what is not theirs
+    alone: tokens of a step, and tails that the prefix cache keeps."""
     num_sequences: int
     """How many of them run at once; 0: not even one fits."""
     ttft_s: float
@@ -104,6 +108,8 @@ def plan_serving(
     blocks_per_page: int = 1,
     num_ranks: int = 1,
     kv_bytes: int = ELEMENT_BYTES,
+    max_step_tokens: int = EngineConfig.model_fields["max_num_batched_tokens"].default,
+    enable_prefix_caching: bool = True,
 ) -> ServingPlan:
     """Work it out; nothing is built or read.
 
@@ -113,13 +119,18 @@ def plan_serving(
         memory_share: of what the weights leave, what the cache may take.
         num_ranks: GPUs that compute the model together (tensor_parallel_size).
         kv_bytes: of a number of the cache's keys and values, 1 for kv_cache_dtype=fp8.
+        max_step_tokens: of all sequences in one step (max_num_batched_tokens).
+        enable_prefix_caching: pages stay known after their sequences, and some tails with them.
 
     Raises:
-        ValueError: context or max_num_seqs is not positive, the model cannot be dealt to so many
-            GPUs, or model or GPU cannot have an fp8 cache.
+        ValueError: context, max_num_seqs or num_ranks is not positive, the model cannot be dealt
+            to so many GPUs, or model or GPU cannot have an fp8 cache.
     """
-    if context < 1 or max_num_seqs < 1:
-        raise ValueError(f"context={context} and max_num_seqs={max_num_seqs} must be positive")
+    if min(context, max_num_seqs, num_ranks) < 1:
+        raise ValueError(
+            f"context={context}, max_num_seqs={max_num_seqs} and tensor_parallel_size={num_ranks} "
+            "must be positive"
+        )
     if kv_bytes < ELEMENT_BYTES:
         check_fp8_cache(model)
         if not gpu.has_fp8:
@@ -133,7 +144,24 @@ def plan_serving(
     sequence = cache_bytes(
         model, context, element_bytes=ELEMENT_BYTES, kv_bytes=kv_bytes, page_size=page_size
     )
-    num_fitting = max(0, budget // sequence.total)
+
+    def reserved(sequences: int) -> int:
+        # Tensors on the meta device have sizes and take no memory.
+        return KvCache(
+            model,
+            num_tokens=sequences * context,
+            max_new_tokens=min(max_step_tokens, context),
+            max_sequences=sequences,
+            max_step_tokens=max_step_tokens,
+            blocks_per_page=blocks_per_page,
+            enable_prefix_caching=enable_prefix_caching,
+            device="meta",
+            dtype=torch.bfloat16,
+            kv_dtype=torch.float8_e4m3fn if kv_bytes < ELEMENT_BYTES else None,
+        ).num_bytes()
+
+    at_most = max(0, budget // sequence.total)
+    num_fitting = bisect_right(range(1, at_most + 1), budget, key=reserved)
     num_sequences = min(max_num_seqs, num_fitting)
     read = parameters.active * ELEMENT_BYTES
     cached = decode_read_bytes(model, context, kv_bytes=kv_bytes)

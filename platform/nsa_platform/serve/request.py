@@ -190,7 +190,8 @@ class Output:
     finish_reason: FinishReason | None
     """None: more will come."""
     stop_reason: str | int | None
-    """The stop string or the id of stop_token_ids that ended the request."""
+    """The stop string or the id of stop_token_ids that ended the request; of an abort what it was
+    for: "deadline", or "grammar" if nothing could follow."""
     num_prompt_tokens: int
     num_cached_tokens: int
     """Tokens of the prompt that did not have to be computed."""

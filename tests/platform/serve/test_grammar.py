@@ -91,6 +91,7 @@ def test_an_output_that_has_left_its_grammar_is_aborted(model, toy_tokenizer):
     engine.scheduler.running[0].output_ids[-1] = toy_tokenizer.encode("z")[0]
     (last,) = engine.step()
     assert (last.finish_reason, last.token_ids, last.text) == ("abort", (), "")
+    assert last.stop_reason == "grammar"
     engine.check()
     assert not engine.has_work
 
@@ -105,6 +106,8 @@ def test_an_output_that_has_left_its_grammar_is_aborted(model, toy_tokenizer):
         (Grammar("json_schema", '{"not": {}}'), "not"),
         (Grammar("regex", "("), "unclosed group"),
         (Grammar("regex", "(?=a)b"), "look-around"),
+        (Grammar("regex", r"[^\s\S]"), "regex: no text fits it"),
+        (Grammar("regex", "(b{1000}){1000}"), "too many expressions"),
         (Grammar("lark", "start: nothing"), "unknown name"),
     ],
 )
