@@ -24,8 +24,7 @@ from nsa_platform.config.base import ConfigError, read_yaml
 from nsa_platform.config.model import ModelConfig
 from nsa_platform.config.serve import EngineConfig
 from nsa_platform.model.weights import ExportError, load_config
-from nsa_platform.serve.capacity import blocks_per_page_of
-from nsa_platform.serve.planning import GPUS, ServingPlan, kv_bytes_of, plan_serving
+from nsa_platform.serve.planning import GPUS, ServingPlan, plan_serving
 
 EXIT_DOES_NOT_FIT = 1
 
@@ -39,16 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if num_ranks is None:
             num_ranks = engine.tensor_parallel_size
         plan = plan_serving(
-            model,
-            GPUS[options.gpu],
-            context=options.context,
-            max_num_seqs=engine.max_num_seqs,
-            memory_share=engine.gpu_memory_utilization,
-            blocks_per_page=blocks_per_page_of(model, engine),
-            num_ranks=num_ranks,
-            kv_bytes=kv_bytes_of(engine),
-            max_step_tokens=engine.max_num_batched_tokens,
-            enable_prefix_caching=engine.enable_prefix_caching,
+            model, GPUS[options.gpu], engine, context=options.context, num_ranks=num_ranks
         )
     except (ConfigError, ExportError, ValueError, OSError) as error:
         fail(str(error), status=EXIT_BAD_CONFIG)

@@ -14,8 +14,8 @@ from jobs.manifest_yaml import to_yaml
 from jobs.rayjob import ROOT
 from nsa_platform.config.base import ConfigError, Strict, read_yaml
 from nsa_platform.config.runs import PretrainRun
-from nsa_platform.serve.capacity import blocks_per_page_of, model_len_of
-from nsa_platform.serve.planning import GPUS, ServingPlan, kv_bytes_of, plan_serving
+from nsa_platform.serve.capacity import model_len_of
+from nsa_platform.serve.planning import GPUS, ServingPlan, plan_serving
 
 GIB = 1 << 30
 INGRESS_CPUS = 2
@@ -108,18 +108,7 @@ def _plan(asked: PodPlan, served: LLMConfig, source: str) -> ServingPlan:
     model = engine.hf_overrides.of(model)
     try:
         context = model_len_of(model, engine)
-        plan = plan_serving(
-            model,
-            GPUS[asked.gpu],
-            context=context,
-            max_num_seqs=engine.max_num_seqs,
-            memory_share=engine.gpu_memory_utilization,
-            blocks_per_page=blocks_per_page_of(model, engine),
-            num_ranks=engine.tensor_parallel_size,
-            kv_bytes=kv_bytes_of(engine),
-            max_step_tokens=engine.max_num_batched_tokens,
-            enable_prefix_caching=engine.enable_prefix_caching,
-        )
+        plan = plan_serving(model, GPUS[asked.gpu], engine, context=context)
     except ValueError as error:
         raise ConfigError(f"{source}: engine_kwargs: {error}") from error
     if not plan.num_sequences:

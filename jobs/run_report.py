@@ -10,6 +10,7 @@ import torch
 
 from jobs.policy_tables import policy_tables
 from jobs.training_inputs import Inputs, Origin
+from nsa_platform.config.data import Sources
 from nsa_platform.config.runs import EvaluateRun, PretrainRun, SftRun
 from nsa_platform.model.cost import count_parameters
 
@@ -35,46 +36,62 @@ def training_report(
     rows_of = [f"{stage.data.context_length:,}" for stage in stages]
     digests = [described["data_digest"][:12] for described in inputs.described]
     shards = {
-        f"{stage.data.path}, digest {digest}": None
+        f"{_folders(stage.data)}, digest {digest}": None
         for stage, digest in zip(stages, digests, strict=True)
     }
     active = "" if parameters.active == parameters.total else f", {parameters.active:,} active"
+    least = f"{run.cluster.min_workers} to " if run.cluster.min_workers else ""
+    adapted = "" if run.train.lora is None else f", adapters of rank {run.train.lora.rank} trained"
     attempt = ""
     if inputs.facts is not None:
         attempt = f", since step {inputs.facts['step']}, where this attempt began"
     what = {
         "model": f"{origin.model.name}, {origin.model.attention.kind} attention",
-        "parameters": f"{parameters.total:,}{active}",
+        "parameters": f"{parameters.total:,}{active}{adapted}",
         "began as": origin.start_from or "random weights",
         "data": "; ".join(shards),
         "trained on": f"{step * run.train.tokens_per_step:,} tokens in {step:,} steps, "
         f"rows of {', then '.join(rows_of)}",
-        "where": f"{workers} x {result['device']}, driven from {socket.gethostname()}",
+        "where": f"{least}{workers} x {result['device']}, driven from {socket.gethostname()}",
         "with": _versions(),
         "time": f"{_duration(seconds)}{attempt}",
-        "cost": _cost(seconds * workers / 3600, run.cluster.price_per_worker_hour),
+        "cost": _cost(seconds * workers / 3600, run.cluster.price_per_worker_hour) + attempt,
         "left": result["model"] + (f", {result['registered']}" if result["registered"] else ""),
     }
-    metrics = result["metrics"]
-    outcome = [
-        ("training loss, nats per token", result["first_loss"], result["last_loss"]),
-        ("held-out loss, nats per token", None, metrics.get("valid/loss")),
-        ("held-out bits per byte", None, metrics.get("valid/bits_per_byte")),
-        ("tokens per second", None, metrics.get("train/tokens_per_s")),
-        ("model FLOPs utilization", None, metrics.get("train/mfu")),
-    ]
-    rows = [
-        (name, _number(first), _number(last)) for name, first, last in outcome if last is not None
-    ]
     return "\n".join(
         [
             f"# {run.name}\n",
             *markdown_table(("", ""), list(what.items())),
             "",
-            *markdown_table(("", "first step", "end"), rows),
+            *markdown_table(("", "first step", "end"), _outcome(result)),
             "\nCurves and pictures: `figures/`. Configuration: `config.yaml`.\n",
         ]
     )
+
+
+def _outcome(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What was measured at the first step and at the end."""
+    metrics = result["metrics"]
+    outcome = [
+        ("training loss, nats per token", result["first_loss"], result["last_loss"]),
+        ("held-out loss, nats per token", None, metrics.get("valid/loss")),
+        ("held-out bits per byte", None, metrics.get("valid/bits_per_byte")),
+        ("needles written exactly", None, metrics.get("valid/needle_exact")),
+        ("tokens per second", None, metrics.get("train/tokens_per_s")),
+        ("model FLOPs utilization", None, metrics.get("train/mfu")),
+    ]
+    return [
+        (name, _number(first), _number(last)) for name, first, last in outcome if last is not None
+    ]
+
+
+def _folders(data: Sources) -> str:
+    """The folders that rows come from, with their shares if there are several."""
+    if not data.mixture:
+        return data.path
+    sources = [(data.path, data.weight), *((each.path, each.weight) for each in data.mixture)]
+    total = sum(weight for _, weight in sources)
+    return " and ".join(f"{weight / total:.0%} {path}" for path, weight in sources)
 
 
 def evaluation_report(run: EvaluateRun, results: Mapping[str, Any], *, seconds: float) -> str:

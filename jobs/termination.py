@@ -11,6 +11,7 @@ from ray.train.v2._internal.execution.callback import (
     WorkerCallback,
     WorkerGroupCallback,
 )
+from ray.util.queue import Queue
 
 from nsa_platform.train.notice import TERMINATION
 
@@ -30,7 +31,9 @@ class TerminationHeeder(WorkerCallback):
 class ResizeSaver(WorkerGroupCallback, ControllerCallback):
     """Has an elastic run save its state before Ray Train ends its workers to start more."""
 
-    def __init__(self) -> None:
+    def __init__(self, events: Queue) -> None:
+        """events: on its way to the driver, which says what is told."""
+        self._events = events
         self._group: Any = None
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
@@ -53,6 +56,9 @@ class ResizeSaver(WorkerGroupCallback, ControllerCallback):
         status = group.get_latest_poll_status()
         if status is None or status.errors or status.finished:
             return
+        self._events.put_nowait(
+            {"line": f"the cluster has room for {resize_decision.num_workers} workers"}
+        )
         group.execute(_give_notice)
         deadline = time.monotonic() + PATIENCE_S
         while any(group.execute(_is_heeded)) and time.monotonic() < deadline:

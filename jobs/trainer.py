@@ -39,7 +39,7 @@ def make_fitting(
     cluster = attempts[0].run.cluster
     events = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": this_node()})
     # Ray takes callbacks of the controller too; its annotation names the workers' only.
-    callbacks: list[Any] = [FailureTeller(events), TerminationHeeder(), ResizeSaver()]
+    callbacks: list[Any] = [FailureTeller(events), TerminationHeeder(), ResizeSaver(events)]
     trainer = ControlledTrainer(
         train_worker,
         train_loop_config={"tasks": tuple(attempt.task(events) for attempt in attempts)},

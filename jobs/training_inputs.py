@@ -5,9 +5,13 @@ Everything that can be wrong is found here, on the driver, before Ray starts wor
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import ray
+import torch
 
 from nsa_platform import storage
 from nsa_platform.config.base import ConfigError
@@ -141,8 +145,10 @@ def inspect(run: PretrainRun | SftRun, origin: Origin) -> Inputs:
         ShardError: no finished shards, or none of the tokenizer that the model has.
         ValueError: the tokenizer, the model and the data do not fit each other.
         ResumeError: the folder holds checkpoints of another run.
-        OSError: storage cannot be reached.
+        OSError: storage cannot be reached, or this machine alone has too few GPUs.
     """
+    if run.cluster.use_gpu:
+        _check_gpus(run.cluster.min_workers or run.cluster.num_workers)
     stages = run.in_stages()
     tokenizers = [_tokenizer(stage.data.path, run) for stage in stages]
     for stage, tokenizer in zip(stages, tokenizers, strict=True):
@@ -169,8 +175,26 @@ def inspect(run: PretrainRun | SftRun, origin: Origin) -> Inputs:
     return Inputs(tuple(has_validation), tuple(described), facts, changes)
 
 
+def _check_gpus(count: int) -> None:
+    """Tell that a local cluster would never have so many GPUs.
+
+    Raises:
+        ConnectionError: it would not, and no other cluster is named or connected to.
+    """
+    if ray.is_initialized() or os.environ.get("RAY_ADDRESS"):
+        return
+    if (here := torch.cuda.device_count()) < count:
+        raise ConnectionError(
+            f"cluster.use_gpu: the run needs {count} GPUs and this machine has {here}; RAY_ADDRESS "
+            "names a cluster that has them"
+        )
+
+
 def _tokenizer(path: str, run: PretrainRun | SftRun) -> Tokenizer:
-    return Tokenizer(storage.fetch(storage.join(path, "tokenizer"), cache_folder(run)))
+    try:
+        return Tokenizer(storage.fetch(storage.join(path, "tokenizer"), cache_folder(run)))
+    except storage.MissingFileError as error:
+        raise ShardError(f"data.path={path}: {error}; jobs.prepare_data makes it") from None
 
 
 def _look(run: PretrainRun | SftRun, data: LoaderConfig, tokenizer: Tokenizer) -> tuple[bool, str]:
@@ -184,6 +208,8 @@ def _look(run: PretrainRun | SftRun, data: LoaderConfig, tokenizer: Tokenizer) -
     for path, manifest in zip(_paths(data), [train, *mixture], strict=True):
         if isinstance(run, PretrainRun) and manifest.kind == "chat":
             raise ShardError(f"{path}: holds chats, for jobs.sft; pretraining wants text")
+        if isinstance(run, SftRun) and manifest.kind != "chat":
+            raise ShardError(f"{path}: holds texts, for jobs.pretrain; fine-tuning wants chats")
         if manifest.kind != train.kind:
             raise ShardError(f"{path}: holds {manifest.kind}s, {data.path} {train.kind}s")
         if not manifest.tokens:
@@ -273,7 +299,7 @@ def _check_tokenizer(run: PretrainRun | SftRun, origin: Origin, tokenizer: Token
             raise TokenizerMismatch(
                 f"{run.data.path}: was made with tokenizer {tokenizer.fingerprint[:12]}, but the "
                 f"model {origin.start_from} was trained with {trained_with[:12]}; prepare the data "
-                f"again with tokenizer.path={origin.local}"
+                f"again with --set 'tokenizer={{path: {origin.local}}}'"
             )
     if tokenizer.vocab_size > origin.model.vocab_size:
         raise ValueError(

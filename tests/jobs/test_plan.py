@@ -9,9 +9,10 @@ import torch
 from jobs import decode_arithmetic, plan
 from nsa_platform.config.base import ConfigError
 from nsa_platform.config.model import ModelConfig
+from nsa_platform.config.serve import EngineConfig
 from nsa_platform.model.cost import count_parameters, dense_equivalent
 from nsa_platform.serve.kv_cache import KvCache
-from nsa_platform.serve.planning import GPUS, Gpu, decode_read_bytes, plan_serving
+from nsa_platform.serve.planning import GPUS, Gpu, decode_read_bytes, plan_serving, reserved_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 NSA_1B = ROOT / "jobs/configs/pretrain/nsa_1b.yaml"
@@ -69,21 +70,26 @@ def test_a_latent_cache_holds_and_reads_its_latents_alone(model):
     latent = ModelConfig.parse(model.model_dump() | {"attention": MLA})
     # 24 layers, 192 + 64 channels, 2 bytes.
     assert decode_read_bytes(latent, 1000) == 12_288 * 1000
-    found = plan_serving(latent, GPUS["H100"], context=32768, max_num_seqs=4)
+    found = plan_serving(latent, GPUS["H100"], EngineConfig(max_num_seqs=4), context=32768)
     assert found.sequence.total == 12_288 * 32768
     with pytest.raises(ValueError, match=r"kv_cache_dtype=fp8 takes a model .*kind=nsa or full"):
-        plan_serving(latent, GPUS["H100"], context=32768, max_num_seqs=4, kv_bytes=1)
+        plan_serving(
+            latent, GPUS["H100"], EngineConfig(max_num_seqs=4, kv_cache_dtype="fp8"), context=32768
+        )
     with pytest.raises(ValueError, match=r"kv_cache_dtype=fp8 takes a GPU .* 8\.9"):
-        plan_serving(model, GPUS["A100"], context=32768, max_num_seqs=4, kv_bytes=1)
+        plan_serving(
+            model, GPUS["A100"], EngineConfig(max_num_seqs=4, kv_cache_dtype="fp8"), context=32768
+        )
     blocks = ModelConfig.parse(model.model_dump() | {"attention": MOBA})
     with pytest.raises(ValueError, match="kind=moba has no cache"):
-        plan_serving(blocks, GPUS["H100"], context=32768, max_num_seqs=4)
+        plan_serving(blocks, GPUS["H100"], EngineConfig(max_num_seqs=4), context=32768)
 
 
 @pytest.mark.parametrize("context", [32768, 131072])
-@pytest.mark.parametrize("kv_bytes", [2, 1])
-def test_the_cache_is_as_large_as_the_real_one(model, context, kv_bytes):
-    found = plan_serving(model, GPUS["H100"], context=context, max_num_seqs=16, kv_bytes=kv_bytes)
+@pytest.mark.parametrize("dtype", ["auto", "fp8"])
+def test_the_cache_is_as_large_as_the_real_one(model, context, dtype):
+    engine = EngineConfig(kv_cache_dtype=dtype)
+    found = plan_serving(model, GPUS["H100"], engine, context=context)
     real = KvCache(
         model,
         num_tokens=8 * context,
@@ -92,45 +98,45 @@ def test_the_cache_is_as_large_as_the_real_one(model, context, kv_bytes):
         max_step_tokens=2048,
         device=torch.device("meta"),
         dtype=torch.bfloat16,
-        kv_dtype=torch.float8_e4m3fn if kv_bytes == 1 else None,
+        kv_dtype=torch.float8_e4m3fn if dtype == "fp8" else None,
     )
     assert found.sequence.total == pytest.approx(real.num_bytes() / 8, rel=0.05)
 
 
 def test_memory_decides_how_many(model):
-    found = plan_serving(model, GPUS["H100"], context=131072, max_num_seqs=1000)
+    many = EngineConfig(max_num_seqs=1000)
+    found = plan_serving(model, GPUS["H100"], many, context=131072)
     assert found.weight_bytes == 2 * count_parameters(model).total
     # As many as an engine with these sizes reserves, prefix cache and all.
     held, one_more = (
-        KvCache(
-            model,
-            num_tokens=number * 131072,
-            max_new_tokens=2048,
-            max_sequences=number,
-            max_step_tokens=2048,
-            enable_prefix_caching=True,
-            device=torch.device("meta"),
-            dtype=torch.bfloat16,
-        ).num_bytes()
+        reserved_bytes(model, EngineConfig(), context=131072, sequences=number)
         for number in (found.num_sequences, found.num_sequences + 1)
     )
     assert held <= found.budget_bytes < one_more
     plain = plan_serving(
-        model, GPUS["H100"], context=131072, max_num_seqs=1000, enable_prefix_caching=False
+        model,
+        GPUS["H100"],
+        EngineConfig(max_num_seqs=1000, enable_prefix_caching=False),
+        context=131072,
     )
     assert (found.num_sequences, plain.num_sequences) == (18, 20)
-    few = plan_serving(model, GPUS["H100"], context=131072, max_num_seqs=4)
+    few = plan_serving(model, GPUS["H100"], EngineConfig(max_num_seqs=4), context=131072)
     assert few.num_sequences == 4
-    rounded = plan_serving(model, GPUS["H100"], context=131072, max_num_seqs=1000, kv_bytes=1)
+    rounded = plan_serving(
+        model, GPUS["H100"], EngineConfig(max_num_seqs=1000, kv_cache_dtype="fp8"), context=131072
+    )
     assert 1.7 * found.num_sequences < rounded.num_sequences < 2 * found.num_sequences
     assert rounded.step_s < found.step_s
-    twice = plan_serving(model, GPUS["H200"], context=131072, max_num_seqs=1000)
+    twice = plan_serving(model, GPUS["H200"], many, context=131072)
     assert twice.num_sequences > 1.7 * found.num_sequences
 
 
 def test_gpus_that_share_a_model_hold_a_part_each(model, capsys):
-    sizes = {"context": 131072, "max_num_seqs": 1000}
-    one, two = (plan_serving(model, GPUS["H100"], num_ranks=number, **sizes) for number in (1, 2))
+    many = EngineConfig(max_num_seqs=1000)
+    one, two = (
+        plan_serving(model, GPUS["H100"], many, context=131072, num_ranks=number)
+        for number in (1, 2)
+    )
     assert two.sequence.total == one.sequence.total // 2
     # Embedding and norms are whole on each.
     assert one.weight_bytes / 2 < two.weight_bytes < 0.55 * one.weight_bytes
@@ -147,7 +153,7 @@ def test_gpus_that_share_a_model_hold_a_part_each(model, capsys):
 
 def test_speeds_are_bounds_by_bytes_and_products(model):
     gpu = Gpu(79 << 30, 1e12, 1e15)
-    found = plan_serving(model, gpu, context=131072, max_num_seqs=8)
+    found = plan_serving(model, gpu, EngineConfig(max_num_seqs=8), context=131072)
     weights, cached = found.weight_bytes, decode_read_bytes(model, 131072)
     assert found.step_s == pytest.approx((weights + cached) / 1e12)
     assert found.full_tokens_per_s == pytest.approx(8e12 / (weights + 8 * cached))
@@ -155,7 +161,7 @@ def test_speeds_are_bounds_by_bytes_and_products(model):
     # Two operations for each parameter and token, and what attention takes on top.
     least = 2 * 131072 * (count_parameters(model).total - 2 * 32768 * 2048) / 1e15
     assert least < found.ttft_s < 3 * least
-    dense = plan_serving(dense_equivalent(model), gpu, context=131072, max_num_seqs=8)
+    dense = plan_serving(dense_equivalent(model), gpu, EngineConfig(max_num_seqs=8), context=131072)
     assert dense.ttft_s > found.ttft_s
 
 
@@ -167,7 +173,7 @@ def test_what_does_not_fit_is_said(capsys):
     assert plan.main([*flags, "4000000"]) == 1
     assert "No sequence of this length fits" in capsys.readouterr().out
     tiny = Gpu(1 << 30, 1e12, 1e15)
-    none = plan_serving(plan.read_sizes(NSA_1B, [])[0], tiny, context=1000, max_num_seqs=4)
+    none = plan_serving(plan.read_sizes(NSA_1B, [])[0], tiny, EngineConfig(), context=1000)
     assert none.budget_bytes < 0 and (none.num_sequences, none.full_tokens_per_s) == (0, 0.0)
 
 

@@ -301,7 +301,7 @@ def test_a_training_report_says_what_where_and_what_it_cost() -> None:
     resumed = Inputs((True,), described, {"step": 80}, [])
     report = training_report(run, origin, resumed, FACTS, seconds=61)
     assert "1 min 1 s, since step 80, where this attempt began" in report
-    assert "0.034 worker hours |" in report
+    assert "0.034 worker hours, since step 80" in report
 
 
 def test_an_evaluation_report_shows_what_was_measured() -> None:

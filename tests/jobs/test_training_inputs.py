@@ -293,7 +293,7 @@ def test_fine_tuning_with_another_tokenizer(
     path = config(tmp_path, tiny_chat_shards.path, model=None, checkpoint=str(exported))
     error = refusal(capsys, sft, path)
     assert "was made with tokenizer" in error
-    assert f"tokenizer.path={exported}" in error
+    assert f"--set 'tokenizer={{path: {exported}}}'" in error
 
 
 def test_fine_tuning_plans_from_the_models_own_config(

@@ -22,7 +22,10 @@ class TokenizerConfig(Strict):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.path is None) == (self.train_vocab_size is None):
-            raise ValueError("give exactly one of path and train_vocab_size")
+            raise ValueError(
+                "give exactly one of path and train_vocab_size; --set 'tokenizer={path: ...}' "
+                "replaces what the file says"
+            )
         return self
 
 

@@ -57,8 +57,15 @@ class CheckpointConfig(Strict):
     keep_best: Annotated[int, Field(ge=0)] = 1
     """How many of those with the best value of best_metric stay besides, among the checkpoints
     whose step was validated."""
-    best_metric: str = "valid/loss"
-    """Name of a metric of the step."""
+    best_metric: Annotated[
+        str,
+        Field(
+            pattern=r"^valid/(loss|bits_per_byte|needle_exact|needle_tokens"
+            r"|loss_at/\d+|needle_exact_at/\d+)$"
+        ),
+    ] = "valid/loss"
+    """Name of a metric of validations: valid/loss, valid/bits_per_byte, valid/needle_exact,
+    valid/needle_tokens, or one at a length: valid/loss_at/8192, valid/needle_exact_at/8192."""
     best_mode: Literal["min", "max"] = "min"
     """Whether the lowest or the highest value is the best."""
     export: Literal["last", "best"] = "last"
@@ -129,8 +136,9 @@ class TrainConfig(Strict):
     mesh, else replicate."""
     mesh: MeshConfig = MeshConfig()
     profile: bool = False
-    """Profile three steps of the first worker after the first three, and its GPU memory, into the
-    run's artifacts."""
+    """Profile three steps of the first worker after the first three that it trains, and its GPU
+    memory, into the run's artifacts. What ran is made readable while training goes on, which
+    is slower meanwhile: half a minute where a step launches 100k operators."""
     log_every_steps: PositiveInt = 1
     validate_every_steps: PositiveInt = 100
     validation_tokens: PositiveInt = 65536
@@ -156,6 +164,13 @@ class TrainConfig(Strict):
                 f"least 1 and checkpoint.every_steps={checkpoint.every_steps} as a multiple of "
                 f"validate_every_steps={every}: only validated checkpoints compare"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _best_metric_is_measured(self) -> Self:
+        metric = self.checkpoint.best_metric
+        if metric.startswith("valid/needle") and not self.needle.lengths:
+            raise ValueError(f"checkpoint.best_metric={metric} needs needle.lengths")
         return self
 
     @model_validator(mode="after")

@@ -26,6 +26,7 @@ from nsa_platform.model.cost import (
     flops_per_token,
 )
 from nsa_platform.model.tensor_parallel import share_of
+from nsa_platform.serve.capacity import blocks_per_page_of
 from nsa_platform.serve.kv_cache import KvCache, check_fp8_cache, page_size_of
 
 ELEMENT_BYTES = 2
@@ -101,36 +102,26 @@ class ServingPlan:
 def plan_serving(
     model: ModelConfig,
     gpu: Gpu,
+    engine: EngineConfig,
     *,
     context: int,
-    max_num_seqs: int,
-    memory_share: float = 0.9,
-    blocks_per_page: int = 1,
-    num_ranks: int = 1,
-    kv_bytes: int = ELEMENT_BYTES,
-    max_step_tokens: int = EngineConfig.model_fields["max_num_batched_tokens"].default,
-    enable_prefix_caching: bool = True,
+    num_ranks: int | None = None,
 ) -> ServingPlan:
     """Work it out; nothing is built or read.
 
     Args:
+        engine: what counts of it are the sizes of the cache and of a step.
         context: tokens of one sequence, prompt and output together.
-        max_num_seqs: sequences that run at once at most.
-        memory_share: of what the weights leave, what the cache may take.
-        num_ranks: GPUs that compute the model together (tensor_parallel_size).
-        kv_bytes: of a number of the cache's keys and values, 1 for kv_cache_dtype=fp8.
-        max_step_tokens: of all sequences in one step (max_num_batched_tokens).
-        enable_prefix_caching: pages stay known after their sequences, and some tails with them.
+        num_ranks: GPUs that compute the model together; None: engine.tensor_parallel_size.
 
     Raises:
-        ValueError: context, max_num_seqs or num_ranks is not positive, the model cannot be dealt
-            to so many GPUs, or model or GPU cannot have an fp8 cache.
+        ValueError: context or num_ranks is not positive, the model cannot be dealt to so many GPUs,
+            or model or GPU cannot have an fp8 cache.
     """
-    if min(context, max_num_seqs, num_ranks) < 1:
-        raise ValueError(
-            f"context={context}, max_num_seqs={max_num_seqs} and tensor_parallel_size={num_ranks} "
-            "must be positive"
-        )
+    num_ranks = engine.tensor_parallel_size if num_ranks is None else num_ranks
+    if min(context, num_ranks) < 1:
+        raise ValueError(f"context={context} and tensor_parallel_size={num_ranks} must be positive")
+    kv_bytes = kv_bytes_of(engine)
     if kv_bytes < ELEMENT_BYTES:
         check_fp8_cache(model)
         if not gpu.has_fp8:
@@ -139,30 +130,20 @@ def plan_serving(
     parameters = count_parameters(model)
     weight_bytes = parameters.total * ELEMENT_BYTES
     free = gpu.memory_bytes - WORKSPACE_BYTES - weight_bytes
-    budget = int(free * memory_share) if free > 0 else free
-    page_size = page_size_of(model, blocks_per_page)
+    budget = int(free * engine.gpu_memory_utilization) if free > 0 else free
     sequence = cache_bytes(
-        model, context, element_bytes=ELEMENT_BYTES, kv_bytes=kv_bytes, page_size=page_size
+        model,
+        context,
+        element_bytes=ELEMENT_BYTES,
+        kv_bytes=kv_bytes,
+        page_size=page_size_of(model, blocks_per_page_of(model, engine)),
     )
-
-    def reserved(sequences: int) -> int:
-        # Tensors on the meta device have sizes and take no memory.
-        return KvCache(
-            model,
-            num_tokens=sequences * context,
-            max_new_tokens=min(max_step_tokens, context),
-            max_sequences=sequences,
-            max_step_tokens=max_step_tokens,
-            blocks_per_page=blocks_per_page,
-            enable_prefix_caching=enable_prefix_caching,
-            device="meta",
-            dtype=torch.bfloat16,
-            kv_dtype=torch.float8_e4m3fn if kv_bytes < ELEMENT_BYTES else None,
-        ).num_bytes()
-
-    at_most = max(0, budget // sequence.total)
-    num_fitting = bisect_right(range(1, at_most + 1), budget, key=reserved)
-    num_sequences = min(max_num_seqs, num_fitting)
+    num_fitting = bisect_right(
+        range(1, max(0, budget // sequence.total) + 1),
+        budget,
+        key=lambda sequences: reserved_bytes(model, engine, context=context, sequences=sequences),
+    )
+    num_sequences = min(engine.max_num_seqs, num_fitting)
     read = parameters.active * ELEMENT_BYTES
     cached = decode_read_bytes(model, context, kv_bytes=kv_bytes)
     prefill_flops = flops_per_token(model, context).forward * context
@@ -176,6 +157,25 @@ def plan_serving(
         step_s=(read + cached) / gpu.bytes_per_s,
         full_step_s=(read + num_sequences * cached) / gpu.bytes_per_s if num_sequences else 0.0,
     )
+
+
+def reserved_bytes(
+    model: ModelConfig, engine: EngineConfig, *, context: int, sequences: int
+) -> int:
+    """Memory of a cache for so many sequences of a context, as an engine reserves it."""
+    return KvCache(
+        model,
+        num_tokens=sequences * context,
+        max_new_tokens=min(engine.max_num_batched_tokens, context),
+        max_sequences=sequences,
+        max_step_tokens=engine.max_num_batched_tokens,
+        blocks_per_page=blocks_per_page_of(model, engine),
+        enable_prefix_caching=engine.enable_prefix_caching,
+        # Tensors on the meta device have sizes and take no memory.
+        device="meta",
+        dtype=torch.bfloat16,
+        kv_dtype=torch.float8_e4m3fn if engine.kv_cache_dtype == "fp8" else None,
+    ).num_bytes()
 
 
 def kv_bytes_of(config: EngineConfig) -> int:

@@ -3,7 +3,7 @@
 It knows no Ray. A run without stages is one of a single stage.
 """
 
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ from nsa_platform.train.notice import TERMINATION
 from nsa_platform.train.optimizer import build_optimizer
 from nsa_platform.train.parallel import World
 from nsa_platform.train.preemption import Notice, Preemption
-from nsa_platform.train.profiling import profile_steps
+from nsa_platform.train.profiling import profiled_steps
 from nsa_platform.train.progress import Progress
 from nsa_platform.train.schedule import Schedule
 from nsa_platform.train.snapshot_validation import read_validations
@@ -106,9 +106,8 @@ class Training:
                 # The newest checkpoint cannot be read and the one before it is of another stage.
                 return task.stage_at(self.progress.step)
             self._say_where(stage)
-            if stage.train.profile and self._listeners.tracker is not None:
-                profile_steps(optimizer, self._listeners.tracker, device=world.device)
-            self._run(stage, model, optimizer, mesh, tokenizer, facts)
+            with self._profile(stage, optimizer):
+                self._run(stage, model, optimizer, mesh, tokenizer, facts)
             self._has_trained = True
         if stage is not task.stages[-1]:
             if stage.last_step in self._checkpoints.failed_steps:
@@ -146,6 +145,15 @@ class Training:
         }
         folder = storage.join(task.folder, "adapter")
         save_adapter(model, folder, about=about, world=self._world, say=self._listeners.say)
+
+    def _profile(
+        self, stage: Stage, optimizer: torch.optim.Optimizer
+    ) -> AbstractContextManager[None]:
+        """Of the first stage that this attempt trains, if a profile is asked for."""
+        tracker = self._listeners.tracker
+        if not stage.train.profile or self._has_trained or tracker is None:
+            return nullcontext()
+        return profiled_steps(optimizer, tracker, device=self._world.device)
 
     def _say_where(self, stage: Stage) -> None:
         """The place from which the run goes on."""
@@ -222,7 +230,10 @@ def _choose(
     if stage.train.checkpoint.export == "best":
         facts = checkpoints.load_best(model=model, optimizer=optimizer)
         if facts is None:
-            listeners.say("no checkpoint was validated: the model is that of the last step")
+            listeners.say(
+                f"no checkpoint has {stage.train.checkpoint.best_metric}: the model is that of the "
+                "last step"
+            )
         else:
             listeners.say(f"the model is that of step {facts['step']}, the best one")
 

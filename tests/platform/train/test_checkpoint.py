@@ -161,13 +161,15 @@ def test_pruning_leaves_what_lies_beyond(tmp_path: Path) -> None:
 )
 def test_the_best_by_a_metric_stays_beside_the_newest(tmp_path: Path, mode, begun, kept) -> None:
     pair, lines = Pair(seed=1), []
-    checkpoints = store(tmp_path, lines, keep_latest=2, best_metric="score", best_mode=mode)
+    checkpoints = store(
+        tmp_path, lines, keep_latest=2, best_metric="valid/needle_exact", best_mode=mode
+    )
     checkpoints.begun = begun
     states = {}
     for step, score in enumerate([3.0, 1.0, 2.0, 5.0, None, math.nan], start=1):
         pair.step()
         states[step] = pair.weights()
-        facts = {"step": step, "metrics": {} if score is None else {"score": score}}
+        facts = {"step": step, "metrics": {} if score is None else {"valid/needle_exact": score}}
         checkpoints.save(step, model=pair.model, optimizer=pair.optimizer, facts=facts)
     checkpoints.wait()
     assert [each.step for each in snapshots(str(tmp_path))] == kept

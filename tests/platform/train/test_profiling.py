@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from nsa_platform.train.profiling import FIRST_STEP, NUM_STEPS, profile_steps
+from nsa_platform.train.profiling import FIRST_STEP, NUM_STEPS, profiled_steps
 
 
 class Folder:
@@ -27,11 +27,11 @@ def test_three_steps_are_profiled() -> None:
     weight = torch.nn.Parameter(torch.ones(8, 8))
     descent = torch.optim.SGD([weight], lr=0.1)
     kept = Folder()
-    profile_steps(descent, kept, device=torch.device("cpu"))
-    for step in range(1, FIRST_STEP + NUM_STEPS + 2):
-        torch.linalg.matrix_norm(weight @ weight).backward()
-        descent.step()
-        assert bool(kept.files) == (step >= FIRST_STEP + NUM_STEPS - 1)
+    with profiled_steps(descent, kept, device=torch.device("cpu")):
+        for step in range(1, FIRST_STEP + NUM_STEPS + 2):
+            torch.linalg.matrix_norm(weight @ weight).backward()
+            descent.step()
+            assert step >= FIRST_STEP + NUM_STEPS - 1 or not kept.files
     events = json.loads(gzip.decompress(kept.files["profile/trace.json.gz"]))["traceEvents"]
     products = [e for e in events if e.get("name") == "aten::matmul"]
     assert len(products) == NUM_STEPS
