@@ -18,7 +18,7 @@ MAX_PROBLEMS = 5
 
 # Of a field that takes several shapes, pydantic reports each shape that did not fit.
 SHAPES = {
-    "prompt": "must be text, a list of token ids, or a list of either",
+    "prompt": "must be text, a list of token ids from 0, or a list of up to 128 of either",
     "stop": "must be a string or a list of up to 16 strings, none of them empty",
     "content": "must be text or a list of {type: text} parts; images and sound are not supported",
 }
@@ -183,7 +183,8 @@ def _line(problem: Any) -> str:
         return problem["msg"]
     name = _param(problem) or "body"
     shape = SHAPES.get(name.rpartition(".")[2])
-    if shape is not None and problem["type"] != "missing":
+    # A field of one shape alone has no place below its name.
+    if shape is not None and problem["loc"][-1] not in SHAPES:
         return f"{name}: {shape}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] in ("missing", "unknown_field", "unsupported"):

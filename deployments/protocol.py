@@ -61,7 +61,7 @@ class Generation(Body):
     """Taken from the score of a token as often as it stands in the output."""
     logit_bias: (
         dict[
-            Annotated[str, Field(pattern=r"^\d{1,9}$")],
+            Annotated[str, Field(pattern=r"^[0-9]{1,9}$")],
             Annotated[float, Field(ge=-100, le=100)],
         ]
         | None

@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -74,7 +74,7 @@ class LocalStack:
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(folder / "lock")
         self._credentials = _credentials(folder / "credentials.json")
-        self._gcs_port, *self._inner_ports = free_ports(9)
+        self._gcs_port, *self._inner_ports = free_ports(9, but=astuple(ports))
         self._services: list[Service] = []
 
     @property

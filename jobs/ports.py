@@ -2,6 +2,7 @@
 
 import random
 import socket
+from collections.abc import Collection
 
 LOOPBACK = "127.0.0.1"
 # Below what Linux and others give to outgoing connections, above what Ray gives to its workers:
@@ -11,13 +12,21 @@ FIRST, LAST = 20_000, 22_700
 GRPC_DISTANCE = 10_000
 
 
-def free_ports(count: int) -> list[int]:
-    """Different ports of loopback that nobody listens on, nor at their gRPC distance."""
+def free_ports(count: int, *, but: Collection[int] = ()) -> list[int]:
+    """Different ports of loopback that nobody listens on, nor at their gRPC distance.
+
+    but: ports that are given away and perhaps not taken yet.
+    """
     ports: list[int] = []
     draw = random.SystemRandom()
     while len(ports) < count:
         port = draw.randint(FIRST, LAST)
-        if port not in ports and is_free(port) and is_free(port + GRPC_DISTANCE):
+        if (
+            port not in ports
+            and port not in but
+            and is_free(port)
+            and is_free(port + GRPC_DISTANCE)
+        ):
             ports.append(port)
     return ports
 

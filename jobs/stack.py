@@ -78,7 +78,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _ports(options: argparse.Namespace) -> Ports:
     """The ports that were asked for. Raises ServiceError if one is taken."""
-    free = free_ports(3)
+    free = free_ports(3, but=(options.dashboard_port, options.mlflow_port, options.s3_port))
     chosen: dict[str, int] = {}
     for name in ("dashboard", "mlflow", "s3"):
         port = getattr(options, f"{name}_port") or free.pop()

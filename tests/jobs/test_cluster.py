@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.ports import FIRST, LAST, free_ports
 from tests.waiting import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,3 +36,9 @@ def test_whoever_is_told_to_stop_ends_with_130() -> None:
         _, errors = job.communicate(timeout=PATIENCE_S)
     assert job.returncode == 130
     assert errors == "error: interrupted; the same command goes on from here\n"
+
+
+def test_ports_that_are_given_away_are_left_out() -> None:
+    (port,) = free_ports(1)
+    given = [each for each in range(FIRST, LAST + 1) if each != port]
+    assert free_ports(1, but=given) == [port]

@@ -136,7 +136,7 @@ class Admission:
 
         Raises:
             ValueError: the deadline, in seconds from now, is not positive.
-            NeverInTime: it is not, and would not be by an idle engine.
+            NeverInTime: it is not, and its deadline is too soon for an idle engine.
             QueueFull: it is not now.
         """
         if deadline_s is not None and not deadline_s > 0:
@@ -148,15 +148,15 @@ class Admission:
                 f"{self.scheduler.limits.max_num_seqs} + max_num_queued={self.max_num_queued} may",
                 retry_after_s=next_end_s(self.scheduler),
             )
+        alone = self.scheduler.cost.prompt_seconds(num_tokens, 0)
+        if deadline_s is not None and alone > deadline_s:
+            raise NeverInTime(
+                f"deadline_s={deadline_s:g} is less than the {alone:.2g} s that {num_tokens} "
+                "tokens of a prompt take alone"
+            )
         for name, bound in (("deadline_s", deadline_s), ("max_ttft_s", self.max_ttft_s)):
             if bound is None:
                 continue
-            alone = self.scheduler.cost.prompt_seconds(num_tokens, 0)
-            if alone > bound:
-                raise NeverInTime(
-                    f"{name}={bound:g} is less than the {alone:.2g} s that {num_tokens} tokens of "
-                    "a prompt take alone"
-                )
             predicted = predicted_ttft_s(self.scheduler, num_tokens, priority)
             if predicted > bound:
                 raise QueueFull(

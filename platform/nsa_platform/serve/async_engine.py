@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 
-from nsa_platform.serve.admission import QueueFull
+from nsa_platform.serve.admission import NeverInTime, QueueFull
 from nsa_platform.serve.engine import Engine
 from nsa_platform.serve.request import Output, SamplingParams
 from nsa_platform.serve.stats import EngineStats
@@ -24,9 +24,9 @@ class _Stream:
     """Where the outputs of one request go."""
 
     loop: asyncio.AbstractEventLoop
-    items: asyncio.Queue[Output | EngineDead | QueueFull]
+    items: asyncio.Queue[Output | EngineDead | NeverInTime | QueueFull]
 
-    def put(self, item: Output | EngineDead | QueueFull) -> None:
+    def put(self, item: Output | EngineDead | NeverInTime | QueueFull) -> None:
         """Hand over an item from the engine's thread."""
         try:
             self.loop.call_soon_threadsafe(self.items.put_nowait, item)
@@ -122,6 +122,7 @@ class AsyncEngine:
 
         Raises:
             ValueError: the request can never be served, or its id is in use.
+            NeverInTime: its deadline is too soon for any engine; raised by the first output.
             QueueFull: max_num_queued requests wait already, or the first token would come too
                 late; raised by the first output too.
             EngineDead: the engine has failed or is closed; raised by any output too.
@@ -172,7 +173,7 @@ class AsyncEngine:
                 item = await stream.items.get()
                 if isinstance(item, EngineDead):
                     raise EngineDead(*item.args) from item.__cause__
-                if isinstance(item, QueueFull):
+                if isinstance(item, NeverInTime | QueueFull):
                     raise item
                 yield item
                 if item.finish_reason is not None:
@@ -244,7 +245,7 @@ class AsyncEngine:
                 priority=order.priority,
                 deadline_s=order.deadline_s,
             )
-        except QueueFull as refusal:
+        except (NeverInTime, QueueFull) as refusal:
             with self._changed:
                 stream = self._streams.pop(order.request_id)
             stream.put(refusal)

@@ -21,12 +21,11 @@ when those that they have are through. Requests that come while no replica is re
 
 import heapq
 import itertools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from nsa_platform.serve.admission import Admission, NeverInTime, QueueFull, queued_tokens
+from nsa_platform.serve.admission import Admission, QueueFull, queued_tokens
 from nsa_platform.serve.request import Request, RequestState, SamplingParams
 from nsa_platform.serve.scheduler import Scheduler, Step
 
@@ -236,9 +235,8 @@ class Simulator:
             replica.admission.check(
                 request.num_to_compute, priority=request.priority, deadline_s=None
             )
-        except (QueueFull, NeverInTime) as refusal:
-            later = isinstance(refusal, QueueFull)
-            record.retry_after_s = refusal.retry_after_s if later else math.inf
+        except QueueFull as refusal:
+            record.retry_after_s = refusal.retry_after_s
             self._num_open -= 1
             return
         replica.scheduler.add(request)

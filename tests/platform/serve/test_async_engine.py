@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from nsa_platform.config.serve import EngineConfig
-from nsa_platform.serve.admission import QueueFull
+from nsa_platform.serve.admission import NeverInTime, QueueFull
 from nsa_platform.serve.async_engine import AsyncEngine, EngineDead
 from nsa_platform.serve.engine import Engine
 from nsa_platform.serve.generator import Generator
@@ -148,7 +148,7 @@ def test_what_would_come_too_late_is_refused_by_its_first_output(serve):
             with pytest.raises(QueueFull, match=r"max_ttft_s is 0\.5") as refusal:
                 await anext(engine.generate([1] * 90, short, "late"))
             assert refusal.value.retry_after_s == pytest.approx(0.4)
-        with pytest.raises(QueueFull, match=r"deadline_s is 0\.01"):
+        with pytest.raises(NeverInTime, match=r"deadline_s=0\.01 is less than the 0\.09 s"):
             await anext(engine.generate([1] * 9, short, "late", deadline_s=0.01))
         assert len(await ids_of(engine, 1, 5)) == 5
         assert engine.stats().num_running == engine.stats().num_waiting == 0
