@@ -48,7 +48,7 @@ def _check_import(path: str, key: str) -> None:
         raise ValueError(f"{key}={path!r} must look like module:name")
     try:
         found = importlib.import_module(module)
-    except ModuleNotFoundError:
+    except ImportError:
         return
     if not hasattr(found, name):
         raise ValueError(f"{key}={path!r}: {module} has no {name}")

@@ -69,6 +69,11 @@ def queued_tokens(scheduler: Scheduler) -> int:
     return sum(_num_to_go(request) for request in (*scheduler.prompts(), *scheduler.waiting))
 
 
+def _shown(seconds: float) -> str:
+    """For a message: to a tenth, or what is below a second to two digits."""
+    return f"{seconds:.1f}" if seconds >= 1 else f"{seconds:.2g}"
+
+
 def _num_to_go(request: Request) -> int:
     """Tokens to compute before the request's next token comes."""
     return min(request.num_pending, request.num_to_compute)
@@ -151,7 +156,7 @@ class Admission:
         alone = self.scheduler.cost.prompt_seconds(num_tokens, 0)
         if deadline_s is not None and alone > deadline_s:
             raise NeverInTime(
-                f"deadline_s={deadline_s:g} is less than the {alone:.2g} s that {num_tokens} "
+                f"deadline_s={deadline_s:g} is less than the {_shown(alone)} s that {num_tokens} "
                 "tokens of a prompt take alone"
             )
         for name, bound in (("deadline_s", deadline_s), ("max_ttft_s", self.max_ttft_s)):
@@ -160,7 +165,7 @@ class Admission:
             predicted = predicted_ttft_s(self.scheduler, num_tokens, priority)
             if predicted > bound:
                 raise QueueFull(
-                    f"the first token is predicted to come after {predicted:.2g} s, and {name} is "
+                    f"the first token is predicted to come after {_shown(predicted)} s, and {name} is "
                     f"{bound:g}",
                     # What is ahead of it is worked off at the rate of time.
                     retry_after_s=predicted - bound,
