@@ -165,8 +165,8 @@ class Admission:
             predicted = predicted_ttft_s(self.scheduler, num_tokens, priority)
             if predicted > bound:
                 raise QueueFull(
-                    f"the first token is predicted to come after {_shown(predicted)} s, and {name} is "
-                    f"{bound:g}",
+                    f"the first token is predicted to come after {_shown(predicted)} s, and "
+                    f"{name} is {bound:g}",
                     # What is ahead of it is worked off at the rate of time.
                     retry_after_s=predicted - bound,
                 )
