@@ -39,8 +39,9 @@ def test_the_answer_follows_from_the_text_and_the_steps_lead_there(steps):
     assert len(problem.steps) == steps
     for step in problem.steps:
         told, numbers = step.removesuffix(".").split(": ")
-        first, second, total = (int(each.split(" is ")[1]) for each in numbers.split(", "))
-        assert total == (first + second) % 10
+        said = [each.split(" is ") for each in numbers.split(", ")]
+        first, second, total, again = (int(value) for _, value in said)
+        assert total == again == (first + second) % 10 and said[2][0] == f"{first} + {second}"
         assert f"{told}." in problem.text
     # More is told than the way needs, and not in its order.
     assert problem.text.count("\n") == job.STARTS + steps + steps // 2
@@ -61,9 +62,14 @@ def test_what_is_written_is_what_the_task_asks(tmp_path: Path):
         name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         for name in ("text", "chats", "problems")
     }
-    assert [len(rows) for rows in read.values()] == [12, 12, 4]
+    sums = [row["text"] for row in read["text"] if "what is" not in row["text"]]
+    assert [len(rows) for rows in read.values()] == [12 + 6, 12, 4] and len(sums) == 6
+    for line in "".join(sums).splitlines():
+        first, second, total = (int(each) for each in re.findall(r"\d+", line))
+        assert line == f"{first} + {second} is {total}." and total == (first + second) % 10
     assert [row["steps"] for row in read["problems"]] == [2, 8, 2, 8]
-    assert all(row["text"].count(": ") == 1 + 2 for row in read["text"])  # short ones alone
+    worked = [row["text"] for row in read["text"] if row["text"] not in sums]
+    assert all(each.count(": ") == 1 + 2 for each in worked)  # short ones alone
     asked = {row["messages"][0]["content"].split("\n\n")[0] for row in read["chats"]}
     assert len(asked) == 12 and not asked & {row["problem"] for row in read["problems"]}
 
