@@ -152,6 +152,7 @@ def print_report(done: Prepared, run: PrepareDataRun, console: Console) -> None:
     lines.append(f"  vocabulary  {done.vocab_size:,} tokens{fewer}")
     reasons = [f"{count:,} {reason}" for reason, count in done.skipped.items()]
     lines.append(f"  skipped     {', '.join(reasons) or 'none'}")
+    lines += [f"              {key} first: {at}" for key, at in done.skipped_first.items()]
     for place, source in done.sources.items():
         share = 1 - source["tokens_left"] / max(source["tokens"], 1)
         lines.append(

@@ -6,7 +6,8 @@
 
 Writes tokenizer/, train/ and validation/ under `output`; what that holds is whole, or is not there.
 Started again after a kill it goes on with the parts that are not yet done; started again when
-nothing has changed it does nothing.
+nothing has changed it does nothing, with other settings or inputs it replaces what is there and
+says so.
 
 Exit status: 0 prepared; 2 the configuration or an input is wrong (nothing was started); 1 anything
 else.
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from jobs.cli import EXIT_BAD_CONFIG, fail, interruptible, read_run
+from jobs.cli import EXIT_BAD_CONFIG, fail, interruptible, read_run, warn
 from jobs.preparation import print_report, run_plan
 from nsa_platform.config.runs import PrepareDataRun
 from nsa_platform.data.corpus import CorpusError
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         except StorageError as error:
             fail(str(error))
         try:
+            if plan.replaces():
+                warn(f"{run.output}: what other settings or inputs made there is replaced")
             done = run_plan(plan)
         except (CorpusError, TokenizerError, StorageError) as error:
             fail(str(error))

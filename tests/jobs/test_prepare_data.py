@@ -170,7 +170,11 @@ def test_the_result_does_not_depend_on_the_number_of_tasks(
     assert bool(re.search(told, shown.out)) == (deduplicate is not None)
     assert "tokenising: 41 of 41 files" in shown.err
     main(["--config", str(config)])
-    assert "(nothing had changed)" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "(nothing had changed)" in shown.out and "replaced" not in shown.err
+    main(["--config", str(config), "--set", "validation_fraction=0.3"])
+    told = f"warning: {tmp_path / 'out'}: what other settings or inputs made there is replaced"
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.cluster

@@ -1,7 +1,8 @@
 """Documents out of raw files: text files, JSONL, Parquet and Arrow rows.
 
-What cannot become a document is counted by reason. A file that cannot be read at all, or in which
-no row has the wanted field, is an error: it is not a matter of single documents.
+What cannot become a document is counted by reason, and the first of each is named. A file that
+cannot be read at all, or in which no row has the wanted field, is an error: it is not a matter of
+single documents.
 """
 
 import json
@@ -29,7 +30,17 @@ class Problems:
 
     def __init__(self) -> None:
         self.skipped: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+        """By reason, the first that was skipped: where it stands, and what is wrong if that is
+        not said by the reason."""
         self.replaced_utf8 = 0
+        self.place = ""
+        """Where the document stands that is being read."""
+
+    def skip(self, reason: str, message: str = "") -> None:
+        """Count the document that is being read."""
+        self.skipped[reason] += 1
+        self.first.setdefault(reason, f"{self.place}: {message}" if message else self.place)
 
 
 def read_documents(span: Span, corpus: CorpusConfig, problems: Problems) -> Iterator[Any]:
@@ -41,6 +52,7 @@ def read_documents(span: Span, corpus: CorpusConfig, problems: Problems) -> Iter
         StorageError: the store cannot be reached.
     """
     kind, compression = file_format(span.file.name)
+    problems.place = span.file.uri
     field = corpus.messages_field if corpus.kind == "chat" else corpus.text_field
     if kind == "text":
         values = iter([_whole(span, compression)])
@@ -53,7 +65,7 @@ def read_documents(span: Span, corpus: CorpusConfig, problems: Problems) -> Iter
         if corpus.kind == "text":
             document = _text(value, span, corpus, problems)
         elif value is None:
-            problems.skipped["empty"] += 1
+            problems.skip("empty")
             continue
         if document is not None:
             yield document
@@ -62,17 +74,17 @@ def read_documents(span: Span, corpus: CorpusConfig, problems: Problems) -> Iter
 def _text(value: object, span: Span, corpus: CorpusConfig, problems: Problems) -> str | None:
     """The text of a value, or None if it is counted as a problem."""
     if value is None:
-        problems.skipped["empty"] += 1
+        problems.skip("empty")
         return None
     if isinstance(value, str):
         # JSON can spell half of a surrogate pair, which UTF-8 cannot.
         value = value.encode("utf-8", "surrogatepass")
     if not isinstance(value, bytes):
-        problems.skipped["wrong_type"] += 1
+        problems.skip("wrong_type")
         return None
     text = _decode(value, span, corpus, problems)
     if text is not None and not text.strip():
-        problems.skipped["empty"] += 1
+        problems.skip("empty")
         return None
     return text
 
@@ -85,7 +97,7 @@ def _decode(content: bytes, span: Span, corpus: CorpusConfig, problems: Problems
         if corpus.invalid_utf8 == "error":
             raise CorpusError(f"{span.file.uri}: is not UTF-8 ({error})") from error
     if corpus.invalid_utf8 == "skip":
-        problems.skipped["invalid_utf8"] += 1
+        problems.skip("invalid_utf8")
         return None
     problems.replaced_utf8 += 1
     return content.decode("utf-8", "replace").removeprefix(BYTE_ORDER_MARK)
@@ -96,7 +108,8 @@ def _json_values(
 ) -> Iterator[Any]:
     rows = with_field = 0
     keys: list[str] = []
-    for line in _lines(span, compression):
+    for position, line in _lines(span, compression):
+        problems.place = f"{span.file.uri} at byte {position}"
         if not line.strip():
             continue
         text = _decode(line, span, corpus, problems)
@@ -107,12 +120,12 @@ def _json_values(
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
-            problems.skipped["unreadable_row"] += 1
+            problems.skip("unreadable_row")
             continue
         rows += 1
         if field not in row:
             keys = keys or sorted(row)
-            problems.skipped["missing_field"] += 1
+            problems.skip("missing_field")
             continue
         with_field += 1
         yield row[field]
@@ -128,16 +141,17 @@ def _column_values(
     corpus: CorpusConfig,
     problems: Problems,
 ) -> Iterator[Any]:
+    row = 0
     with _readable(span), _open(span, compression) as file:
         for column in _columns(span, kind, file, field):
-            if corpus.kind == "text":
-                yield from _bytes_column(column, span, field).to_pylist()
-                continue
-            for value in column:
+            is_text = corpus.kind == "text"
+            for value in _bytes_column(column, span, field).to_pylist() if is_text else column:
+                problems.place = f"{span.file.uri} in row {row}"
+                row += 1
                 try:
-                    yield value.as_py()
+                    yield value if is_text else value.as_py()
                 except UnicodeDecodeError:
-                    problems.skipped["unreadable_row"] += 1
+                    problems.skip("unreadable_row")
 
 
 def _columns(span: Span, kind: str, file: Any, field: str) -> Iterator[pa.Array]:
@@ -182,8 +196,9 @@ def _whole(span: Span, compression: str | None) -> bytes:
         return file.read()
 
 
-def _lines(span: Span, compression: str | None) -> Iterator[bytes]:
-    """Lines whose first byte lies in the span; the last one may reach beyond it."""
+def _lines(span: Span, compression: str | None) -> Iterator[tuple[int, bytes]]:
+    """Lines whose first byte lies in the span, with that byte's place; the last one may reach
+    beyond it."""
     with _readable(span), _open(span, compression) as file:
         position, rest = span.start, b""
         if span.start:
@@ -199,13 +214,13 @@ def _lines(span: Span, compression: str | None) -> Iterator[bytes]:
                 if not skipping:
                     if stop is not None and position >= stop:
                         return
-                    yield line
+                    yield position, line
                 skipping = False
                 position += len(line) + 1
             if stop is not None and position >= stop and not skipping:
                 return
         if rest and not skipping and (stop is None or position < stop):
-            yield rest
+            yield position, rest
 
 
 @contextmanager

@@ -67,6 +67,8 @@ class PartRecord:
     fingerprint: str
     splits: dict[str, SplitRecord]
     skipped: Counter[str]
+    skipped_first: dict[str, str]
+    """By reason, the first document that was skipped for it, and where it stands."""
     replaced_utf8: int
     prints: Documents | None = None
     """Every document by itself; None where copies are not looked for."""
@@ -113,6 +115,7 @@ def tokenise_part(job: PartJob) -> PartRecord:
         fingerprint=job.fingerprint,
         splits={split: rows.record() for split, rows in collected.items()},
         skipped=problems.skipped,
+        skipped_first=problems.first,
         replaced_utf8=problems.replaced_utf8,
         prints=None if prints is None else prints.write(job.staging, job.fingerprint),
     )
@@ -133,6 +136,7 @@ def read_record(staging: str, index: int, fingerprint: str) -> PartRecord:
             fingerprint=fingerprint,
             splits={split: SplitRecord(arrays[split], **counts[split]) for split in SPLITS},
             skipped=Counter(counts["skipped"]),
+            skipped_first=counts.get("skipped_first", {}),
             replaced_utf8=counts["replaced_utf8"],
             prints=prints,
         )
@@ -243,7 +247,7 @@ def _encoded_chats(
         try:
             ids, mask = render_chat(tokenizer, chat)
         except ChatError as error:
-            problems.skipped[error.reason] += 1
+            problems.skip(error.reason, str(error))
             continue
         turns = check_messages(chat)
         yield _Document(
@@ -261,7 +265,8 @@ def _write_record(staging: str, record: PartRecord) -> None:
         split: {"text_bytes": part.text_bytes, "loss_tokens": part.loss_tokens}
         for split, part in record.splits.items()
     }
-    counts |= {"skipped": dict(record.skipped), "replaced_utf8": record.replaced_utf8}
+    counts |= {"skipped": dict(record.skipped), "skipped_first": record.skipped_first}
+    counts |= {"replaced_utf8": record.replaced_utf8}
     buffer = io.BytesIO()
     np.savez_compressed(
         buffer,

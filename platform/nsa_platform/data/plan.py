@@ -63,6 +63,8 @@ class Prepared:
     """Parts that an earlier try had finished; all of them if there was nothing to do."""
     sources: dict[str, dict[str, int]] = field(default_factory=dict)
     """By input, where copies were left out: the fields of SourceCopies."""
+    skipped_first: dict[str, str] = field(default_factory=dict)
+    """By reason, the first document that was left out for it, and where it stands."""
 
 
 class Plan:
@@ -132,6 +134,10 @@ class Plan:
             return None
         storage.delete_tree(self.staging)
         return Prepared(**{**asdict(done), "reused_parts": done.parts})
+
+    def replaces(self) -> bool:
+        """Whether the output holds what other settings or inputs made, and this run would not."""
+        return storage.exists(storage.join(self.run.output, PREPARED)) and self.finished() is None
 
     def make_tokenizer(self, report: Report) -> tuple[str, Tokenizer]:
         """The tokenizer in the staging folder, where every task finds it; trained if need be."""

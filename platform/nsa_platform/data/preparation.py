@@ -79,7 +79,8 @@ def prepare(plan: Plan, *, each: Each = in_turn, report: Report = silent) -> Pre
     }
     for split, manifest in manifests.items():
         write_manifest(storage.join(output, split), manifest)
-    result = _summary(plan, manifests, reused, sources)
+    first = {k: v for record in reversed(records) for k, v in record.skipped_first.items()}
+    result = _summary(plan, manifests, reused, sources, first)
     text = json.dumps(asdict(result), indent=2) + "\n"
     storage.write_text(storage.join(output, PREPARED), text)
     storage.delete_tree(plan.staging)
@@ -191,7 +192,11 @@ def _manifest(
 
 
 def _summary(
-    plan: Plan, manifests: dict[str, Manifest], reused: int, sources: dict[int, SourceCopies]
+    plan: Plan,
+    manifests: dict[str, Manifest],
+    reused: int,
+    sources: dict[int, SourceCopies],
+    skipped_first: dict[str, str],
 ) -> Prepared:
     source = manifests["train"].source
     return Prepared(
@@ -209,4 +214,5 @@ def _summary(
         parts=len(plan.parts),
         reused_parts=reused,
         sources={plan.run.corpus.inputs[n]: asdict(each) for n, each in sorted(sources.items())},
+        skipped_first=dict(sorted(skipped_first.items())),
     )

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,8 @@ def test_chats_come_as_they_stand(tmp_path: Path, name: str) -> None:
     found, problems = read(tmp_path / name, kind="chat")
     assert found == rows
     assert problems.skipped == {"empty": 1}
+    place = r" at byte \d+$" if name.endswith("jsonl") else " in row 2$"
+    assert re.search(re.escape(name) + place, problems.first["empty"])
 
 
 def test_other_field_names(tmp_path: Path) -> None:

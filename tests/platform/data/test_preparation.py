@@ -253,6 +253,12 @@ def test_skipped_documents_are_reported(tmp_path: Path) -> None:
     (tmp_path / "raw" / "rows.jsonl").write_text('{"text": "x"}\n{"text"\n{"other": 1}\n')
     done = run_here(text_run(tmp_path))
     assert done.skipped == {"empty": 1, "missing_field": 1, "unreadable_row": 1}
+    rows = tmp_path / "raw" / "rows.jsonl"
+    assert done.skipped_first == {
+        "empty": str(tmp_path / "raw" / "empty.txt"),
+        "missing_field": f"{rows} at byte 22",
+        "unreadable_row": f"{rows} at byte 14",
+    }
     assert done.replaced_utf8 == 1
     assert sum(done.documents.values()) == 7
     assert dict(read_manifest(str(tmp_path / "out" / "train")).source.skipped) == done.skipped
@@ -320,6 +326,10 @@ def test_chats(tmp_path: Path, tiny_shards: Any) -> None:
         "malformed_messages": 2,
         "no_assistant_turn": 1,
     }
+    bad = json.dumps(chat_rows()[30])
+    assert done.skipped_first["malformed_messages"].startswith(
+        f"{tmp_path}/raw/a.jsonl at byte {lines.index(bad) + len(bad) + 1}: messages[0].role "
+    )
     assert sum(done.documents.values()) == 30
     shards = ShardSet(str(tmp_path / "out" / "train"))
     tokenizer = Tokenizer(tmp_path / "out" / "tokenizer")
