@@ -4,11 +4,10 @@
 
 Writes OUTPUT/text.jsonl, sums and worked problems of a quarter of the steps at most to pretrain
 on; OUTPUT/chats.jsonl, worked problems of all steps to fine-tune on; and OUTPUT/problems.jsonl,
-others with `problem` and `answer`, which the task `aime` samples answers to. A problem gives
-numbers to names, each the sum of two told anywhere in it, among numbers that lead nowhere; the
-answer is a number from 0 to 9, and the way to it is as long as there are steps. Each step must find
-what comes next and two numbers, far back in the problem or in what was worked out; none is hard by
-itself.
+others with `problem` and `answer`, which the task `aime` samples answers to. A problem leads from
+name to name, adding a number each time, among lines that lead nowhere; the answer is a number from
+0 to 9, and the way to it is as long as there are steps. Each step must find the line that goes on,
+anywhere in the problem, and add; none is hard by itself.
 """
 
 import argparse
@@ -16,6 +15,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,14 @@ from jobs.cli import fail
 from nsa_platform import storage
 from nsa_platform.evaluate.tasks.aime import PROMPT
 
-MODULUS = 10
-"""A small model learns its sums in minutes; a guess is right once in so many times."""
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+"""Sums are modulo ten, so that a guess is right once in ten times. As words, each a token: what
+follows a name is then found right behind it."""
 SHORT = 4
 """Text to pretrain on has problems of the steps over this."""
-STARTS = 3
-"""Numbers that are given."""
 SUMS = 30
-"""Sums of one text of sums. With such a text for every two problems a small model knows its sums
-in half the steps or less: in problems alone, a number for each 25 tokens, they are learned last."""
+"""Sums of one text of sums. There is such a text for every two problems: from problems alone, a
+number for each ten tokens, a small model learns its sums last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +48,8 @@ class Problem:
 
 
 def num_names(steps: int) -> int:
-    """Names in a problem of so many steps."""
-    return STARTS + steps + steps // 2
+    """Names in a problem of so many steps: those of the way, and half as many aside and one."""
+    return steps + 1 + steps // 2 + 1
 
 
 def names(steps: int) -> list[str]:
@@ -70,8 +69,7 @@ def names(steps: int) -> list[str]:
 def make_problem(pool: Sequence[str], *, steps: int, seed: str) -> Problem:
     """A problem whose answer takes exactly `steps` steps; half as many more lead nowhere.
 
-    A step takes the name before it, so that none can be skipped, and any other that is known. What
-    a name leads to is told once, behind that name with a capital: the way is found by looking.
+    What a name leads to is told once, behind that name with a capital: the way is found by looking.
 
     Raises:
         ValueError: the pool has too few names.
@@ -80,30 +78,26 @@ def make_problem(pool: Sequence[str], *, steps: int, seed: str) -> Problem:
     if len(pool) < num_names(steps):
         raise ValueError(f"{steps} steps need {num_names(steps)} names, got {len(pool)}")
     chosen = dice.sample(pool, num_names(steps))
-    known = {name: dice.randrange(MODULUS) for name in chosen[:STARTS]}
-    told = [f"so {name} is {value}." for name, value in known.items()]
-    start = last = chosen[STARTS - 1]
-    worked = []
-    for name in chosen[STARTS : STARTS + steps]:
-        other = dice.choice([each for each in known if each != last])
-        told.append(f"{last.title()} {name} {other}.")
-        known[name] = (known[last] + known[other]) % MODULUS
-        worked.append(
-            f"{last.title()} {name} {other}: {last} is {known[last]}, {other} is {known[other]}, "
-            f"{known[last]} + {known[other]} is {known[name]}, {name} is {known[name]}."
-        )
-        last = name
-    answer = last
-    ends = chosen[: STARTS - 1]
-    for name in chosen[STARTS + steps :]:
-        first = ends.pop(dice.randrange(len(ends)))
-        other = dice.choice([each for each in known if each != first])
-        told.append(f"{first.title()} {name} {other}.")
-        ends.append(name)
+    way, aside = chosen[: steps + 1], chosen[steps + 1 :]
+    start = value = dice.randrange(len(NUMBERS))
+    told, worked = [], []
+    for name, following in pairwise(way):
+        more = dice.randrange(len(NUMBERS))
+        line = f"{name.title()} {following} {NUMBERS[more]}"
+        told.append(f"{line}.")
+        worked.append(f"{line}: {_sum(value, more)}")
+        value = (value + more) % len(NUMBERS)
+    for name, following in pairwise(aside):
+        told.append(f"{name.title()} {following} {dice.choice(NUMBERS)}.")
     dice.shuffle(told)
-    rule = f"A line A b c says that b is a plus c, modulo {MODULUS}."
-    question = f"{rule} Start from {start}: what is {answer}?"
-    return Problem("\n".join([*told, question]), tuple(worked), known[answer])
+    rule = f"A line A b c says that b is a plus c, modulo {len(NUMBERS)}."
+    question = f"{way[0].title()} is {NUMBERS[start]}: what is {way[-1]}?"
+    return Problem("\n".join([*told, f"{rule} {question}"]), tuple(worked), value)
+
+
+def _sum(first: int, second: int) -> str:
+    total = (first + second) % len(NUMBERS)
+    return f"{NUMBERS[first]} plus {NUMBERS[second]} is {NUMBERS[total]}."
 
 
 def problems(
@@ -120,8 +114,8 @@ def texts(pool: Sequence[str], *, steps: Sequence[int], count: int, seed: str) -
         yield f"{problem.text}\n{problem.solution}\n"
         if number % 2:
             dice = random.Random(f"{seed}/sums/{number}")
-            pairs = [(dice.randrange(MODULUS), dice.randrange(MODULUS)) for _ in range(SUMS)]
-            yield "".join(f"{a} + {b} is {(a + b) % MODULUS}.\n" for a, b in pairs)
+            pairs = product(range(len(NUMBERS)), repeat=2)
+            yield "".join(f"so {_sum(*pair)}\n" for pair in dice.sample(list(pairs), SUMS))
 
 
 def write_files(
