@@ -3,14 +3,17 @@
 import logging
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from jobs.lock import InUseError, alone
 from jobs.ports import LOOPBACK, free_ports, is_free
 from nsa_platform.retry import first_line
 
@@ -74,16 +77,24 @@ def _dashboard() -> Iterator[int]:
 
     Ray Train's watchdog asks it whether the training lives. Without an address it asks the cluster
     that some file or process on this machine points to, which may be another one or long gone.
+    Of jobs that start at the same moment one has the usual port, though all find it free.
     """
-    port = DASHBOARD_PORT if is_free(DASHBOARD_PORT) else free_ports(1)[0]
+    lock = Path(tempfile.gettempdir()) / f"nsa-platform-dashboard-{DASHBOARD_PORT}.lock"
     before = os.environ.get(DASHBOARD_VARIABLE)
-    os.environ[DASHBOARD_VARIABLE] = f"http://{LOOPBACK}:{port}"
-    try:
-        yield port
-    finally:
-        os.environ.pop(DASHBOARD_VARIABLE)
-        if before is not None:
-            os.environ[DASHBOARD_VARIABLE] = before
+    with ExitStack() as held:
+        try:
+            held.enter_context(alone(lock, what="the dashboard's port is taken"))
+            is_ours = is_free(DASHBOARD_PORT)
+        except (InUseError, OSError):  # a job's, or a file of another user's
+            is_ours = False
+        port = DASHBOARD_PORT if is_ours else free_ports(1)[0]
+        os.environ[DASHBOARD_VARIABLE] = f"http://{LOOPBACK}:{port}"
+        try:
+            yield port
+        finally:
+            os.environ.pop(DASHBOARD_VARIABLE)
+            if before is not None:
+                os.environ[DASHBOARD_VARIABLE] = before
 
 
 def _init(**options: Any) -> None:

@@ -1,5 +1,6 @@
 """The door to Ray: a job that is told to stop ends in order."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -7,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.ports import FIRST, LAST, free_ports
+from jobs import cluster
+from jobs.ports import FIRST, LAST, LOOPBACK, free_ports
 from tests.waiting import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,3 +44,17 @@ def test_ports_that_are_given_away_are_left_out() -> None:
     (port,) = free_ports(1)
     given = [each for each in range(FIRST, LAST + 1) if each != port]
     assert free_ports(1, but=given) == [port]
+
+
+def test_jobs_that_start_at_the_same_moment_have_dashboards_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (usual,) = free_ports(1)
+    monkeypatch.setattr(cluster, "DASHBOARD_PORT", usual)
+    monkeypatch.setenv(cluster.DASHBOARD_VARIABLE, "before")
+    with cluster._dashboard() as first, cluster._dashboard() as second:
+        assert first == usual != second
+        assert os.environ[cluster.DASHBOARD_VARIABLE] == f"http://{LOOPBACK}:{second}"
+    assert os.environ[cluster.DASHBOARD_VARIABLE] == "before"
+    with cluster._dashboard() as again:
+        assert again == usual
