@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from jobs.cli import fail
+from jobs.cli import fail, interruptible
 from jobs.evaluation_inputs import held_out_origin, held_out_parser, open_loader
 from nsa_platform import figures, storage
 from nsa_platform.config.model import AttentionConfig, NsaAttentionConfig
@@ -27,6 +27,7 @@ from nsa_platform.model.weights import load_model
 from nsa_platform.train.metrics import device_name
 
 
+@interruptible("interrupted; the same command begins anew")
 def main(argv: Sequence[str] | None = None) -> None:
     """Score, write and print."""
     parser = _parser()

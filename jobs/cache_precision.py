@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from jobs.cli import fail
+from jobs.cli import fail, interruptible
 from jobs.evaluation_inputs import held_out_parser, open_loader
 from nsa_platform import storage
 from nsa_platform.config.serve import EngineConfig
@@ -30,6 +30,7 @@ from nsa_platform.train.metrics import device_name
 CacheDtype = Literal["auto", "fp8"]
 
 
+@interruptible("interrupted; the same command begins anew")
 def main(argv: Sequence[str] | None = None) -> None:
     """Score, write and print."""
     parser = held_out_parser(__doc__)

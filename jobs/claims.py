@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from jobs.cli import fail
+from jobs.cli import fail, interruptible
 from nsa_platform.config.base import Strict, read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -236,6 +236,7 @@ def _again(claim: Claim, records: Records) -> str:
     return f"- {claim.id}: `{claim.command}`" + (f" ({'; '.join(origins)})" if origins else "")
 
 
+@interruptible("interrupted; the same command begins anew")
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the page."""
     parser = argparse.ArgumentParser(

@@ -17,7 +17,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jobs.cli import EXIT_BAD_CONFIG, fail, read_record, record_arguments, write_record
+from jobs.cli import (
+    EXIT_BAD_CONFIG,
+    fail,
+    interruptible,
+    read_record,
+    record_arguments,
+    write_record,
+)
 from nsa_platform import figures
 from nsa_platform.config.base import ConfigError
 from nsa_platform.config.model import MlaAttentionConfig, ModelConfig, NsaAttentionConfig
@@ -107,6 +114,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     path.write_bytes(figures.png(figures.decode_arithmetic(lines, ridge=ridge, title=title)))
 
 
+@interruptible("interrupted; the same command begins anew")
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the figures, write what is asked for."""
     parser = argparse.ArgumentParser(

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.cli import fail
+from jobs.cli import fail, interruptible
 
 MAX_ANSWER_CHARACTERS = 400
 
@@ -58,6 +58,7 @@ def write_chats(sources: Path, output: Path) -> Written:
     return Written(count, unreadable)
 
 
+@interruptible("interrupted; the same command begins anew")
 def main() -> None:
     """Write the chats of a folder of Python sources."""
     parser = argparse.ArgumentParser(description=__doc__)

@@ -27,7 +27,7 @@ from nsa_platform import storage
 from nsa_platform.config.evaluate import BitsPerByteConfig, NeedleConfig
 from nsa_platform.config.model import ModelConfig
 from nsa_platform.config.runs import EvaluateRun
-from nsa_platform.config.tasks import MqarTask
+from nsa_platform.config.tasks import Generated, MqarTask
 from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.evaluate.baselines.comparison import PolicyResult
 from nsa_platform.evaluate.baselines.report import baselines_summary, record_baselines
@@ -218,11 +218,11 @@ def _check_lengths(run: EvaluateRun, max_context: int) -> None:
                 f"needle.lengths: {longest} and {room} tokens for the answer "
                 f"must not exceed the model's max_context={max_context}"
             )
-    for task in run.tasks:
+    for number, task in enumerate(run.tasks):
         if task.longest > max_context:
             raise ValueError(
-                f"tasks: {task.kind}: prompts and answers of {task.longest} tokens must not exceed "
-                f"the model's max_context={max_context}"
+                f"tasks.{number}: {task.kind}: {task.longest_of} are {task.longest} tokens, must "
+                f"not exceed the model's max_context={max_context}"
             )
 
 
@@ -309,7 +309,8 @@ def _tasks(
         )
         record_task(tracker, result, step)
         results.append(result)
-    record_overview(tracker, results)
+    made = zip(run.tasks, results, strict=True)
+    record_overview(tracker, [result for task, result in made if isinstance(task, Generated)])
     return results
 
 

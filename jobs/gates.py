@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from jobs.cli import fail, read_record, record_arguments, write_record
+from jobs.cli import fail, interruptible, read_record, record_arguments, write_record
 from nsa_platform import figures
 from nsa_platform.tracking import read_run
 
@@ -114,6 +114,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     path.write_bytes(figures.png(figures.gate_means(history, title=title, begins=begins)))
 
 
+@interruptible("interrupted; the same command begins anew")
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the first and last gates, write what is asked for."""
     parser = argparse.ArgumentParser(

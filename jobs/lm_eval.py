@@ -18,7 +18,7 @@ import torch
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 
-from jobs.cli import fail
+from jobs.cli import fail, interruptible
 from jobs.evaluation_answers import Answers
 from nsa_platform import storage
 from nsa_platform.config.evaluate import EvaluationEngineConfig
@@ -100,6 +100,7 @@ def _folder(checkpoint: str, tracking_uri: str) -> Any:
 register_model("nsa")(NsaModel)
 
 
+@interruptible("interrupted; the same command begins anew")
 def main() -> None:
     """The harness's command line; what cannot be measured ends with one line."""
     try:

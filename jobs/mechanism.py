@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from jobs.cli import fail
+from jobs.cli import fail, interruptible
 from jobs.evaluation_inputs import held_out_origin, held_out_parser, open_loader
 from nsa_platform import figures, storage
 from nsa_platform.config.model import NsaAttentionConfig
@@ -28,6 +28,7 @@ from nsa_platform.train.metrics import device_name
 SHOWN_LAYERS = 4
 
 
+@interruptible("interrupted; the same command begins anew")
 def main(argv: Sequence[str] | None = None) -> None:
     """Look, write and print."""
     parser = held_out_parser(__doc__)

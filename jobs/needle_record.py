@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jobs.cli import fail, write_record
+from jobs.cli import fail, interruptible, write_record
 from nsa_platform import figures
 from nsa_platform.evaluate.tasks.results import wilson
 from nsa_platform.tracking import library, read_json, read_run
@@ -133,6 +133,7 @@ def draw(result: dict[str, Any]) -> bytes:
     return figures.png(figures.needle_maps(maps, title="Needles: numbers written exactly"))
 
 
+@interruptible("interrupted; the same command begins anew")
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the record and its picture."""
     parser = argparse.ArgumentParser(

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jobs.cli import fail
+from jobs.cli import fail, interruptible
 from nsa_platform import storage
 from nsa_platform.data.haystack import NEEDLE, WORDS
 from nsa_platform.data.manifest import SourceRecord
@@ -185,6 +185,7 @@ def _rows_of(
             yield from made
 
 
+@interruptible("interrupted; the same command begins anew")
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the rows."""
     parser = argparse.ArgumentParser(

@@ -8,7 +8,7 @@ from rich.progress import Progress
 from jobs.evaluation_inputs import filler_of, num_trials, pattern_sample, score_text
 from nsa_platform.config.evaluate import BaselinesConfig
 from nsa_platform.config.runs import EvaluateRun
-from nsa_platform.config.tasks import AimeTask, LongBenchTask, LongBenchV2Task, TaskConfig
+from nsa_platform.config.tasks import Generated, TaskConfig
 from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.evaluate.baselines.comparison import (
     PolicyResult,
@@ -31,7 +31,7 @@ def budget_warning(run: EvaluateRun) -> str | None:
     config = run.baselines
     if config is None:
         return None
-    contexts = {length for task in run.tasks for length in _lengths(task)}
+    contexts = {n for task in run.tasks if isinstance(task, Generated) for n in task.lengths}
     if run.bits_per_byte is not None:
         contexts.add(run.bits_per_byte.context_length)
     if run.needle is not None:
@@ -134,18 +134,11 @@ def _tasks(
 def by_length(config: TaskConfig) -> Iterator[tuple[int | None, TaskConfig]]:
     """A task's lengths, each with the task of this length alone, in the order in which the whole
     task has their samples; None and the task itself where it has no lengths."""
-    lengths = _lengths(config)
-    if not lengths:
+    if not isinstance(config, Generated):
         yield None, config
-    for length in sorted(lengths):
+        return
+    for length in sorted(config.lengths):
         yield length, config.model_copy(update={"lengths": (length,)})
-
-
-def _lengths(config: TaskConfig) -> tuple[int, ...]:
-    """Of the contexts of a task's samples; a task of somebody's texts has none."""
-    if isinstance(config, LongBenchTask | LongBenchV2Task | AimeTask):
-        return ()
-    return config.lengths
 
 
 def _write_of(reader: PolicyReader) -> Write:

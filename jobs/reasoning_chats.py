@@ -19,7 +19,7 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
-from jobs.cli import fail
+from jobs.cli import fail, interruptible
 from nsa_platform import storage
 from nsa_platform.evaluate.tasks.aime import PROMPT
 
@@ -154,6 +154,7 @@ def _messages(problem: Problem) -> list[dict[str, str]]:
     ]
 
 
+@interruptible("interrupted; the same command begins anew")
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the files."""
     parser = argparse.ArgumentParser(

@@ -15,6 +15,7 @@ from typing import Any
 
 from deployments.autoscaling import PressurePolicy
 from deployments.replay import Decide, by_pressure, by_requests, mixed_trace, replay, violations
+from jobs.cli import interruptible
 from nsa_platform import figures
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +26,7 @@ TARGETS = (1, 2, 4, 8)
 """Of target_ongoing_requests; Ray Serve's default is 2."""
 
 
+@interruptible("interrupted; the same command begins anew")
 def main(argv: Sequence[str] | None = None) -> None:
     """Play and record, or draw."""
     parser = argparse.ArgumentParser(

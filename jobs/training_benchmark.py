@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from jobs.cli import EXIT_BAD_CONFIG, fail, parser
+from jobs.cli import EXIT_BAD_CONFIG, fail, interruptible, parser
 from jobs.training_points import ATTENTIONS, Point, attention_kernel, run_of
 from jobs.training_record import about, record_of, write_record
 from jobs.worker_group import worker_group
@@ -133,6 +133,7 @@ class Measurement:
         self._subject = self._built = None
 
 
+@interruptible("interrupted; the same command begins anew")
 def main(argv: Sequence[str] | None = None) -> None:
     options = arguments(argv)
     try:

@@ -36,7 +36,7 @@ def scaled(**settings: Any) -> dict[str, Any]:
         (args(engine_kwarg={}), "did you mean 'engine_kwargs'"),
         (args(engine_kwargs={"max_modellen": 3}), "did you mean 'max_model_len'"),
         (args(engine_kwargs={"max_model_len": 0}), "max_model_len"),
-        (args(llm_engine="vLLM"), "llm_engine: Input should be 'NSA', got 'vLLM'"),
+        (args(llm_engine="vLLM"), "llm_engine: must be 'NSA', got 'vLLM'"),
         (args(deployment_config={"autoscaling": {}}), "did you mean 'autoscaling_config'"),
         (
             args(deployment_config={"autoscaling_config": {"max_replica": 2}}),

@@ -272,7 +272,15 @@ def test_results_go_into_a_given_run_and_leave_it_as_it_was(place: Path) -> None
         ({"bits_per_byte": {"context_length": 161}}, "bits_per_byte.context_length=161 must not"),
         (
             {"tasks": [{"kind": "mqar", "lengths": [161]}]},
-            "tasks: mqar: prompts and answers of 161",
+            "tasks.0: mqar: the longest of lengths are 161 tokens",
+        ),
+        (
+            {
+                "tasks": [
+                    {"kind": "longbench", "folder": "l", "datasets": ["lcc"], "max_length": 97}
+                ]
+            },
+            "tasks.0: longbench: max_length and the longest answer of datasets are 161 tokens",
         ),
         ({"tasks": [{**TASKS[1], "file": "no"}]}, "it should be JSON lines with `problem`"),
         ({"needle": {"lengths": [130], "values": 2}}, "130 and 32 tokens for the answer"),

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar, get_args
@@ -144,6 +145,15 @@ def _place(text: str, items: list[Any], flag: str) -> int:
     return int(text)
 
 
+def plain_message(message: str) -> str:
+    """What pydantic says is allowed, in the words of YAML: `must be a list`."""
+    message = message.removeprefix("Value error, ")
+    message = re.sub(r"^(Input|String|Value|List|Tuple|Dictionary) should ", "must ", message)
+    message = re.sub(r" after validation, not \d+$", "", message)
+    message = re.sub(r"a valid (tuple|list)\b", "a list", message)
+    return re.sub(r"a valid dictionary( or instance of \w+)?", "a mapping of keys", message)
+
+
 def _explain(root: type[BaseModel], problem: Any) -> str:
     path = problem["loc"]
     location = [part for index, part in enumerate(path) if not _is_union_tag(index, path)]
@@ -155,7 +165,7 @@ def _explain(root: type[BaseModel], problem: Any) -> str:
         return f"{key}: unknown key{hint} (valid: {', '.join(valid)})"
     if problem["type"] == "union_tag_invalid":
         return _unknown_tag(key, problem["ctx"])
-    message = problem["msg"].removeprefix("Value error, ")
+    message = plain_message(problem["msg"])
     if not location:
         return message
     if problem["type"] == "missing":

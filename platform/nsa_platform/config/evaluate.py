@@ -142,10 +142,13 @@ class BaselinesConfig(Strict):
 
     @model_validator(mode="after")
     def _published_sizes_are_fixed(self) -> Self:
-        if self.budget == "published" and self.tokens is not None:
-            raise ValueError(
-                f"tokens={self.tokens} is of no use to budget=published: it is that of an equal one"
-            )
+        if self.budget == "published":
+            for key, unset in (("tokens", None), ("nsa", NsaChoices())):
+                if (value := getattr(self, key)) != unset:
+                    raise ValueError(
+                        f"{key}={value} is of no use to budget=published: it is that of an equal "
+                        "one"
+                    )
         return self
 
 

@@ -1,8 +1,9 @@
 """Tasks of an evaluation: which, at which lengths, how often, from which files."""
 
-from typing import Annotated, Literal, Self
+import difflib
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
 
 from nsa_platform.config.base import Strict, each_once
 from nsa_platform.config.locations import Location
@@ -16,15 +17,37 @@ LONGBENCH_OF_THE_PAPER = (
     *("gov_report", "dureader", "passage_retrieval_en", "passage_retrieval_zh", "lcc"),
 )
 
+LONGBENCH_ANSWER_TOKENS = {
+    **dict.fromkeys(("narrativeqa", "qasper", "dureader", "samsum"), 128),
+    **dict.fromkeys(("multifieldqa_en", "multifieldqa_zh", "trec", "lsht"), 64),
+    **dict.fromkeys(("lcc", "repobench-p"), 64),
+    **dict.fromkeys(("hotpotqa", "2wikimqa", "musique", "triviaqa"), 32),
+    **dict.fromkeys(("passage_count", "passage_retrieval_en", "passage_retrieval_zh"), 32),
+    **dict.fromkeys(("gov_report", "qmsum", "multi_news", "vcsum"), 512),
+}
+"""Tokens of an answer, by dataset (config/dataset2maxlen.json of github.com/THUDM/LongBench)."""
+EXTENDED = "_e"
+"""Ending of the names of LongBench-E's datasets."""
+
 WITHOUT_ESSAYS = ("niah_single_1", "niah_multikey_2", "niah_multikey_3")
 
 
-class _Generated(Strict):
+def longbench_answer_tokens(name: str) -> int:
+    """Tokens of an answer to a dataset of LongBench or LongBench-E."""
+    return LONGBENCH_ANSWER_TOKENS[name.removesuffix(EXTENDED)]
+
+
+class Generated(Strict):
+    """A task whose samples are made, and measured by length."""
+
     samples: PositiveInt = 100
     """Samples of each length; RULER's own number is 500."""
     lengths: Lengths = (4096,)
     """Tokens of a prompt together with those left for the answer."""
     seed: int = 0
+
+    longest_of: ClassVar[str] = "the longest of lengths"
+    """What `longest` is made of, for messages."""
 
     @property
     def longest(self) -> int:
@@ -37,7 +60,7 @@ class _Asked(Strict):
     """Prompts go through the tokenizer's chat template as one message of a user's."""
 
 
-class NiahTask(_Generated, _Asked):
+class NiahTask(Generated, _Asked):
     """RULER's needles in a haystack: what an asked key stands for."""
 
     kind: Literal[
@@ -61,7 +84,7 @@ class NiahTask(_Generated, _Asked):
         return self
 
 
-class VariableTrackingTask(_Generated, _Asked):
+class VariableTrackingTask(Generated, _Asked):
     """RULER's variable tracking: which variables hold a value through a chain of assignments."""
 
     kind: Literal["vt"]
@@ -70,13 +93,13 @@ class VariableTrackingTask(_Generated, _Asked):
     """Assignments from variable to variable in a chain."""
 
 
-class WordsTask(_Generated, _Asked):
+class WordsTask(Generated, _Asked):
     """RULER's common words (cwe) and frequent words (fwe)."""
 
     kind: Literal["cwe", "fwe"]
 
 
-class QaTask(_Generated, _Asked):
+class QaTask(Generated, _Asked):
     """RULER's question answering among distracting documents: SQuAD (qa_1), HotpotQA (qa_2)."""
 
     kind: Literal["qa_1", "qa_2"]
@@ -84,7 +107,7 @@ class QaTask(_Generated, _Asked):
     """qa_1: dev-v2.0.json of SQuAD 2.0. qa_2: hotpot_dev_distractor_v1.json of HotpotQA."""
 
 
-class MqarTask(_Generated):
+class MqarTask(Generated):
     """Multi-query associative recall: pairs of tokens, then each key again, asked for its value."""
 
     kind: Literal["mqar"]
@@ -92,6 +115,14 @@ class MqarTask(_Generated):
     vocabulary: Annotated[int, Field(ge=8)] | None = None
     """Ids below this are used: keys from the lower half, values from the upper one. Default: all
     ids of the tokenizer."""
+
+    @model_validator(mode="after")
+    def _pairs_fit(self) -> Self:
+        if min(self.lengths) < 4 * self.pairs:
+            raise ValueError(
+                f"lengths={min(self.lengths)} must be at least 4 x pairs={4 * self.pairs}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _keys_differ(self) -> Self:
@@ -122,10 +153,23 @@ class LongBenchTask(_Asked):
     samples: PositiveInt | None = None
     """The first so many rows of each file; default: all."""
 
+    longest_of: ClassVar[str] = "max_length and the longest answer of datasets"
+
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt and its answer."""
-        return self.max_length + 512
+        return self.max_length + max(map(longbench_answer_tokens, self.datasets))
+
+    @field_validator("datasets")
+    @classmethod
+    def _datasets_exist(cls, datasets: tuple[str, ...]) -> tuple[str, ...]:
+        for name in datasets:
+            if name.removesuffix(EXTENDED) not in LONGBENCH_ANSWER_TOKENS:
+                near = difflib.get_close_matches(name, LONGBENCH_ANSWER_TOKENS, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                known = ", ".join(LONGBENCH_ANSWER_TOKENS)
+                raise ValueError(f"there is no dataset {name!r}{hint} (there are {known})")
+        return datasets
 
 
 class LongBenchV2Task(_Asked):
@@ -148,6 +192,8 @@ class LongBenchV2Task(_Asked):
     samples: PositiveInt | None = None
     """The first so many questions; default: all."""
     seed: int = 0
+
+    longest_of: ClassVar[str] = "max_length and the answer (128 tokens, with cot 1024)"
 
     @property
     def longest(self) -> int:
@@ -182,6 +228,8 @@ class AimeTask(_Asked):
     samples: PositiveInt | None = None
     """The first so many problems; default: all."""
     seed: int = 0
+
+    longest_of: ClassVar[str] = "max_problem_tokens and the longest of max_new_tokens"
 
     @property
     def longest(self) -> int:

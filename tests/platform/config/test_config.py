@@ -49,8 +49,9 @@ def changed(key: str, value: object) -> dict[str, Any]:
             "model.attention.compresion_stride: unknown key; did you mean 'compression_stride'?",
         ),
         ("train.optimizer.warmup", 1, "did you mean 'warmup_steps'?"),
-        ("train.steps", 0, "train.steps: Input should be greater than 0, got 0"),
-        ("train.steps", "many", "train.steps: Input should be a valid integer"),
+        ("train.steps", 0, "train.steps: must be greater than 0, got 0"),
+        ("train.steps", [], "train.steps: must be a valid integer, got []"),
+        ("train.steps", "many", "train.steps: must be a valid integer"),
         (
             "model.attention.compression_stride",
             12,
@@ -75,7 +76,7 @@ def changed(key: str, value: object) -> dict[str, Any]:
         ("data.path", "gs://x/y", "data.path: must be a local path or s3://bucket/key, got 'gs:"),
         ("storage", "s3://", "storage: must be a local path or s3://bucket/key"),
         ("train.steps", True, "train: steps must not be true or false, got True"),
-        ("train.optimizer.learning_rate", float("inf"), "learning_rate: Input should be a finite"),
+        ("train.optimizer.learning_rate", float("inf"), "learning_rate: must be a finite"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(key: str, value: object, said: str) -> None:

@@ -26,8 +26,12 @@ def parsed(**changes: Any) -> EvaluateRun:
             "baselines: tokens=40 is of no use to budget=published",
         ),
         (
+            {"baselines": {"budget": "published", "nsa": {"window_size": 64}}},
+            "is of no use to budget=published",
+        ),
+        (
             {"baselines": {"minference": {"tokens": 1}}},
-            "baselines.minference.tokens: Input should be greater than or equal to 128",
+            "baselines.minference.tokens: must be greater than or equal to 128",
         ),
         (
             {"tasks": [{"kind": "mqar", "vocabulary": 8}]},

@@ -8,13 +8,12 @@ for the same; those of the benchmark are read from the user's dataset2prompt.jso
 Source: arXiv 2308.14508; github.com/THUDM/LongBench, pred.py and eval.py.
 """
 
-import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
 from nsa_platform import storage
-from nsa_platform.config.tasks import LongBenchTask
+from nsa_platform.config.tasks import EXTENDED, LongBenchTask, longbench_answer_tokens
 from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.evaluate.tasks import longbench_scores as scores
 from nsa_platform.evaluate.tasks.frame import Frame, open_frame
@@ -23,7 +22,6 @@ from nsa_platform.evaluate.tasks.rows import read_rows
 from nsa_platform.evaluate.tasks.task import Scorer, Task, WrittenSample
 
 SOURCE = "{name}.jsonl of LongBench's data.zip (huggingface.co/datasets/THUDM/LongBench)"
-EXTENDED = "_e"
 BUCKETS = ((4000, "0-4k"), (8000, "4-8k"))
 
 
@@ -31,7 +29,6 @@ BUCKETS = ((4000, "0-4k"), (8000, "4-8k"))
 class Dataset:
     """How a dataset is asked and scored."""
 
-    max_new_tokens: int
     against: scores.Against
     prompt: str
     is_few_shot: bool = False
@@ -78,27 +75,27 @@ CHINESE_WHICH = (
 CODE = "Write the line of code that comes next.\n{context}{input}"
 
 DATASETS = {
-    "narrativeqa": Dataset(128, scores.f1_english, DOCUMENT),
-    "qasper": Dataset(128, scores.f1_english, ARTICLE),
-    "multifieldqa_en": Dataset(64, scores.f1_english, DOCUMENT),
-    "multifieldqa_zh": Dataset(64, scores.f1_chinese, CHINESE_QUESTION),
-    "hotpotqa": Dataset(32, scores.f1_english, PASSAGES),
-    "2wikimqa": Dataset(32, scores.f1_english, PASSAGES),
-    "musique": Dataset(32, scores.f1_english, PASSAGES),
-    "dureader": Dataset(128, scores.rouge_l_chinese, CHINESE_QUESTION),
-    "gov_report": Dataset(512, scores.rouge_l, SUMMARY),
-    "qmsum": Dataset(512, scores.rouge_l, QUERY),
-    "multi_news": Dataset(512, scores.rouge_l, SUMMARY),
-    "vcsum": Dataset(512, scores.rouge_l_chinese, CHINESE_SUMMARY),
-    "trec": Dataset(64, scores.classification, EXAMPLES, is_few_shot=True, is_plain=True),
-    "triviaqa": Dataset(32, scores.f1_english, EXAMPLES, is_few_shot=True, is_plain=True),
-    "samsum": Dataset(128, scores.rouge_l, EXAMPLES, is_few_shot=True, is_plain=True),
-    "lsht": Dataset(64, scores.classification, EXAMPLES, is_few_shot=True, is_plain=True),
-    "passage_count": Dataset(32, scores.count, COUNT),
-    "passage_retrieval_en": Dataset(32, scores.retrieval, WHICH),
-    "passage_retrieval_zh": Dataset(32, scores.retrieval_chinese, CHINESE_WHICH),
-    "lcc": Dataset(64, scores.code_similarity, CODE, is_plain=True),
-    "repobench-p": Dataset(64, scores.code_similarity, CODE, is_plain=True),
+    "narrativeqa": Dataset(scores.f1_english, DOCUMENT),
+    "qasper": Dataset(scores.f1_english, ARTICLE),
+    "multifieldqa_en": Dataset(scores.f1_english, DOCUMENT),
+    "multifieldqa_zh": Dataset(scores.f1_chinese, CHINESE_QUESTION),
+    "hotpotqa": Dataset(scores.f1_english, PASSAGES),
+    "2wikimqa": Dataset(scores.f1_english, PASSAGES),
+    "musique": Dataset(scores.f1_english, PASSAGES),
+    "dureader": Dataset(scores.rouge_l_chinese, CHINESE_QUESTION),
+    "gov_report": Dataset(scores.rouge_l, SUMMARY),
+    "qmsum": Dataset(scores.rouge_l, QUERY),
+    "multi_news": Dataset(scores.rouge_l, SUMMARY),
+    "vcsum": Dataset(scores.rouge_l_chinese, CHINESE_SUMMARY),
+    "trec": Dataset(scores.classification, EXAMPLES, is_few_shot=True, is_plain=True),
+    "triviaqa": Dataset(scores.f1_english, EXAMPLES, is_few_shot=True, is_plain=True),
+    "samsum": Dataset(scores.rouge_l, EXAMPLES, is_few_shot=True, is_plain=True),
+    "lsht": Dataset(scores.classification, EXAMPLES, is_few_shot=True, is_plain=True),
+    "passage_count": Dataset(scores.count, COUNT),
+    "passage_retrieval_en": Dataset(scores.retrieval, WHICH),
+    "passage_retrieval_zh": Dataset(scores.retrieval_chinese, CHINESE_WHICH),
+    "lcc": Dataset(scores.code_similarity, CODE, is_plain=True),
+    "repobench-p": Dataset(scores.code_similarity, CODE, is_plain=True),
 }
 
 
@@ -106,7 +103,7 @@ def check_packages(config: LongBenchTask) -> None:
     """Tell that a package is missing before anything is done for answers that it is to score.
 
     Raises:
-        ValueError: it is not installed, or there is no such dataset.
+        ValueError: it is not installed.
     """
     needed = {
         name: [each for each in _packages(name) if find_spec(each) is None]
@@ -125,7 +122,7 @@ def longbench(config: LongBenchTask, tokenizer: Tokenizer) -> Task:
     """The samples of the chosen datasets, one cell for each.
 
     Raises:
-        ValueError: there is no such dataset, or a file is not what it should be.
+        ValueError: a file is not what it should be.
         OSError: a file cannot be read.
     """
     datasets = {name: _dataset(name) for name in config.datasets}
@@ -152,7 +149,7 @@ def longbench(config: LongBenchTask, tokenizer: Tokenizer) -> Task:
                     unit=f"{name}/{number}",
                     prompt=frame.around(ids),
                     references=tuple(row.answers),
-                    max_new_tokens=dataset.max_new_tokens,
+                    max_new_tokens=longbench_answer_tokens(name),
                     score=scorer(dataset, row.answers, row.all_classes or ()),
                 )
 
@@ -189,11 +186,4 @@ def _packages(name: str) -> tuple[str, ...]:
 
 
 def _dataset(name: str) -> Dataset:
-    known = DATASETS.get(name.removesuffix(EXTENDED))
-    if known is None:
-        near = difflib.get_close_matches(name, DATASETS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"tasks: longbench: no dataset {name!r}{hint} (there are {', '.join(DATASETS)})"
-        )
-    return known
+    return DATASETS[name.removesuffix(EXTENDED)]

@@ -24,7 +24,7 @@ def mqar(config: MqarTask, tokenizer: Tokenizer) -> Task:
     """The samples, of exactly `length` ids.
 
     Raises:
-        ValueError: a length or the vocabulary has no room for the pairs.
+        ValueError: the vocabulary has no room for the pairs.
     """
     vocabulary = config.vocabulary or tokenizer.vocab_size
     ids = [index for index in range(vocabulary) if index not in tokenizer.control_tokens]
@@ -33,11 +33,6 @@ def mqar(config: MqarTask, tokenizer: Tokenizer) -> Task:
         raise ValueError(
             f"tasks: mqar: vocabulary={vocabulary} must lie in [2 x pairs = {2 * config.pairs} and "
             f"control tokens, the tokenizer's {tokenizer.vocab_size}]"
-        )
-    shortest = 4 * config.pairs
-    if min(config.lengths) < shortest:
-        raise ValueError(
-            f"tasks: mqar: lengths={min(config.lengths)} must be at least 4 x pairs={shortest}"
         )
 
     def samples() -> Iterator[ForcedSample]:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nsa_platform import storage
+from nsa_platform.config.base import plain_message
 
 
 class FileRow(BaseModel):
@@ -90,5 +91,5 @@ def _checked(place: str, tree: Any, model: type[R], source: str) -> R:
         raise ValueError(f"{place} has no {', '.join(missing)}; it should be {source}")
     problem = found[0]
     field = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ")
+    message = plain_message(problem["msg"])
     raise ValueError(f"{place}: {field}={reprlib.repr(problem['input'])}: {message}")

@@ -49,7 +49,7 @@ def test_blank_lines_and_a_byte_order_mark_are_no_rows(tmp_path: Path, content: 
     [
         ('{"text": "a"}\n\n{"text": oops}', r"line 3, column 10: Expecting value"),
         ('[{"text": "a"},\n{"text": oops}]', r"line 2, column 10: Expecting value"),
-        ('{"text": "a"}\n\n{"text": 7}', r"line 3: text=7: Input should be a valid string"),
+        ('{"text": "a"}\n\n{"text": 7}', r"line 3: text=7: must be a valid string"),
         ('[{"text": "a"}, 7]', r"row 2 is no object, got 7; it should be notes"),
         (b"\x93NUMPY\x01", r"is no UTF-8 text \(byte 0\); it should be notes"),
         ("\n\n", r"holds no row; it should be notes"),
@@ -81,11 +81,11 @@ LONG_ROW = {
         ("passage_retrieval_zh", {"answers": ["Paragraph 7"]}, "answers.0='Paragraph 7': .*'段落"),
         ("passage_count", {"answers": ["many"]}, "answers.0='many': "),
         ("qasper", {"answers": [1001]}, "answers.0=1001: "),
-        ("qasper", {"answers": "Karl"}, "answers='Karl': Input should be a valid list"),
-        ("qasper", {"answers": []}, r"answers=\[\]: List should have at least 1"),
+        ("qasper", {"answers": "Karl"}, "answers='Karl': must be a list"),
+        ("qasper", {"answers": []}, r"answers=\[\]: must have at least 1"),
         ("qasper", {"context": None}, "context=None: "),
-        ("qasper_e", {"length": "100"}, "length='100': Input should be a valid integer"),
-        ("trec", {}, "all_classes=None: Input should be a valid list"),
+        ("qasper_e", {"length": "100"}, "length='100': must be a valid integer"),
+        ("trec", {}, "all_classes=None: must be a list"),
     ],
 )
 def test_rows_of_longbench(corpus, tmp_path: Path, dataset: str, changes: Any, said: str) -> None:
@@ -123,8 +123,8 @@ CHOICE_ROW = {
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"length": 3}, "length=3: Input should be 'short', 'medium' or 'long'"),
-        ({"answer": "E"}, "answer='E': Input should be 'A', 'B', 'C' or 'D'"),
+        ({"length": 3}, "length=3: must be 'short', 'medium' or 'long'"),
+        ({"answer": "E"}, "answer='E': must be 'A', 'B', 'C' or 'D'"),
         ({"context": None}, "context=None: "),
     ],
 )
@@ -151,7 +151,7 @@ def test_prompts_of_version_2(corpus, tmp_path: Path, prompt: str, mark: str) ->
         (b'{"problem": "x", "answer": -3}', "line 1: answer=-3: must be an integer from 0 to 999"),
         (b'{"problem": "x", "answer": "-3"}', "line 1: answer='-3': must be .* from 0 to 999"),
         (b'{"problem": "x", "answer": 1000}', "line 1: answer=1000: must be .* from 0 to 999"),
-        (b'{"problem": {"x": 1}, "answer": 3}', "line 1: problem={'x': 1}: Input should be"),
+        (b'{"problem": {"x": 1}, "answer": 3}', "line 1: problem={'x': 1}: must be"),
     ],
 )
 def test_rows_of_problems(corpus, tmp_path: Path, content: bytes, said: str) -> None:
