@@ -197,7 +197,7 @@ def page(folder: Path) -> str:
             try:
                 rows.append(_row(claim, records))
                 again += [_again(claim, records)] if claim.command else []
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 raise ValueError(f"{folder / CLAIMS}: claim {claim.id}: {error}") from None
         sections.append(_section(part.title, rows, again))
     return "\n".join([HEAD, _summary(claims), *sections])

@@ -6,7 +6,7 @@ r"""Needle grids of evaluations as one record and one picture: models, and polic
 Takes the MLflow runs of jobs.evaluate, whose ids it prints at its end. The share of numbers that
 a model writes exactly comes with Wilson's interval of 95 %, over the grid and for each length;
 policies that were measured beside it follow under its name, the best first, each with a map of its
-own.
+own and with what it read at each length, per query and as the union over a group.
 """
 
 import argparse
@@ -36,7 +36,10 @@ def record(run_ids: Sequence[str], *, uri: str) -> dict[str, Any]:
         raise ValueError("a run must be named once")
     grids, commits, devices = [], set(), set()
     for run_id in run_ids:
-        run, results = read_run(uri, run_id), read_json(uri, run_id, RESULTS)
+        run = read_run(uri, run_id)
+        if (job := run.tags.get("nsa.job")) != "evaluate":
+            raise ValueError(f"{run.name}: must be a run of jobs.evaluate, is one of {job}")
+        results = read_json(uri, run_id, RESULTS)
         if results.get("needle") is None:
             raise ValueError(f"{run.name}: its evaluation had no needles")
         try:
@@ -84,6 +87,7 @@ def _policies(
             "cells": _cells(
                 (row for row in rows if row["policy"] == name), grid["lengths"], grid["depths"]
             ),
+            "reads": each["reads"],
         }
         for name, each in ranked
     }
@@ -110,6 +114,16 @@ def _records(grid: dict[str, Any]) -> list[dict[str, Any]]:
     for policy, each in grid["policies"].items():
         low, high = each["interval"]
         found.append(_record(f"{name}/{policy}", each["exact"], low, high))
+        found += [
+            {
+                "name": f"{grid['run']}/{policy}/{read['phase']}/{read['length']}",
+                "value": read["count"]["keys_per_query"],
+                "unit": "keys per query",
+                **read["count"],
+            }
+            for read in each["reads"]
+            if read["task"] == "needle"
+        ]
     return found
 
 
@@ -127,7 +141,8 @@ def draw(result: dict[str, Any]) -> bytes:
     maps = {}
     for grid in result["grids"]:
         for name, each in {"": grid, **grid["policies"]}.items():
-            title = f"{grid['run']} {name}".rstrip() + f": {each['exact']:.1%}"
+            run = grid["run"] if len(result["grids"]) > 1 or not name else ""
+            title = f"{run} {name}".strip() + f": {each['exact']:.1%}"
             shares = [[sum(cell) / len(cell) for cell in row] for row in each["cells"]]
             maps[title] = grid["lengths"], grid["depths"], shares
     return figures.png(figures.needle_maps(maps, title="Needles: numbers written exactly"))
@@ -156,7 +171,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (OSError, ValueError, library.MlflowException) as error:
         fail(str(error))
     for each in result["records"]:
-        print(f"{each['name']}: {each['value']:.3f} ({each['low']:.3f} to {each['high']:.3f})")
+        interval = f" ({each['low']:.3f} to {each['high']:.3f})" if "low" in each else ""
+        print(f"{each['name']}: {each['value']:,.3f}{interval} {each['unit']}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from jobs.sweep_record import Trial, record_of, write_record
 from jobs.trainer import make_fitting, num_validators, say_if_too_small
 from jobs.training_inputs import Inputs, find_origin, inspect, private_folder, read_finished
 from nsa_platform import storage
-from nsa_platform.config.base import ConfigError
+from nsa_platform.config.base import ConfigError, read_yaml
 from nsa_platform.config.locations import resolve_locations
 from nsa_platform.config.runs import PretrainRun, SweepRun
 from nsa_platform.model.cost import count_parameters
@@ -197,6 +197,10 @@ def _resolve(config: SweepRun, number: int, seed: int) -> PretrainRun:
         f"data.seed={seed}",
         f"tracking.parent={config.name}",
     ]
+    try:
+        read_yaml(config.base)
+    except ConfigError as error:
+        raise ConfigError(f"base: {error}") from None
     try:
         return resolve_locations(PretrainRun.load(config.base, overrides), Path.cwd())
     except ConfigError as error:

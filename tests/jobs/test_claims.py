@@ -84,7 +84,7 @@ def test_a_new_measurement_changes_the_page(copy: Path) -> None:
 def test_what_is_wrong_is_named(copy: Path) -> None:
     text = (copy / CLAIMS).read_text()
     (copy / CLAIMS).write_text(text.replace("status: reproduced", "status: proven", 1))
-    with pytest.raises(ConfigError, match=r"parts\.1\.claims\.0\.status: must be 'repro"):
+    with pytest.raises(ConfigError, match=r"parts\.0\.claims\.3\.status: must be 'repro"):
         page(copy)
     (copy / CLAIMS).write_text(text.replace("#64k/full/forward", "#64k/fool/forward", 1))
     with pytest.raises(ValueError, match=r"kernels\.json#64k/fool/forward: no such record"):

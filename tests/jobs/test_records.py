@@ -154,7 +154,13 @@ def test_needles_of_evaluations_the_best_first(
     ids = []
     for name, lost in (("worse", 3), ("better", 1)):
         handle = open_run(
-            tracking, job="x", name=name, params={}, tags={}, yaml_text="", queue_dir=tmp_path
+            tracking,
+            job="evaluate",
+            name=name,
+            params={},
+            tags={},
+            yaml_text="",
+            queue_dir=tmp_path,
         )
         tracker = Tracker(handle)
         cells = [(length, depth) for length in (64, 128) for depth in (0.0, 1.0)] * 2
@@ -162,7 +168,12 @@ def test_needles_of_evaluations_the_best_first(
             {"length": length, "depth": depth, "exact": float(number >= lost)}
             for number, (length, depth) in enumerate(cells)
         ]
-        policy = {"needle_exact": 0.25, "intervals": {"needle_exact": [0.1, 0.5]}}
+        count = {"queries": 9, "keys_per_query": 7.0, "union_per_group": 8.0, "bytes_per_step": 1.0}
+        reads = [
+            {"task": task, "length": 64, "phase": "decode", "count": count}
+            for task in ("needle", "vt")
+        ]
+        policy = {"needle_exact": 0.25, "intervals": {"needle_exact": [0.1, 0.5]}, "reads": reads}
         results = {
             "device": "cpu",
             "needle": {"exact": 1 - lost / 8, "trials": trials},
@@ -180,22 +191,31 @@ def test_needles_of_evaluations_the_best_first(
     command = [*ids, "--uri", tracking.uri, "--json", str(target), "--picture", str(picture)]
     needle_record.main(command)
     found = json.loads(target.read_text())
-    values = {each["name"]: (each["value"], each["low"]) for each in found["records"]}
+    values = {each["name"]: (each["value"], each.get("low")) for each in found["records"]}
+    (read,) = (each for each in found["records"] if each["name"] == "worse/low/decode/64")
+    assert (read["value"], read["union_per_group"], read["unit"]) == (7.0, 8.0, "keys per query")
     assert [grid["run"] for grid in found["grids"]] == ["better", "worse"]
     # The first needles are lost: 64/0.0, 64/1.0 and 128/0.0 of the worse run's eight.
     assert values["worse/needle_exact"] == (0.625, pytest.approx(0.3057, abs=1e-4))
     assert [values[f"worse/needle_exact/{length}"][0] for length in (64, 128)] == [0.5, 0.75]
     assert found["grids"][1]["cells"] == [[[0, 1], [0, 1]], [[0, 1], [1, 1]]]
     assert found["grids"][1]["policies"]["low"]["cells"] == found["grids"][1]["cells"]
-    assert list(values)[3:5] == ["better/needle_exact/high", "better/needle_exact/low"]
+    ranked = [name for name in values if name.startswith("better/needle_exact/")]
+    assert ranked[2:] == ["better/needle_exact/high", "better/needle_exact/low"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "better/needle_exact: 0.875" in capsys.readouterr().out
     for runs, line in ((["0" * 32], "0" * 32), ([ids[0], ids[0]], "a run must be named once")):
         with pytest.raises(SystemExit):
             needle_record.main([*runs, *command[2:]])
         assert line in capsys.readouterr().err
+    other = open_run(
+        tracking, job="sft", name="other", params={}, tags={}, yaml_text="", queue_dir=tmp_path
+    )
+    assert Tracker(other).finish("FINISHED") == 0
+    with pytest.raises(ValueError, match=r"other: must be a run of jobs\.evaluate, is one of sft"):
+        needle_record.record([str(other.run_id)], uri=tracking.uri)
     older = open_run(
-        tracking, job="x", name="older", params={}, tags={}, yaml_text="", queue_dir=tmp_path
+        tracking, job="evaluate", name="older", params={}, tags={}, yaml_text="", queue_dir=tmp_path
     )
     tracker = Tracker(older)
     tracker.log_dict({"needle": {"exact": 1, "trials": trials}}, "evaluation/results.json")

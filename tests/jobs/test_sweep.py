@@ -71,7 +71,7 @@ def test_sizes_are_swept_around_the_papers() -> None:
             {"variants": [{"name": "a"}, {"name": "b", "overrides": ["storage=/elsewhere"]}]},
             "b: cluster and storage must be those of a",
         ),
-        ({"base": "nowhere.yaml"}, r"variants.0 \(wide\): nowhere.yaml: cannot be read"),
+        ({"base": "nowhere.yaml"}, "^base: nowhere.yaml: cannot be read"),
     ],
 )
 def test_what_is_wrong_is_told_before_anything_starts(changes: dict[str, Any], told: str) -> None:

@@ -31,7 +31,7 @@ def needle_map(
     low, high = (0.0, 1.0) if percent else (-reach, reach)
     heat(figure, axes, values, label=label, percent=percent, low=low, high=high, map_="RdYlGn")
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
-    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    axes.set_yticks(range(len(depths)), [f"{100 * depth:g}%" for depth in depths])
     return figure
 
 
@@ -59,7 +59,7 @@ def needle_maps(
         dress(axes, name, x="context length (tokens)", y="depth of the needle")
         heat(figure, axes, values, label="", percent=True, low=0.0, high=1.0, map_="RdYlGn")
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=30)
-        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+        axes.set_yticks(range(len(depths)), [f"{100 * depth:g}%" for depth in depths])
     return figure
 
 
