@@ -73,7 +73,7 @@ def _plot(
     unit: str,
     lines: dict[tuple[str, str, str], list[tuple[int, float]]],
 ) -> None:
-    """Lines over powers of two, a label at every context."""
+    """Lines over powers of two, which have labels, as has the longest context."""
     for (name, color, line), points in lines.items():
         xs, ys = zip(*points, strict=True)
         axes.plot(xs, ys, color=color, linestyle=line, marker="o", markersize=4, label=name)
@@ -81,7 +81,7 @@ def _plot(
     axes.set_yscale("log")
     contexts = sorted({x for points in lines.values() for x, _ in points})
     # Points between the powers of two have no room for a label.
-    ticks = [x for x in contexts if x & (x - 1) == 0] or contexts
+    ticks = [x for x in contexts if x & (x - 1) == 0 or x == contexts[-1]]
     axes.set_xticks(ticks, [f"{round(x / 1024)}k" for x in ticks])
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.minorticks_off()
