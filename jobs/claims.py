@@ -49,9 +49,10 @@ HEAD = """# Claims
 What articles about Native Sparse Attention and its paper (arXiv 2502.11089) claim, and how each
 claim stands here. What is measured comes from the records under [results/](../results); below each
 table stands what measures it again, and the device, commit and date of the record. Where a test
-measures it there is no record: it holds at every commit, on any machine. MLflow runs are not named,
-for their store does not come with the repository. A claim says "not measured yet" until there is a
-record. `python -m jobs.claims` writes this page.
+measures it there is no record: it holds at every commit, on any machine. MLflow runs are named by
+the beginning of their ids, where a record comes of one; their store does not come with the
+repository. A claim says "not measured yet" until there is a record. `python -m jobs.claims` writes
+this page.
 """
 
 
@@ -161,7 +162,8 @@ class Records:
             raise ValueError(f"show={figure.show!r} cannot be filled in: {error}") from None
 
     def origins(self, claim: Claim) -> list[str]:
-        """Device, commit and date of all records behind a claim, each once.
+        """Device, commit and date of all records behind a claim, each once, and the MLflow runs
+        that they come of.
 
         Raises:
             ValueError: a record does not say one of them.
@@ -171,7 +173,15 @@ class Records:
             for figure in claim.figures.values()
             for reference in (*figure.of, *figure.over)
         ]
-        return list(dict.fromkeys(map(self._origin, places)))
+        runs: dict[str, list[str]] = {}
+        for place in places:
+            run = self.record(place).get("run_id", "")[:8]
+            known = runs.setdefault(self._origin(place), [])
+            known += [run] if run and run not in known else []
+        return [
+            f"{origin}, MLflow {', '.join(known)}" if known else origin
+            for origin, known in runs.items()
+        ]
 
     def _origin(self, place: str) -> str:
         record = self.record(place)

@@ -57,7 +57,9 @@ def record(run_ids: Sequence[str], *, uri: str) -> dict[str, Any]:
         "device": ", ".join(sorted(devices)),
         "commit": ", ".join(sorted(commits)),
         "date": datetime.now(UTC).date().isoformat(),
-        "records": [each for grid in grids for each in _records(grid)],
+        "records": [
+            {**each, "run_id": grid["run_id"]} for grid in grids for each in _records(grid)
+        ],
         "grids": grids,
     }
 
