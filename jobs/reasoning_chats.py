@@ -19,7 +19,7 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
-from jobs.cli import fail, interruptible
+from jobs.cli import fail, interruptible, warn
 from nsa_platform import storage
 from nsa_platform.evaluate.tasks.aime import PROMPT
 
@@ -173,6 +173,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--steps must be at least 1, got {min(options.steps)}")
     output = options.output if "://" in options.output else str(Path(options.output))
     try:
+        if storage.exists(storage.join(output, "problems.jsonl")):
+            warn(f"{output}: the problems and chats that were there are replaced")
         write_files(
             output,
             chats=options.chats,

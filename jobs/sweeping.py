@@ -43,8 +43,12 @@ class Sweep:
         """Resolve every run.
 
         Raises:
-            ConfigError: one of them is wrong, or wants other workers than the first.
+            ConfigError: the base or one of them is wrong, or wants other workers than the first.
         """
+        try:
+            read_yaml(config.base)
+        except ConfigError as error:
+            raise ConfigError(f"base: {error}") from None
         trials = [
             Trial(variant.name, seed, _resolve(config, number, seed))
             for number, variant in enumerate(config.variants)
@@ -197,10 +201,6 @@ def _resolve(config: SweepRun, number: int, seed: int) -> PretrainRun:
         f"data.seed={seed}",
         f"tracking.parent={config.name}",
     ]
-    try:
-        read_yaml(config.base)
-    except ConfigError as error:
-        raise ConfigError(f"base: {error}") from None
     try:
         return resolve_locations(PretrainRun.load(config.base, overrides), Path.cwd())
     except ConfigError as error:

@@ -65,8 +65,11 @@ def test_a_problem_of_128_steps_has_names_enough():
         job.names(216)
 
 
-def test_what_is_written_is_what_the_task_asks(tmp_path: Path):
-    job.main([str(tmp_path), "--chats", "12", "--problems", "4", "--steps", "2", "8"])
+def test_what_is_written_is_what_the_task_asks(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    command = [str(tmp_path), "--chats", "12", "--problems", "4", "--steps", "2", "8"]
+    for told in ("", f"warning: {tmp_path}: the problems and chats that were there are replaced\n"):
+        job.main(command)
+        assert capsys.readouterr().err == told
     read = {
         name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         for name in ("text", "chats", "problems")

@@ -25,11 +25,11 @@ def decode_arithmetic(
     read, intensity = figure.subplots(1, 2)
     dress(read, "what is read", x="tokens of context", y="MiB")
     dress(intensity, "arithmetic intensity", x="tokens of context", y="FLOPs per byte")
-    # Full attention lies below the lines that it shares bytes or intensity with.
-    styles = {"nsa": (VALID, "-", 1.8), "full": (TRAIN, "-", 6.0), "mla": (INK, "-.", 1.4)}
+    # Full attention is broad and below the lines that it shares bytes or intensity with.
+    styles = {"nsa": (VALID, "-", 1.8, 3), "full": (TRAIN, "-", 6.0, 2), "mla": (INK, "-.", 1.4, 3)}
     for system, points in lines.items():
-        color, line, width = styles[system]
-        style = {"color": color, "label": system, "linewidth": width, "zorder": 2 + 1 / width}
+        color, line, width, order = styles[system]
+        style = {"color": color, "label": system, "linewidth": width, "zorder": order}
         contexts = [context for context, _, _ in points]
         sizes = [size / 2**20 for _, size, _ in points]
         read.plot(contexts, sizes, line, **style)
