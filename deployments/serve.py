@@ -16,7 +16,7 @@ import re
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ray import serve
@@ -65,7 +65,15 @@ def served(file: ServeFile) -> Iterator[str]:
             raise DeployError(_reason(application.name) or str(error)) from None
         host = "127.0.0.1" if http.host == "0.0.0.0" else http.host
         yield f"http://{host}:{http.port}{application.route_prefix.rstrip('/')}"
-    finally:
+    except DeployError:
+        # What does not start may not stop in time either: the reason is worth more than that.
+        with suppress(TimeoutError):
+            serve.delete(application.name)
+        raise
+    except BaseException:
+        serve.delete(application.name)
+        raise
+    else:
         serve.delete(application.name)
 
 
