@@ -24,7 +24,7 @@ from nsa_platform.serve.step_cost import CostModel
 
 # Of the order of a model of a billion parameters on one GPU: 20 ms of launches, 50,000 prompt
 # tokens a second at the beginning of a context, fewer further on.
-COST = (0.02, 2e-5, 8e-11, 2e-4, 1e-9)
+COST = (0.02, 0.0, 2e-5, 8e-11, 2e-4, 1e-9)
 INTERVAL_S = 5.0
 """Between two decisions."""
 START_S = 40.0

@@ -41,8 +41,9 @@ class EngineConfig(Strict):
     """Tokens of one step: one for each request that decodes, the rest for chunks of prompts."""
     max_step_ms: PositiveFloat | None = 40.0
     """Chunks of prompts are cut so that a step takes no longer, as measured steps predict, or half
-    as long again as it would take without prompts: a decode waits no longer for its next token, a
-    short prompt no longer for its turn. null: as long as max_num_batched_tokens make it."""
+    as long again as it would take without their tokens: a decode waits no longer for its next
+    token, a short prompt no longer for its turn. Steps with prompts are launched kernel by kernel,
+    which may take longer than this by itself. null: as long as max_num_batched_tokens make it."""
     max_num_partial_prefills: PositiveInt = 8
     """Prompts that share a step's tokens."""
     max_long_partial_prefills: PositiveInt = 4

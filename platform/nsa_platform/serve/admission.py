@@ -10,7 +10,7 @@ may end earlier.
 import math
 
 from nsa_platform.serve.request import Request
-from nsa_platform.serve.scheduler import LEAST_FOR_PROMPTS, Scheduler
+from nsa_platform.serve.scheduler import Scheduler
 from nsa_platform.serve.step_cost import StepWork
 
 MEAN_PROMPT_TOKENS = 1024.0
@@ -50,10 +50,9 @@ def predicted_ttft_s(scheduler: Scheduler, num_tokens: int, priority: int = 0) -
             work += theirs[request]
         elif request.deficit > scheduler.shares.max_deficit:
             work += min(theirs[request], cost.prompt_seconds(int(request.deficit), 0))
-    fixed = _decode_s(scheduler)
+    fixed = cost.seconds_beside_prompts(_decodes(scheduler))
     in_a_step = cost.prompt_seconds(limits.max_step_tokens, 0)
-    if limits.max_step_s is not None:
-        in_a_step = min(in_a_step, max(limits.max_step_s - fixed, fixed * LEAST_FOR_PROMPTS))
+    in_a_step = min(in_a_step, scheduler.seconds_for_prompts(fixed))
     num_steps = math.ceil(work / in_a_step) if in_a_step > 0.0 else 1
     filled = min(num_steps * in_a_step, own + sum(theirs.values()))
     return max(filled, _pages_s(scheduler, num_tokens) + own) + num_steps * fixed
@@ -79,22 +78,22 @@ def _num_to_go(request: Request) -> int:
     return min(request.num_pending, request.num_to_compute)
 
 
-def _decode_s(scheduler: Scheduler) -> float:
-    """Time of a step of all requests that decode, without prompts."""
-    contexts = [r.num_tokens for r in scheduler.running if r.is_decoding]
-    work = StepWork(num_decodes=len(contexts), decode_reads=float(sum(contexts)))
-    return scheduler.cost.seconds(work)
+def _decodes(scheduler: Scheduler) -> StepWork:
+    """Work of a step of all requests that decode."""
+    return StepWork.of((), (r.num_tokens for r in scheduler.running if r.is_decoding))
 
 
 def _endings(scheduler: Scheduler) -> list[tuple[float, int]]:
     """Of each running request the seconds until it ends at the latest, and its pages; the first to
     end first."""
-    step_s, prompts_s = _decode_s(scheduler), 0.0
-    prompts = scheduler.prompts()
+    cost, decodes, prompts = scheduler.cost, _decodes(scheduler), scheduler.prompts()
+    step_s, for_prompts = cost.seconds(decodes), math.inf
     if scheduler.limits.max_step_s is not None and prompts:
-        step_s = max(scheduler.limits.max_step_s, step_s * (1 + LEAST_FOR_PROMPTS))
-    for request in prompts:
-        prompts_s += scheduler.cost.prompt_seconds(request.num_pending, request.pages.num_tokens)
+        rest = cost.seconds_beside_prompts(decodes)
+        for_prompts = scheduler.seconds_for_prompts(rest)
+        step_s = rest + for_prompts
+    prompts_s = sum(cost.prompt_seconds(r.num_pending, r.pages.num_tokens) for r in prompts)
+    prompts_s = max(prompts_s, prompts_s / for_prompts * step_s)
     endings = []
     for request in scheduler.running:
         num_left = request.params.max_tokens - len(request.output_ids)

@@ -9,7 +9,7 @@ from nsa_platform.serve.scheduler import Limits
 from nsa_platform.serve.step_cost import StepWork
 from nsa_platform.serve.trial_steps import room_for_trials, trial_step
 
-CHUNKS = (16, 128, 512, 2048)
+CHUNKS = (16, 128, 512, 2048, 8192)
 """Tokens of a chunk of a prompt."""
 LONG_CONTEXT = 32768
 NUM_DECODES = 8
@@ -36,10 +36,13 @@ def measured_steps(runner: ModelRunner, limits: Limits) -> Iterator[tuple[StepWo
 def _measured(
     runner: ModelRunner, chunks: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[StepWork, float]]:
-    """A step of chunks (new tokens, context with them), measured some times."""
+    """A step of chunks (new tokens, context with them), measured some times. Chunks of a token are
+    decodes, as they are to trial steps."""
+    prompts = [chunk for chunk in chunks if chunk[0] > 1]
+    work = StepWork.of(prompts, (context for count, context in chunks if count == 1))
     with trial_step(runner, chunks) as run:
         for repeat in range(REPEATS + 1):
             started = time.perf_counter()
             run()
             if repeat:  # the first one may compile kernels
-                yield StepWork.of(chunks), time.perf_counter() - started
+                yield work, time.perf_counter() - started

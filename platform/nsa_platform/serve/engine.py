@@ -334,8 +334,10 @@ class Engine:
     def _land(self, flight: _Flight) -> list[Output]:
         """Take a step's answer: at most one token for each of its requests that still live."""
         sampled = [] if flight.choices is None else flight.choices.collect()
+        if flight.choices is None:
+            self.runner.wait()  # or steps would queue up before the device, and decodes behind them
         now_s = time.perf_counter()
-        if self._is_measuring and sampled:  # else the device may still be at work
+        if self._is_measuring:
             self.cost.observe(flight.work, now_s - max(flight.launched_s, self._landed_s))
         self._landed_s = now_s
         pairs = zip(flight.requests, sampled, strict=True) if sampled else ()

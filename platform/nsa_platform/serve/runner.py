@@ -66,6 +66,11 @@ class ModelRunner:
         last_rows = [end - 1 for end, c in zip(ends, step.chunks, strict=True) if c.is_last]
         return self.scores(hidden, last_rows) if last_rows else None
 
+    def wait(self) -> None:
+        """Until the device has done all that it was given."""
+        if self.cache.device.type == "cuda":
+            torch.cuda.current_stream(self.cache.device).synchronize()
+
     def _ids(self, step: Step) -> Tensor:
         """The step's tokens, int64 [T]."""
         ids: list[int] = []

@@ -30,7 +30,7 @@ from nsa_platform.serve.request import Request, RequestState
 from nsa_platform.serve.step_cost import CostModel, StepWork
 
 LEAST_FOR_PROMPTS = 0.5
-"""Time for prompts in a step at least, as a share of what the step takes without them."""
+"""Time for tokens of prompts in a step at least, as a share of what the step takes without them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,11 @@ class Step:
 
     @property
     def work(self) -> StepWork:
-        return StepWork.of((c.num_tokens, c.request.pages.num_tokens) for c in self.chunks)
+        sizes = [(c.num_tokens, c.request.pages.num_tokens, c.is_decode) for c in self.chunks]
+        return StepWork.of(
+            ((count, context) for count, context, is_decode in sizes if not is_decode),
+            (context for _, context, is_decode in sizes if is_decode),
+        )
 
 
 class Scheduler:
@@ -234,6 +238,11 @@ class Scheduler:
                 begun.append(request)
         return begun
 
+    def seconds_for_prompts(self, rest: float) -> float:
+        """Time for tokens of prompts in a step whose rest takes so many seconds."""
+        limit = self.limits.max_step_s
+        return math.inf if limit is None else max(limit - rest, rest * LEAST_FOR_PROMPTS)
+
     def _may_admit(self) -> bool:
         """Whether somebody who waits may have a place, as long as nobody ends."""
         if not self.waiting or len(self.running) >= self.limits.max_num_seqs:
@@ -264,7 +273,8 @@ class Scheduler:
         if not prompts:
             return 0
         num_tokens = self.limits.max_step_tokens - len(chunks)
-        counts = self.shares.split(prompts, num_tokens, self._prompt_seconds(chunks))
+        rest = self.cost.seconds_beside_prompts(Step((*chunks.values(),), 0, ()).work)
+        counts = self.shares.split(prompts, num_tokens, self.seconds_for_prompts(rest))
         if not counts:
             counts = self.shares.split(prompts, min(num_tokens, self.book.page_size), math.inf)
         num_preempted, taken = 0, {}
@@ -276,13 +286,6 @@ class Scheduler:
                     chunks[request] = self._take(request, taken[request])
         self.shares.book(prompts, taken)
         return num_preempted
-
-    def _prompt_seconds(self, chunks: dict[Request, Chunk]) -> float:
-        """Time for prompts in a step with these decodes."""
-        if self.limits.max_step_s is None:
-            return math.inf
-        rest = self.cost.seconds(Step((*chunks.values(),), 0, ()).work)
-        return max(self.limits.max_step_s - rest, rest * LEAST_FOR_PROMPTS)
 
     def _make_room(self, request: Request, chunks: dict[Request, Chunk]) -> int:
         """Preempt requests of lower ranks that are not in the step yet, until there is a place for

@@ -1,7 +1,9 @@
 """How long a step takes: a linear model of its work, fitted to measured steps. No tensors.
 
 With NSA both the work of a token and what it reads grow linearly with its context, and so they do
-with full attention: five coefficients suffice. All are times, so none is negative.
+with full attention: six coefficients suffice. All are times, so none is negative. Two of them are
+fixed: steps of decodes alone may be replayed from a graph, those with prompts are launched kernel
+by kernel.
 """
 
 import math
@@ -30,32 +32,39 @@ class StepWork:
     """Sum of their contexts."""
 
     @classmethod
-    def of(cls, chunks: Iterable[tuple[int, int]]) -> Self:
-        """Work of chunks (new tokens, context with them). One new token counts as decoding."""
-        tokens = decodes = 0
+    def of(cls, prompts: Iterable[tuple[int, int]], decodes: Iterable[int] = ()) -> Self:
+        """Work of chunks of prompts (new tokens, context with them), and of decodes (contexts)."""
+        tokens = num_decodes = 0
         reads = decode_reads = 0.0
-        for count, context in chunks:
-            if count == 1:
-                decodes += 1
-                decode_reads += context
-            else:
-                tokens += count
-                reads += count * (context - count / 2)
-        return cls(tokens, reads, decodes, decode_reads)
+        for count, context in prompts:
+            tokens += count
+            reads += count * (context - count / 2)
+        for context in decodes:
+            num_decodes += 1
+            decode_reads += context
+        return cls(tokens, reads, num_decodes, decode_reads)
 
     def features(self) -> tuple[float, ...]:
-        return (1.0, self.num_prompt_tokens, self.prompt_reads, self.num_decodes, self.decode_reads)
+        has_prompts = float(self.num_prompt_tokens > 0)
+        return (
+            1.0,
+            has_prompts,
+            self.num_prompt_tokens,
+            self.prompt_reads,
+            self.num_decodes,
+            self.decode_reads,
+        )
 
 
 class CostModel:
     """Seconds of a step. Without observations it knows nothing and says 0."""
 
-    def __init__(self, coefficients: Iterable[float] = (0.0, 0.0, 0.0, 0.0, 0.0)) -> None:
-        """Coefficients: seconds of a step, of a prompt token, of a token that it reads, of a
-        decode, of a token that it reads."""
+    def __init__(self, coefficients: Iterable[float] = (0.0,) * 6) -> None:
+        """Coefficients: seconds of a step, of its having prompts, of a prompt token, of a token
+        that it reads, of a decode, of a token that it reads."""
         self.coefficients = tuple(coefficients)
         if len(self.coefficients) != len(StepWork().features()) or min(self.coefficients) < 0:
-            raise ValueError(f"coefficients={self.coefficients} must be five numbers >= 0")
+            raise ValueError(f"coefficients={self.coefficients} must be six numbers >= 0")
         size = len(self.coefficients)
         self._squares = [[0.0] * size for _ in range(size)]
         self._products = [0.0] * size
@@ -71,17 +80,21 @@ class CostModel:
         pairs = zip(self.coefficients, work.features(), strict=True)
         return sum(coefficient * feature for coefficient, feature in pairs)
 
+    def seconds_beside_prompts(self, decodes: StepWork) -> float:
+        """Predicted time of a step with prompts, without that of their tokens."""
+        return self.seconds(decodes) + self.coefficients[1]
+
     def prompt_seconds(self, num_tokens: int, start: int) -> float:
         """Predicted time of a prompt's tokens [start, start + num_tokens), without the fixed part
         of the steps that they take."""
-        _, per_token, per_read, _, _ = self.coefficients
+        per_token, per_read = self.coefficients[2:4]
         return num_tokens * (per_token + per_read * (start + num_tokens / 2))
 
     def tokens_within(self, seconds: float, start: int) -> int:
         """How many tokens of a prompt, from its token `start` on, take that long."""
         if math.isinf(seconds):
             return MANY
-        _, per_token, per_read, _, _ = self.coefficients
+        per_token, per_read = self.coefficients[2:4]
         # per_read / 2 n^2 + (per_token + per_read start) n = seconds
         linear = per_token + per_read * start
         divisor = linear + math.sqrt(linear**2 + 2 * per_read * seconds)

@@ -13,7 +13,7 @@ from nsa_platform.serve.scheduler import Limits, Scheduler
 from nsa_platform.serve.step_cost import CostModel
 
 # 10 ms a step, 1 ms a prompt token, 1 ms a decode.
-COST = (0.01, 0.001, 0.0, 0.001, 0.0)
+COST = (0.01, 0.0, 0.001, 0.0, 0.001, 0.0)
 
 
 def scheduler_of(num_pages: int = 1000, **limits) -> Scheduler:
@@ -51,14 +51,16 @@ def time_to_first(scheduler: Scheduler, request: Request) -> float:
     return seconds
 
 
+@pytest.mark.parametrize("having_prompts_s", [0.0, 0.08])
 @pytest.mark.parametrize("num_tokens", [1, 20, 200, 900])
 @pytest.mark.parametrize(
     "others",
     [[], [(500, 30)], [(50, 400), (30, 400), (700, 5)], [(300, 50)] * 7, [(1, 500)] * 5],
     ids=["idle", "long", "mixed", "many", "decodes"],
 )
-def test_predictions_are_near_what_happens(others, num_tokens):
+def test_predictions_are_near_what_happens(others, num_tokens, having_prompts_s):
     scheduler = scheduler_of()
+    scheduler.cost.coefficients = (COST[0], having_prompts_s, *COST[2:])
     for number, (num_prompt, max_tokens) in enumerate(others):
         add(scheduler, number, num_prompt, max_tokens)
     if others:
@@ -97,7 +99,7 @@ def test_long_prompts_wait_for_a_place_and_for_pages():
 
 def test_an_engine_that_knows_nothing_promises_nothing():
     scheduler = scheduler_of()
-    scheduler.cost.coefficients = (0.0,) * 5
+    scheduler.cost.coefficients = (0.0,) * 6
     add(scheduler, 0, 3000)
     assert predicted_ttft_s(scheduler, 1000) == next_end_s(scheduler) == 0.0
 
@@ -114,7 +116,7 @@ GREEDY = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
 
 
 def test_what_comes_too_late_is_refused_at_once(engine):
-    engine.cost.coefficients = (0.01, 0.01, 0.0, 0.01, 0.0)
+    engine.cost.coefficients = (0.01, 0.0, 0.01, 0.0, 0.01, 0.0)
     engine.add("a", [1] * 60, GREEDY)
     with pytest.raises(QueueFull, match=r"come after 1\.\d s, and max_ttft_s is 1") as refusal:
         engine.add("b", [1] * 70, GREEDY)
@@ -134,7 +136,7 @@ def test_what_comes_too_late_is_refused_at_once(engine):
 def test_a_full_queue_tells_when_a_place_is_free(engine):
     for number in range(4):
         engine.add(str(number), [1, 2], GREEDY)
-    engine.cost.coefficients = (0.1, 0.0, 0.0, 0.0, 0.0)
+    engine.cost.coefficients = (0.1, 0.0, 0.0, 0.0, 0.0, 0.0)
     engine.step()
     with pytest.raises(QueueFull, match="4 requests run or wait") as refusal:
         engine.add("one more", [1], GREEDY)
@@ -174,3 +176,16 @@ def test_calibration_measures_and_leaves_nothing(engine):
         engine.step()
         engine.check()
     assert engine.cost.coefficients != before
+
+
+def test_every_step_is_learnt_from(engine, monkeypatch):
+    engine.calibrate()
+    works = []
+    monkeypatch.setattr(engine.cost, "observe", lambda work, seconds: works.append((work, seconds)))
+    engine.add("a", [1] * 90, SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True))
+    while engine.has_work:
+        engine.step()
+    # Those too of which nobody gets a token.
+    assert [work.num_prompt_tokens > 1 for work, _ in works] == [True] * (len(works) - 1) + [False]
+    assert sum(work.num_prompt_tokens for work, _ in works) == 90
+    assert all(seconds > 0.0 for _, seconds in works)

@@ -142,7 +142,7 @@ def test_wrong_requests_are_refused_before_anything_runs(serve):
 
 def test_what_would_come_too_late_is_refused_by_its_first_output(serve):
     async def body(engine: AsyncEngine) -> None:
-        engine.engine.cost.coefficients = (0.0, 0.01, 0.0, 0.0, 0.0)
+        engine.engine.cost.coefficients = (0.0, 0.0, 0.01, 0.0, 0.0, 0.0)
         short = SamplingParams(max_tokens=20)
         for _ in range(2):  # a refused id is free again
             with pytest.raises(QueueFull, match=r"max_ttft_s is 0\.5") as refusal:

@@ -30,7 +30,7 @@ def test_the_shortest_goes_first_and_the_rest_goes_on():
 
 def test_time_counts_with_the_context():
     # A token costs as many seconds as it reads.
-    shares = PromptShares(CostModel((0.0, 0.0, 1.0, 0.0, 0.0)), max_deficit=100)
+    shares = PromptShares(CostModel((0.0, 0.0, 0.0, 1.0, 0.0, 0.0)), max_deficit=100)
     fresh, old = prompt(0, 1000), prompt(1, 1000)
     old.pages.num_tokens = 900
     assert shares.split([fresh], 1000, 50.0) == {fresh: 10}

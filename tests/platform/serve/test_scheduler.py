@@ -55,7 +55,7 @@ class Machine:
         stride: int = 1,
         is_caching: bool = True,
         spare_window_pages: int = 6,
-        coefficients: tuple[float, ...] = (0.0,) * 5,
+        coefficients: tuple[float, ...] = (0.0,) * 6,
         max_step_s: float | None = None,
         **limits: int,
     ) -> "Machine":
@@ -234,7 +234,7 @@ class Arrivals(RuleBasedStateMachine):
             max_step_tokens=max_num_seqs + extra_tokens,
             block=block,
             stride=stride,
-            coefficients=(2.0, 1.0, 0.01, 0.5, 0.001),
+            coefficients=(2.0, 1.0, 1.0, 0.01, 0.5, 0.001),
             max_prompts=max_prompts,
             max_long_prompts=(max_prompts + 1) // 2,
             **fields,
@@ -328,7 +328,7 @@ def test_a_step_takes_no_longer_than_it_may():
     machine = Machine.of(
         num_pages=60,
         max_step_tokens=40,
-        coefficients=(1.0, 1.0, 0.0, 2.0, 0.0),
+        coefficients=(1.0, 0.0, 1.0, 0.0, 2.0, 0.0),
         max_step_s=10.0,
     )
     machine.add(30, 9)
@@ -343,8 +343,24 @@ def test_a_step_takes_no_longer_than_it_may():
     assert counts(machine.step()) == {"1": 1, "2": 1, "3": 1, "0": 3}
 
 
+def test_what_having_prompts_costs_is_no_share_of_their_tokens():
+    # 1 s a step, 9 s more where it has prompts, 1 s a prompt token and 1 s a decode.
+    machine = Machine.of(
+        num_pages=60,
+        max_step_tokens=40,
+        coefficients=(1.0, 9.0, 1.0, 0.0, 1.0, 0.0),
+        max_step_s=4.0,
+    )
+    machine.add(20, 9)
+    # 10 s go by without a token, and prompts may take half as long.
+    assert counts(machine.step()) == {"0": 5}
+    machine.add(2, 40)
+    assert counts(machine.step()) == {"1": 2, "0": 3}
+    assert counts(machine.step()) == {"1": 1, "0": 5}
+
+
 def test_a_step_moves_a_page_however_little_time_there_is():
-    machine = Machine.of(coefficients=(0.0, 1.0, 0.0, 0.0, 0.0), max_step_s=0.1)
+    machine = Machine.of(coefficients=(0.0, 0.0, 1.0, 0.0, 0.0, 0.0), max_step_s=0.1)
     machine.add(10, 2)
     assert counts(machine.step()) == {"0": 4}
 

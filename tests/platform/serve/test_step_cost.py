@@ -6,20 +6,20 @@ import pytest
 
 from nsa_platform.serve.step_cost import CostModel, StepWork
 
-TRUE = CostModel((0.01, 2e-5, 4e-11, 2e-4, 5e-10))
+TRUE = CostModel((0.002, 0.03, 2e-5, 4e-11, 2e-4, 5e-10))
 
 
 def work_of(chance: random.Random) -> StepWork:
-    decodes = [(1, chance.randint(1, 100_000)) for _ in range(chance.randint(0, 32))]
+    decodes = [chance.randint(1, 100_000) for _ in range(chance.randint(0, 32))]
     prompts = [
         (count, count + chance.randint(0, 200_000))
         for count in (chance.randint(2, 4096) for _ in range(chance.randint(0, 3)))
     ]
-    return StepWork.of(decodes + prompts)
+    return StepWork.of(prompts, decodes)
 
 
 def test_work_is_counted_by_chunk():
-    assert StepWork.of([(1, 100), (4, 10), (1, 7)]) == StepWork(4, 32.0, 2, 107)
+    assert StepWork.of([(4, 10), (1, 3)], [100, 7]) == StepWork(5, 34.5, 2, 107)
     assert StepWork.of([]) == StepWork()
 
 
@@ -49,11 +49,11 @@ def test_it_follows_a_device_that_becomes_slower():
 def test_what_was_not_observed_stays_as_it_is():
     cost = CostModel(TRUE.coefficients)
     for context in range(1, 65):
-        work = StepWork.of([(1, 1000 * context)])
+        work = StepWork.of([], [1000 * context])
         cost.observe(work, 3 * TRUE.seconds(work))
-    assert cost.coefficients[1:3] == TRUE.coefficients[1:3]
-    assert cost.seconds(StepWork.of([(1, 9000)])) == pytest.approx(
-        3 * TRUE.seconds(StepWork.of([(1, 9000)])), rel=0.05
+    assert cost.coefficients[1:4] == TRUE.coefficients[1:4]
+    assert cost.seconds(StepWork.of([], [9000])) == pytest.approx(
+        3 * TRUE.seconds(StepWork.of([], [9000])), rel=0.05
     )
 
 
@@ -64,9 +64,9 @@ def test_tokens_within_a_time_take_that_time(start, seconds):
     assert TRUE.prompt_seconds(count, start) <= seconds * (1 + 1e-9)
     assert TRUE.prompt_seconds(count + 1, start) > seconds * (1 - 1e-9)
     whole = TRUE.seconds(StepWork.of([(count + 2, start + count + 2)]))
-    assert whole == pytest.approx(0.01 + TRUE.prompt_seconds(count + 2, start))
+    assert whole == pytest.approx(0.032 + TRUE.prompt_seconds(count + 2, start))
 
 
 def test_negative_times_are_refused():
-    with pytest.raises(ValueError, match="five numbers >= 0"):
-        CostModel((0.1, -1.0, 0.0, 0.0, 0.0))
+    with pytest.raises(ValueError, match="six numbers >= 0"):
+        CostModel((0.1, 0.0, -1.0, 0.0, 0.0, 0.0))
