@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 from rich.progress import Progress
 
+from jobs.cli import warn
 from nsa_platform import storage
 from nsa_platform.config.data import LoaderConfig
 from nsa_platform.config.evaluate import BitsPerByteConfig, NeedleConfig, PatternSearchConfig
@@ -75,6 +76,10 @@ def check_text(run: EvaluateRun, tokenizer: Tokenizer) -> None:
         shards = ShardSet(folder, tokenizer_fingerprint=tokenizer.fingerprint)
         if keys and not shards.manifest.tokens:
             raise ValueError(f"{folder} holds no tokens, but {', '.join(keys)} reads it")
+        config = run.bits_per_byte
+        if split == "validation" and config is not None and "tokens" in config.model_fields_set:
+            if config.tokens > (held := shards.manifest.tokens):
+                warn(f"bits_per_byte.tokens={config.tokens}: {folder} holds {held}, all are read")
 
 
 def open_loader(data: str, split: str, tokenizer: Tokenizer, context_length: int) -> Loader:

@@ -1,6 +1,7 @@
 """jobs.evaluate on a small exported model: what it records, and what it refuses."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -320,6 +321,13 @@ def test_what_does_not_fit_ends_with_its_name_and_status_1(
     assert message in capsys.readouterr().err
     assert number_of_runs(place) == before
     assert not (place / "runs" / "never").exists(), "no run waits to be delivered"
+
+
+def test_more_text_than_there_is_is_said(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bits = {"context_length": 32, "position_buckets": 4, "tokens": 10**6}
+    job.main(["--config", config_file(place, needle=None, bits_per_byte=bits)])
+    warning = capsys.readouterr().err
+    assert re.search(r"tokens=1000000: .*/data/validation holds \d+, all are read", warning)
 
 
 def test_a_package_that_scores_a_task_is_missed_before_anything(

@@ -93,6 +93,14 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def yaml_problem(error: yaml.YAMLError | UnicodeDecodeError) -> str:
+    """What is wrong, and where, in one line."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{error.problem} (line {mark.line + 1}, column {mark.column + 1})"
+    return " ".join(str(error).split())
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping. Raises ConfigError if there is none to read."""
     try:
@@ -100,7 +108,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not YAML: {error}") from None
+        raise ConfigError(f"{path}: is not YAML: {yaml_problem(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must hold a mapping of keys, got {type(tree).__name__}")
     return tree
@@ -120,7 +128,9 @@ def patch(tree: dict[str, Any], overrides: Sequence[str], *, flag: str = "--set"
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise ConfigError(f"{flag} {override}: the value is not YAML: {error}") from None
+            raise ConfigError(
+                f"{flag} {override}: the value is not YAML: {yaml_problem(error)}"
+            ) from None
         node: Any = tree
         *parents, last = key.split(".")
         for parent in parents:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from jobs.cli import read_run
-from nsa_platform.config.base import ConfigError
+from nsa_platform.config.base import ConfigError, patch
 from nsa_platform.config.locations import absolute, locations, resolve_locations
 from nsa_platform.config.runs import PrepareDataRun, PretrainRun, SftRun
 
@@ -149,7 +149,16 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     path.write_text("name: a\ntrain:\n  steps: 1\n  steps: 2\n")
     with pytest.raises(ConfigError, match="key 'steps' stands twice") as caught:
         PretrainRun.load(path)
-    assert "line 4" in str(caught.value)
+    assert str(caught.value).endswith("(line 4, column 3)")
+
+
+def test_what_is_no_yaml_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("name: a\ntrain: [1,\n  steps: 2\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml: is not YAML: .* \(line 4, column 1\)$"):
+        PretrainRun.load(path)
+    with pytest.raises(ConfigError, match=r"--set name=\[: the value is not YAML: .*column 2\)$"):
+        patch(tree(), ["name=["])
 
 
 def test_a_run_survives_yaml_and_is_fingerprinted() -> None:

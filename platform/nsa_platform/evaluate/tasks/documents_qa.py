@@ -138,7 +138,7 @@ def _read(config: QaTask) -> Collection:
         collection = _squad(tree) if config.kind == "qa_1" else _hotpot(tree)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"tasks: {config.kind}: {config.file} is not {SOURCES[config.kind]}: {error!r}"
+            f"tasks: {config.kind}: {config.file} is not {SOURCES[config.kind]}: {_said(error)}"
         ) from None
     if not collection.questions:
         raise ValueError(
@@ -146,6 +146,16 @@ def _read(config: QaTask) -> Collection:
             f"be {SOURCES[config.kind]}"
         )
     return collection
+
+
+def _said(error: ValueError | KeyError | TypeError) -> str:
+    match error:
+        case KeyError():
+            return f"it has no {error} where that has one"
+        case TypeError():
+            return "it has a list where that has an object, or the other way round"
+        case _:
+            return str(error)
 
 
 def _squad(tree: Any) -> Collection:

@@ -229,7 +229,11 @@ def test_a_missing_or_wrong_file_says_which_is_wanted(corpus, tmp_path: Path) ->
     with pytest.raises(OSError, match=r"no\.json.*dev-v2\.0\.json of SQuAD 2\.0 \(rajpurkar"):
         open_task(config, corpus.tokenizer)
     (tmp_path / "no.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"is not dev-v2\.0\.json of SQuAD"):
+    said = r"is not dev-v2\.0\.json of SQuAD.*: it has a list where that has an object"
+    with pytest.raises(ValueError, match=said):
+        open_task(config, corpus.tokenizer)
+    (tmp_path / "no.json").write_text('{"version": "v2.0"}')
+    with pytest.raises(ValueError, match="it has no 'data' where that has one"):
         open_task(config, corpus.tokenizer)
 
 
