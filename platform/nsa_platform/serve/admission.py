@@ -93,6 +93,7 @@ def _endings(scheduler: Scheduler) -> list[tuple[float, int]]:
         for_prompts = scheduler.seconds_for_prompts(rest)
         step_s = rest + for_prompts
     prompts_s = sum(cost.prompt_seconds(r.num_pending, r.pages.num_tokens) for r in prompts)
+    # Steps of step_s bring for_prompts of it; without a limit all of it at once.
     prompts_s = max(prompts_s, prompts_s / for_prompts * step_s)
     endings = []
     for request in scheduler.running:
