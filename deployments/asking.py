@@ -81,6 +81,8 @@ async def _counted(
     finally:
         if num_events and not has_settled:
             visit.spend(Spent(completion_tokens=num_events))
+        # Before the client has the end: it may ask again as soon as it has.
+        visit.leave()
 
 
 async def _whole(visit: Visit, pieces: AsyncGenerator[str | Failure, None]) -> Response:

@@ -20,15 +20,23 @@ class Gate:
     """ASGI middleware. Every answer carries X-Request-Id, the client's own if it sent one."""
 
     def __init__(
-        self, app: ASGIApp, *, keys: KeyRing | None, processes: int = 1, is_logged: bool = True
+        self,
+        app: ASGIApp,
+        *,
+        keys: KeyRing | None,
+        processes: int = 1,
+        is_logged: bool = True,
+        has_proxy: bool = False,
     ) -> None:
-        """keys: None lets anybody in. processes: how many gates share the keys' limits."""
+        """keys: None lets anybody in. processes: how many gates share the keys' limits. has_proxy:
+        Ray Serve's stands in front: it gives each request its id, and puts that on the answer."""
         self._app = app
         self._keys = keys
         self._accounts: Mapping[str, Account] = {
             key.name: Account(key, processes=processes) for key in (keys.keys if keys else ())
         }
         self._is_logged = is_logged
+        self._has_proxy = has_proxy
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -39,8 +47,9 @@ class Gate:
         visit = Visit(new_request_id(headers.get(REQUEST_ID)), scope["method"], path)
         scope.setdefault("state", {})["visit"] = visit
         is_guarded = path.startswith(GUARDED)
-        answer = _Answer(send, visit)
+        answer = _Answer(send, visit, tells_id=not self._has_proxy)
         refusal = self._enter(visit, headers) if is_guarded else None
+        visit.is_open = visit.account is not None and refusal is None
         try:
             if refusal is None:
                 await self._app(scope, receive, answer)
@@ -48,8 +57,7 @@ class Gate:
                 visit.error = refusal.code
                 await refusal.response()(scope, receive, answer)
         finally:
-            if visit.account is not None and refusal is None:
-                visit.account.leave()
+            visit.leave()
             if is_guarded and self._is_logged:
                 LOGGER.info(visit.line())
 
@@ -68,16 +76,18 @@ class Gate:
 class _Answer:
     """Passes an answer on, with the gate's headers, and takes down when and how it came."""
 
-    def __init__(self, send: Send, visit: Visit) -> None:
+    def __init__(self, send: Send, visit: Visit, *, tells_id: bool) -> None:
         self._send = send
         self._visit = visit
+        self._tells_id = tells_id
 
     async def __call__(self, message: Message) -> None:
         visit = self._visit
         if message["type"] == "http.response.start":
             visit.status = message["status"]
             headers = MutableHeaders(scope=message)
-            headers[REQUEST_ID] = visit.request_id
+            if self._tells_id:
+                headers[REQUEST_ID] = visit.request_id
             if visit.account is not None:
                 headers.update(visit.account.headers())
         elif visit.first_byte_s is None and message.get("body"):

@@ -142,4 +142,4 @@ class OpenAiIngress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         log_to_stdout()
-        return build_app(self._backend, self._access, processes=self._processes)
+        return build_app(self._backend, self._access, processes=self._processes, has_proxy=True)

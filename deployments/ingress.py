@@ -70,13 +70,18 @@ def _answers(model: type, *, streams: bool) -> Responses:
 
 
 def build_app(
-    backend: Backend, access: AccessSettings | None = None, *, processes: int = 1
+    backend: Backend,
+    access: AccessSettings | None = None,
+    *,
+    processes: int = 1,
+    has_proxy: bool = False,
 ) -> FastAPI:
     """The application in front of a backend. Every refusal has OpenAI's error shape.
 
     Args:
         access: keys and logs; None: anybody may ask, and nothing of it is kept.
         processes: how many such applications share the limits of keys.
+        has_proxy: Ray Serve's stands in front, and gives requests their ids.
 
     Raises:
         ConfigError: the keys cannot be read.
@@ -91,7 +96,11 @@ def build_app(
     )
     install_handlers(app)
     app.add_middleware(
-        Gate, keys=read_keys(access), processes=processes, is_logged=access.log_requests
+        Gate,
+        keys=read_keys(access),
+        processes=processes,
+        is_logged=access.log_requests,
+        has_proxy=has_proxy,
     )
     ask = Asking(backend, logs_bodies=access.log_prompts)
     _add_generation(app, ask)

@@ -152,13 +152,14 @@ def with_blocks(tokenizer: Tokenizer, prompt: Prompt, block_size: int | None) ->
     return replace(prompt, blocks=tuple(texts))
 
 
-def check_choices(request: Generation, num_prompts: int) -> None:
-    """Refuse more answers to one request than it may ask for. Raises ApiError."""
-    total = num_prompts * (request.n or 1)
-    if total > MAX_CHOICES:
+def check_choices(request: Generation, num_prompts: int, *, most: int) -> None:
+    """Refuse more answers to one request than it may ask for, or than an engine takes at all.
+    Raises ApiError."""
+    total, most = num_prompts * (request.n or 1), min(most, MAX_CHOICES)
+    if total > most:
         raise bad_request(
             f"n={request.n or 1} for {num_prompts} prompts are {total} answers, at most "
-            f"{MAX_CHOICES} may be asked for at once",
+            f"{most} may be asked for at once",
             param="n",
         )
 

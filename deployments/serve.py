@@ -53,7 +53,9 @@ def served(file: ServeFile) -> Iterator[str]:
             proxy_location=ProxyLocation(file.proxy_location), http_options=http.model_dump()
         )
     except RuntimeError as error:
-        raise DeployError(f"http_options: {reason_of(str(error))}") from None
+        reason = reason_of(str(error))
+        key = f"http_options.port={http.port}" if "bind" in reason else "http_options"
+        raise DeployError(f"{key}: {reason}") from None
     try:
         try:
             serve.run(
@@ -80,7 +82,8 @@ def served(file: ServeFile) -> Iterator[str]:
 def reason_of(message: str) -> str:
     """The line of Ray Serve's account of a failure that says why; "" if it holds none."""
     reasons = re.findall(r"StartError: (.+)", message)
-    return reasons[-1] if reasons else (message.strip().splitlines() or [""])[-1]
+    last = reasons[-1] if reasons else (message.strip().splitlines() or [""])[-1]
+    return re.sub(r"^([\w.]+\.)?\w*Error: ", "", last)
 
 
 def _reason(name: str) -> str:
@@ -125,8 +128,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             served(file) as address,
         ):
             _announce(console, address, file)
-            while True:
-                time.sleep(3600)
+            try:
+                while True:
+                    time.sleep(3600)
+            except KeyboardInterrupt:
+                console.print(
+                    "Stopping as soon as open answers have ended; Ctrl-C again ends them."
+                )
+                raise
     except (DeployError, OSError) as error:
         fail(str(error))
 

@@ -165,7 +165,7 @@ class OpenAiService:
     ) -> AsyncGenerator[Piece, None]:
         def prepare() -> tuple[list[Prompt], list[tuple[Prompt, SamplingParams]]]:
             prompts, n = read(), request.n or 1
-            check_choices(request, len(prompts))
+            check_choices(request, len(prompts), most=self._engine.engine.max_num_requests)
             if request.wants_blocks:
                 size = self._engine.engine.block_size
                 prompts = [with_blocks(self._tokenizer, prompt, size) for prompt in prompts]

@@ -37,6 +37,14 @@ class Visit:
     begun_s: float = field(default_factory=time.monotonic)
     first_byte_s: float | None = None
     """From arrival to the first part of the answer's body."""
+    is_open: bool = False
+    """Whether it counts among the open requests of its key."""
+
+    def leave(self) -> None:
+        """Let the key's next request in; as often as one likes."""
+        if self.account is not None and self.is_open:
+            self.is_open = False
+            self.account.leave()
 
     def spend(self, spent: Spent) -> None:
         """Count tokens, and take them off the key's account."""

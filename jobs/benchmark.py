@@ -3,7 +3,8 @@
     python -m jobs.benchmark --input-len 32000 --output-len 128 --num-prompts 16 --max-concurrency 4
 
 Prompts are windows of real text (this Python's standard library unless --dataset-path names other
-files), as token ids of exactly --input-len; answers have exactly --output-len tokens (ignore_eos).
+files), as token ids of exactly --input-len, for which the server must have /tokenize as this
+platform's and vLLM's have; answers have exactly --output-len tokens (ignore_eos).
 With --dataset-name prefix_repetition several prompts share each of a few beginnings, as turns of a
 conversation do. With --tracking-uri the load becomes an MLflow run. Flags of the load, and names in
 the file of --result-filename, are those of `vllm bench serve`, which works against these servers
@@ -44,6 +45,16 @@ from nsa_platform.config.train import TrackingConfig
 # Without a terminal, a line at most this often.
 LINE_EVERY_S = 5.0
 
+SIZES = {
+    "random": {"input_len": 1024},
+    "prefix_repetition": {
+        "prefix_repetition_prefix_len": 512,
+        "prefix_repetition_suffix_len": 128,
+        "prefix_repetition_num_prefixes": 4,
+    },
+}
+"""Flags of each kind of load, and what they are if they are not given."""
+
 LINES = {
     "Successful requests": "completed",
     "Failed requests": "failed",
@@ -60,7 +71,7 @@ LINES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Send the load, print and record what it took."""
-    options = _parser().parse_args(argv)
+    options = _options(argv)
     tracking = _tracking(options)
     console = Console(highlight=False, soft_wrap=True)
     with interruptible("interrupted; nothing was recorded"):
@@ -123,9 +134,9 @@ def _measure(options: argparse.Namespace, console: Console) -> tuple[dict[str, A
     input_len = _input_len(options)
     total = input_len + options.output_len
     if max_model_len and total > max_model_len:
-        raise LoadError(
-            f"--input-len + --output-len = {total} exceed the model's max_model_len={max_model_len}"
-        )
+        lengths = [name for name in SIZES[options.dataset_name] if name.endswith("_len")]
+        flags = " + ".join(_flag(name) for name in [*lengths, "output_len"])
+        raise LoadError(f"{flags} = {total} exceed the model's max_model_len={max_model_len}")
     console.print(f"reading text for {model}", markup=False)
     ids = tokens_of(
         options.base_url,
@@ -164,6 +175,7 @@ def _measure(options: argparse.Namespace, console: Console) -> tuple[dict[str, A
         "num_prompts": count,
         "dataset_name": options.dataset_name,
         "input_len": input_len,
+        **{name: getattr(options, name) for name in SIZES[options.dataset_name]},
         "output_len": options.output_len,
         "request_rate": "inf" if options.request_rate == inf else options.request_rate,
         "burstiness": options.burstiness,
@@ -262,10 +274,10 @@ def _parser() -> argparse.ArgumentParser:
         help="windows of text, or beginnings that several prompts share (%(default)s)",
     )
     repeated = "--prefix-repetition"
-    add(f"{repeated}-prefix-len", type=_positive, default=512, help="shared tokens (%(default)s)")
-    add(f"{repeated}-suffix-len", type=_positive, default=128, help="own tokens (%(default)s)")
-    add(f"{repeated}-num-prefixes", type=_positive, default=4, help="beginnings (%(default)s)")
-    add("--input-len", type=_positive, default=1024, help="tokens of a prompt (%(default)s)")
+    add(f"{repeated}-prefix-len", type=_positive, help="shared tokens (512)")
+    add(f"{repeated}-suffix-len", type=_positive, help="own tokens (128)")
+    add(f"{repeated}-num-prefixes", type=_positive, help="beginnings (4)")
+    add("--input-len", type=_positive, help="tokens of a prompt (1024)")
     add("--output-len", type=_positive, default=128, help="tokens of an answer (%(default)s)")
     add("--num-prompts", type=_positive, default=16, help="requests (%(default)s)")
     add("--max-concurrency", type=_positive, help="requests open at once (all)")
@@ -283,6 +295,27 @@ def _parser() -> argparse.ArgumentParser:
     add("--parent", metavar="NAME", help="the run below which it stands there (none)")
     add("--result-filename", type=Path, metavar="X.json", help="write the record there")
     return parser
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags; those that the load would not heed are refused."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    for dataset, sizes in SIZES.items():
+        for name, size in sizes.items():
+            if getattr(options, name) is None:
+                setattr(options, name, size)
+            elif options.dataset_name != dataset:
+                parser.error(f"{_flag(name)} is of no use to --dataset-name={options.dataset_name}")
+    if options.parent is not None and options.tracking_uri is None:
+        parser.error("--parent is of no use without --tracking-uri")
+    if not options.base_url.startswith(("http://", "https://")):
+        parser.error(f"--base-url must begin with http:// or https://, got {options.base_url!r}")
+    return options
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _natural(text: str) -> int:

@@ -1,10 +1,11 @@
 """Plan: what a replica can serve of a model. Nothing is started, no GPU is needed.
 
     python -m jobs.plan --config jobs/configs/pretrain/nsa_1b.yaml --gpu H100 --context 131072
-    python -m jobs.plan --config deployments/configs/nsa_150m.yaml --gpu H100 --context 8192
+    python -m jobs.plan --config deployments/configs/quickstart.yaml --gpu H100 --context 1024
     python -m jobs.plan --config ... --gpu H100 --context 1048576 --tensor-parallel-size 2
 
-Reads the model of a training run's YAML, or the model and the engine's sizes of a deployment's.
+Reads the model of a training run's YAML, or the model, which must be there, and the engine's sizes
+of a deployment's.
 Speeds are bounds by the GPU's memory and arithmetic, not promises.
 
 Exit status: 0 a sequence of the context fits; 1 none does; 2 the configuration or a flag is wrong.
@@ -19,19 +20,25 @@ from rich.console import Console
 from rich.table import Table
 
 from deployments.config_file import ServeFile
+from deployments.loading import find_model
 from jobs.cli import EXIT_BAD_CONFIG, fail
+from nsa_platform import storage
 from nsa_platform.config.base import ConfigError, read_yaml
 from nsa_platform.config.model import ModelConfig
 from nsa_platform.config.serve import EngineConfig
 from nsa_platform.model.weights import ExportError, load_config
 from nsa_platform.serve.planning import GPUS, ServingPlan, plan_serving
+from nsa_platform.tracking import is_model_reference
 
 EXIT_DOES_NOT_FIT = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print what fits and how fast it could be."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.context < 1:
+        parser.error(f"--context must be at least 1, got {options.context}")
     try:
         model, engine = read_sizes(options.config, options.overrides)
         num_ranks = options.tensor_parallel_size
@@ -64,13 +71,16 @@ def read_sizes(path: Path, overrides: Sequence[str]) -> tuple[ModelConfig, Engin
     Raises:
         ConfigError: the file is wrong, or describes no model.
         ExportError: a deployment's model is not there.
+        ValueError, OSError: it lies elsewhere, and cannot be fetched.
     """
     tree = read_yaml(path)
     if "applications" in tree:
         config = ServeFile.read(path, overrides).serving_args(Path.cwd()).llm_configs[0]
-        source = config.model_loading_config.model_source
-        engine = config.engine_kwargs
-        return engine.hf_overrides.of(load_config(Path(source))), engine
+        loading, engine = config.model_loading_config, config.engine_kwargs
+        source = loading.model_source
+        is_elsewhere = is_model_reference(source) or storage.is_remote(source)
+        folder = find_model(loading) if is_elsewhere else Path(source)
+        return engine.hf_overrides.of(load_config(folder)), engine
     if not isinstance(tree.get("model"), dict):
         raise ConfigError(f"{path}: has neither `applications` nor a `model` with sizes")
     if overrides:

@@ -94,7 +94,9 @@ def tokens_of(
                 if len(ids) >= count:
                     return ids
     except OpenAIError as error:
-        raise LoadError(f"{base_url}/tokenize: {error}") from error
+        raise LoadError(
+            f"{base_url}/tokenize: {error}: prompts are made of token ids by the server's tokenizer"
+        ) from error
     finally:
         client.close()
     raise LoadError(f"--dataset-path: {len(ids)} tokens of text, and {count} are needed")

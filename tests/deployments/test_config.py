@@ -232,3 +232,4 @@ def test_the_reason_is_found_in_rays_account():
     account = "failed 3 times\nTraceback\n  x.py\ndeployments.loading.StartError: model 'm': gone\n"
     assert reason_of(account) == "model 'm': gone"
     assert reason_of("no nodes") == "no nodes"
+    assert reason_of("Traceback\nnsa_platform.config.base.ConfigError: keys: x") == "keys: x"

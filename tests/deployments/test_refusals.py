@@ -1,7 +1,9 @@
 """What a server must refuse gets OpenAI's error shape, and the next request works."""
 
 import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -201,11 +203,21 @@ def test_other_routes_and_methods(client, method, path, status):
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_a_full_queue_is_a_429(model_folder):
+def test_a_full_queue_is_a_429(model_folder, monkeypatch):
     small = EngineConfig(max_model_len=64, max_num_seqs=1, max_num_batched_tokens=64)
-    with local_app(model_folder, small.model_copy(update={"max_num_queued": 2})) as (app, _):
+    small = small.model_copy(update={"max_num_queued": 2})
+    with local_app(model_folder, small) as (app, backend), ThreadPoolExecutor(1) as others:
         with TestClient(app) as client:
-            path, body = completion(n=8, max_tokens=20)
+            # More than the engine ever takes is wrong at any time.
+            never = post(client, *completion(n=4))
+            assert (never.status_code, never.json()["error"]["param"]) == (400, "n")
+            assert "4 answers, at most 3 may be asked for" in never.json()["error"]["message"]
+            engine = backend.engine.engine
+            step = engine.step
+            monkeypatch.setattr(engine, "step", lambda: (time.sleep(0.02), step())[1])
+            others.submit(post, client, *completion(n=3, max_tokens=50, ignore_eos=True))
+            eventually(lambda: backend.engine.stats().num_running == 1, "the first request runs")
+            path, body = completion(n=2, max_tokens=20)
             response = post(client, path, body)
             assert response.status_code == 429
             assert int(response.headers["retry-after"]) >= 1

@@ -95,6 +95,19 @@ def test_prompts_are_windows_that_a_seed_repeats() -> None:
         (["--dataset-name=sharegpt"], "invalid choice"),
         (["--request-rate=0"], "must be a number above 0 or inf, got '0'"),
         (["--metadata=gpu"], "must be KEY=VALUE, got 'gpu'"),
+        (
+            ["--base-url=localhost:8000"],
+            "must begin with http:// or https://, got 'localhost:8000'",
+        ),
+        (["--parent=x"], "--parent is of no use without --tracking-uri"),
+        (
+            ["--dataset-name=prefix_repetition", "--input-len=10"],
+            "--input-len is of no use to --dataset-name=prefix_repetition",
+        ),
+        (
+            ["--prefix-repetition-suffix-len=10"],
+            "--prefix-repetition-suffix-len is of no use to --dataset-name=random",
+        ),
     ],
 )
 def test_wrong_flags_are_refused(flags: list[str], message: str, capsys) -> None:

@@ -10,9 +10,13 @@ from jobs import decode_arithmetic, plan
 from nsa_platform.config.base import ConfigError
 from nsa_platform.config.model import ModelConfig
 from nsa_platform.config.serve import EngineConfig
+from nsa_platform.config.train import TrackingConfig
 from nsa_platform.model.cost import count_parameters, dense_equivalent
+from nsa_platform.model.transformer import Transformer
+from nsa_platform.model.weights import export_model
 from nsa_platform.serve.kv_cache import KvCache
 from nsa_platform.serve.planning import GPUS, Gpu, decode_read_bytes, plan_serving, reserved_bytes
+from nsa_platform.tracking import open_run, register_model
 
 ROOT = Path(__file__).resolve().parents[2]
 NSA_1B = ROOT / "jobs/configs/pretrain/nsa_1b.yaml"
@@ -200,3 +204,36 @@ def test_wrong_input_is_refused(tmp_path, capsys):
                    f"{tmp_path}/nothing"])  # fmt: skip
     assert end.value.code == 2
     assert "nothing" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        plan.main(["--config", str(deployment), "--gpu", "H100", "--context", "0"])
+    assert end.value.code == 2
+    assert "--context must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_a_deployments_model_may_lie_in_a_registry(capsys, monkeypatch, tmp_path):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    deployment = ROOT / "deployments/configs/nsa_150m.yaml"
+    place = "applications.0.args.llm_configs.0.model_loading_config"
+    flags = ["--config", str(deployment), "--gpu", "H100", "--context", "64"]
+    flags += ["--set", f"{place}.model_source=models:/planned@champion"]
+    with pytest.raises(SystemExit) as end:
+        plan.main(flags)
+    assert end.value.code == 2
+    assert "name it by model_loading_config.tracking_uri" in capsys.readouterr().err
+    config = ModelConfig.parse(
+        {
+            "name": "planned", "vocab_size": 64, "layers": 1, "width": 32, "ffn_width": 32,
+            "max_context": 64,
+            "attention": {"kind": "nsa", "query_heads": 2, "kv_heads": 1, "key_width": 16,
+                          "value_width": 16},
+        },
+        source="planned",
+    )  # fmt: skip
+    export_model(tmp_path / "model", config, Transformer(config).state_dict())
+    handle = open_run(
+        TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="plan"),
+        job="pretrain", name="planned", params={}, tags={}, yaml_text="", queue_dir=tmp_path / "q",
+    )  # fmt: skip
+    register_model(handle, tmp_path / "model", "planned", "champion")
+    assert plan.main([*flags, "--set", f"{place}.tracking_uri={handle.uri}"]) == 0
+    assert "planned, 64 tokens, one H100" in capsys.readouterr().out

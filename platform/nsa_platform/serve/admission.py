@@ -3,20 +3,20 @@
 Prompts are served in shares, the shortest first: what is shorter goes before, what is longer only
 fills the steps up, but for what it is owed. Where a request has to wait for a place among the
 prompts, or among the long ones, those that come to their end first make it. Where it has to wait
-for pages, they come back when requests have generated all that they may: the latest time, for they
-may end earlier.
+for pages, or for a place among those that run, they come back when requests have generated as many
+tokens as others did of late, or all that they may: the latest time, as long as none has ended.
 """
 
 import math
+from collections.abc import Iterable
+from heapq import heapify, heapreplace
 
 from nsa_platform.serve.request import Request
-from nsa_platform.serve.scheduler import Scheduler
+from nsa_platform.serve.scheduler import MEAN_OVER, Scheduler
 from nsa_platform.serve.step_cost import StepWork
 
 MEAN_PROMPT_TOKENS = 1024.0
 """Length of an average prompt before any has come."""
-MEAN_OVER = 32
-"""Prompts that the average is taken over, about."""
 
 
 class QueueFull(RuntimeError):
@@ -51,15 +51,30 @@ def predicted_ttft_s(scheduler: Scheduler, num_tokens: int, priority: int = 0) -
         elif request.deficit > scheduler.shares.max_deficit:
             work += min(theirs[request], cost.prompt_seconds(int(request.deficit), 0))
     fixed = cost.seconds_beside_prompts(_decodes(scheduler))
-    in_a_step = cost.prompt_seconds(limits.max_step_tokens, 0)
-    in_a_step = min(in_a_step, scheduler.seconds_for_prompts(fixed))
+    in_a_step = _prompts_in_a_step_s(scheduler, fixed)
     num_steps = math.ceil(work / in_a_step) if in_a_step > 0.0 else 1
     filled = min(num_steps * in_a_step, own + sum(theirs.values()))
-    return max(filled, _pages_s(scheduler, num_tokens) + own) + num_steps * fixed
+    waits = (r for r in scheduler.waiting if r.priority <= priority)
+    begins = max(_pages_s(scheduler, num_tokens), _place_s(scheduler, waits))
+    return max(filled, begins + own) + num_steps * fixed
+
+
+def alone_s(scheduler: Scheduler, num_tokens: int) -> float:
+    """Seconds until that first token if nobody else were there."""
+    own = scheduler.cost.prompt_seconds(num_tokens, 0)
+    fixed = scheduler.cost.seconds_beside_prompts(StepWork())
+    in_a_step = _prompts_in_a_step_s(scheduler, fixed)
+    return own + fixed * (math.ceil(own / in_a_step) if in_a_step > 0.0 else 1)
+
+
+def _prompts_in_a_step_s(scheduler: Scheduler, fixed: float) -> float:
+    """Time of a step for tokens of prompts, as far as they fit in."""
+    most = scheduler.cost.prompt_seconds(scheduler.limits.max_step_tokens, 0)
+    return min(most, scheduler.seconds_for_prompts(fixed))
 
 
 def next_end_s(scheduler: Scheduler) -> float:
-    """Seconds until a request ends, at the latest, as predicted."""
+    """Seconds until a request ends, as predicted."""
     return next(iter(_endings(scheduler)), (0.0, 0))[0]
 
 
@@ -84,8 +99,7 @@ def _decodes(scheduler: Scheduler) -> StepWork:
 
 
 def _endings(scheduler: Scheduler) -> list[tuple[float, int]]:
-    """Of each running request the seconds until it ends at the latest, and its pages; the first to
-    end first."""
+    """Of each running request the seconds until it ends, and its pages; the first to end first."""
     cost, decodes, prompts = scheduler.cost, _decodes(scheduler), scheduler.prompts()
     step_s, for_prompts = cost.seconds(decodes), math.inf
     if scheduler.limits.max_step_s is not None and prompts:
@@ -97,10 +111,32 @@ def _endings(scheduler: Scheduler) -> list[tuple[float, int]]:
     prompts_s = max(prompts_s, prompts_s / for_prompts * step_s)
     endings = []
     for request in scheduler.running:
-        num_left = request.params.max_tokens - len(request.output_ids)
+        num_left = _num_to_generate(scheduler, request)
         begins_s = 0.0 if request.is_decoding else prompts_s
         endings.append((begins_s + num_left * step_s, len(request.pages.pages)))
     return sorted(endings)
+
+
+def _num_to_generate(scheduler: Scheduler, request: Request) -> int:
+    """Tokens that a request will still generate: as many as others did, whatever it has already, or
+    all that it may."""
+    most = request.params.max_tokens - len(request.output_ids)
+    mean = scheduler.mean_outputs
+    return most if mean is None else min(most, math.ceil(mean))
+
+
+def _place_s(scheduler: Scheduler, ahead: Iterable[Request]) -> float:
+    """Seconds until there is a place among those that run, behind those ahead that wait for one."""
+    num_free = scheduler.limits.max_num_seqs - len(scheduler.running)
+    if num_free > len(scheduler.waiting):
+        return 0.0
+    step_s = scheduler.cost.seconds(_decodes(scheduler))
+    ends = [0.0] * num_free + [seconds for seconds, _ in _endings(scheduler)]
+    heapify(ends)
+    for request in ahead:
+        prompt_s = scheduler.cost.prompt_seconds(_num_to_go(request), request.pages.num_tokens)
+        heapreplace(ends, ends[0] + prompt_s + _num_to_generate(scheduler, request) * step_s)
+    return ends[0]
 
 
 def _pages_s(scheduler: Scheduler, num_tokens: int) -> float:
@@ -141,7 +177,7 @@ class Admission:
 
         Raises:
             ValueError: the deadline, in seconds from now, is not positive.
-            NeverInTime: it is not, and its deadline is too soon for an idle engine.
+            NeverInTime: it is not, and would not be by an idle engine.
             QueueFull: it is not now.
         """
         if deadline_s is not None and not deadline_s > 0:
@@ -153,15 +189,15 @@ class Admission:
                 f"{self.scheduler.limits.max_num_seqs} + max_num_queued={self.max_num_queued} may",
                 retry_after_s=next_end_s(self.scheduler),
             )
-        alone = self.scheduler.cost.prompt_seconds(num_tokens, 0)
-        if deadline_s is not None and alone > deadline_s:
-            raise NeverInTime(
-                f"deadline_s={deadline_s:g} is less than the {_shown(alone)} s that {num_tokens} "
-                "tokens of a prompt take alone"
-            )
+        alone = alone_s(self.scheduler, num_tokens)
         for name, bound in (("deadline_s", deadline_s), ("max_ttft_s", self.max_ttft_s)):
             if bound is None:
                 continue
+            if alone > bound:
+                raise NeverInTime(
+                    f"{name}={bound:g} is less than the {_shown(alone)} s that {num_tokens} "
+                    "tokens of a prompt take alone"
+                )
             predicted = predicted_ttft_s(self.scheduler, num_tokens, priority)
             if predicted > bound:
                 raise QueueFull(

@@ -29,6 +29,8 @@ from nsa_platform.serve.prompt_shares import PromptShares
 from nsa_platform.serve.request import Request, RequestState
 from nsa_platform.serve.step_cost import CostModel, StepWork
 
+MEAN_OVER = 32
+"""Requests that an average is taken over, about."""
 LEAST_FOR_PROMPTS = 0.5
 """Time for tokens of prompts in a step at least, as a share of what the step takes without them."""
 
@@ -106,6 +108,8 @@ class Scheduler:
         self.shares = PromptShares(cost, max_deficit=2 * limits.max_step_tokens)
         self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self.mean_outputs: float | None = None
+        """Tokens that requests had generated when they ended, of late; None: none has ended."""
         # Who was last found to lack pages, and how many were free: it is not looked at again before
         # there are more.
         self._lacking: tuple[Request, int] | None = None
@@ -182,6 +186,9 @@ class Scheduler:
             self.running.remove(request)
         request.state = RequestState.FINISHED
         self.book.release(request.pages)
+        if num_outputs := len(request.output_ids):
+            mean = num_outputs if self.mean_outputs is None else self.mean_outputs
+            self.mean_outputs = mean + (num_outputs - mean) / MEAN_OVER
 
     def check(self) -> None:
         """Prove the invariants.

@@ -5,7 +5,13 @@ import time
 import pytest
 
 from nsa_platform.config.serve import EngineConfig
-from nsa_platform.serve.admission import QueueFull, next_end_s, predicted_ttft_s, queued_tokens
+from nsa_platform.serve.admission import (
+    NeverInTime,
+    QueueFull,
+    next_end_s,
+    predicted_ttft_s,
+    queued_tokens,
+)
 from nsa_platform.serve.engine import Engine
 from nsa_platform.serve.pages import PageBook
 from nsa_platform.serve.request import Request, SamplingParams
@@ -55,8 +61,16 @@ def time_to_first(scheduler: Scheduler, request: Request) -> float:
 @pytest.mark.parametrize("num_tokens", [1, 20, 200, 900])
 @pytest.mark.parametrize(
     "others",
-    [[], [(500, 30)], [(50, 400), (30, 400), (700, 5)], [(300, 50)] * 7, [(1, 500)] * 5],
-    ids=["idle", "long", "mixed", "many", "decodes"],
+    [
+        [],
+        [(500, 30)],
+        [(50, 400), (30, 400), (700, 5)],
+        [(300, 50)] * 7,
+        [(1, 500)] * 5,
+        [(1, 100)] * 8,
+        [(1, 60)] * 14,
+    ],
+    ids=["idle", "long", "mixed", "many", "decodes", "full", "waiting"],
 )
 def test_predictions_are_near_what_happens(others, num_tokens, having_prompts_s):
     scheduler = scheduler_of()
@@ -97,6 +111,23 @@ def test_long_prompts_wait_for_a_place_and_for_pages():
     assert predicted_ttft_s(tight, 60) < 0.2
 
 
+def test_places_come_back_as_soon_as_those_of_others_did():
+    scheduler = scheduler_of()
+    for number in range(8):
+        add(scheduler, number, 1, 1000)
+    scheduler.settle(scheduler.schedule())
+    late = predicted_ttft_s(scheduler, 20)
+    assert late > 10
+    # One ended long before it had generated all that it might: so may the others.
+    ended = scheduler.running[0]
+    ended.output_ids += [1] * 20
+    scheduler.finish(ended)
+    assert scheduler.mean_outputs == 20
+    add(scheduler, 8, 1, 1000)
+    scheduler.settle(scheduler.schedule())
+    assert 0.2 < predicted_ttft_s(scheduler, 20) < 1.0
+
+
 def test_an_engine_that_knows_nothing_promises_nothing():
     scheduler = scheduler_of()
     scheduler.cost.coefficients = (0.0,) * 6
@@ -122,8 +153,13 @@ def test_what_comes_too_late_is_refused_at_once(engine):
         engine.add("b", [1] * 70, GREEDY)
     # After that time, the same request meets the bound.
     assert 0.0 < refusal.value.retry_after_s < 1.0
-    with pytest.raises(QueueFull, match=r"deadline_s is 0\.2"):
+    with pytest.raises(QueueFull, match=r"deadline_s is 0\.99"):
+        engine.add("b", [1] * 70, GREEDY, deadline_s=0.99)
+    # What an idle engine would not do either is no matter of now.
+    with pytest.raises(NeverInTime, match=r"deadline_s=0\.2 is less than the 0\.27 s that"):
         engine.add("b", [1] * 20, GREEDY, deadline_s=0.2)
+    with pytest.raises(NeverInTime, match=r"max_ttft_s=1 is less than the 1\.2 s that 90 tokens"):
+        engine.add("b", [1] * 90, GREEDY)
     engine.add("b", [1] * 20, GREEDY)
     with pytest.raises(ValueError, match="deadline_s=0 must be positive"):
         engine.add("c", [1], GREEDY, deadline_s=0)

@@ -142,18 +142,24 @@ def test_wrong_requests_are_refused_before_anything_runs(serve):
 
 def test_what_would_come_too_late_is_refused_by_its_first_output(serve):
     async def body(engine: AsyncEngine) -> None:
-        engine.engine.cost.coefficients = (0.0, 0.0, 0.01, 0.0, 0.0, 0.0)
+        running = engine.generate(prompt_of(1), SamplingParams(**LONG), "running")
+        await anext(running)
+        engine.engine.cost.coefficients = (0.0, 0.0, 0.01, 0.0, 0.1, 0.0)
         short = SamplingParams(max_tokens=20)
         for _ in range(2):  # a refused id is free again
+            # There is one place, and it is taken.
             with pytest.raises(QueueFull, match=r"max_ttft_s is 0\.5") as refusal:
-                await anext(engine.generate([1] * 90, short, "late"))
-            assert refusal.value.retry_after_s == pytest.approx(0.4)
+                await anext(engine.generate([1] * 20, short, "late"))
+            assert refusal.value.retry_after_s > 0.0
+        with pytest.raises(NeverInTime, match=r"max_ttft_s=0\.5 is less than the 0\.9 s"):
+            await anext(engine.generate([1] * 90, short, "late"))
         with pytest.raises(NeverInTime, match=r"deadline_s=0\.01 is less than the 0\.09 s"):
             await anext(engine.generate([1] * 9, short, "late", deadline_s=0.01))
+        await running.aclose()
         assert len(await ids_of(engine, 1, 5)) == 5
         assert engine.stats().num_running == engine.stats().num_waiting == 0
 
-    serve(body, max_ttft_s=0.5)
+    serve(body, max_ttft_s=0.5, max_num_seqs=1)
 
 
 def test_a_stream_that_never_begins_costs_nothing(serve):
