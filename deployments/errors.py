@@ -170,6 +170,8 @@ def _from_validation(problems: Sequence[Any]) -> Failure:
 def _param(problem: Any) -> str | None:
     """Dotted name of the field, as OpenAI gives it."""
     parts = [str(part) for part in problem["loc"][1:]]
+    if parts[:1] == ["response_format"]:
+        del parts[1:2]  # which of its kinds, as pydantic has it; no key of the body
     for index, part in enumerate(parts):
         if part in SHAPES:
             return ".".join(parts[: index + 1])

@@ -174,7 +174,7 @@ class OpenAiService:
                 for prompt in prompts
                 for copy in range(n)
             ]
-            self._compile(jobs[0][1])
+            self._compile(request, jobs[0][1])
             return prompts, jobs
 
         try:
@@ -217,14 +217,16 @@ class OpenAiService:
             cached_tokens=usage.prompt_tokens_details.cached_tokens,
         )
 
-    def _compile(self, params: SamplingParams) -> None:
+    def _compile(self, request: Generation, params: SamplingParams) -> None:
         """Compile the grammar where nobody waits for it. Raises ApiError if it cannot be."""
         if params.grammar is None:
             return
         try:
             self._engine.engine.grammars.matcher(params.grammar)
         except ValueError as error:
-            raise bad_request(str(error), code="invalid_grammar") from None
+            is_openais = request.structured_outputs is None
+            param = "response_format" if is_openais else "structured_outputs"
+            raise bad_request(str(error), param=param, code="invalid_grammar") from None
 
     async def _generate(
         self, request: Generation, prompt: Prompt, params: SamplingParams
