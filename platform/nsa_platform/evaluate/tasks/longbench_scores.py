@@ -9,6 +9,7 @@ Source: github.com/THUDM/LongBench, metrics.py.
 
 import re
 import string
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +21,8 @@ CHINESE_PUNCTUATION = (
     "］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖"
     "〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
 )
+PYTHONS_RECURSION_LIMIT = 1000
+"""Of an interpreter in which nobody has raised it. How long a sentence may be hangs on it."""
 Against = Callable[[str, str, Sequence[str]], float]
 """A score of a prediction against one answer, where there are classes among these."""
 
@@ -41,11 +44,15 @@ def rouge_l(prediction: str, answer: str, classes: Sequence[str] = ()) -> float:
     """F of the longest common subsequence of words; 0 where one side has no word."""
     if not _has_words(prediction) or not _has_words(answer):
         return 0.0
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(PYTHONS_RECURSION_LIMIT)
     try:
         scores: Any = library.Rouge(["rouge-l"]).get_scores(prediction, answer)
     except RecursionError:
         # The package walks a sentence's words by recursion; the original counts such pairs as 0.
         return 0.0
+    finally:
+        sys.setrecursionlimit(before)
     return float(scores[0]["rouge-l"]["f"])
 
 
