@@ -54,6 +54,12 @@ SIZES = {
     },
 }
 """Flags of each kind of load, and what they are if they are not given."""
+MEANINGS = {
+    "input_len": "tokens of a prompt",
+    "prefix_repetition_prefix_len": "shared tokens",
+    "prefix_repetition_suffix_len": "own tokens",
+    "prefix_repetition_num_prefixes": "beginnings",
+}
 
 LINES = {
     "Successful requests": "completed",
@@ -273,11 +279,8 @@ def _parser() -> argparse.ArgumentParser:
         default="random",
         help="windows of text, or beginnings that several prompts share (%(default)s)",
     )
-    repeated = "--prefix-repetition"
-    add(f"{repeated}-prefix-len", type=_positive, help="shared tokens (512)")
-    add(f"{repeated}-suffix-len", type=_positive, help="own tokens (128)")
-    add(f"{repeated}-num-prefixes", type=_positive, help="beginnings (4)")
-    add("--input-len", type=_positive, help="tokens of a prompt (1024)")
+    for name, size in {**SIZES["prefix_repetition"], **SIZES["random"]}.items():
+        add(_flag(name), type=_positive, help=f"{MEANINGS[name]} ({size})")
     add("--output-len", type=_positive, default=128, help="tokens of an answer (%(default)s)")
     add("--num-prompts", type=_positive, default=16, help="requests (%(default)s)")
     add("--max-concurrency", type=_positive, help="requests open at once (all)")

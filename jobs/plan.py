@@ -12,6 +12,7 @@ Exit status: 0 a sequence of the context fits; 1 none does; 2 the configuration 
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -19,6 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from deployments.config import ModelLoadingConfig
 from deployments.config_file import ServeFile
 from deployments.loading import find_model
 from jobs.cli import EXIT_BAD_CONFIG, fail
@@ -26,7 +28,7 @@ from nsa_platform import storage
 from nsa_platform.config.base import ConfigError, read_yaml
 from nsa_platform.config.model import ModelConfig
 from nsa_platform.config.serve import EngineConfig
-from nsa_platform.model.weights import ExportError, load_config
+from nsa_platform.model.weights import CONFIG_FILE, ExportError, load_config
 from nsa_platform.serve.planning import GPUS, ServingPlan, plan_serving
 from nsa_platform.tracking import is_model_reference
 
@@ -76,16 +78,25 @@ def read_sizes(path: Path, overrides: Sequence[str]) -> tuple[ModelConfig, Engin
     tree = read_yaml(path)
     if "applications" in tree:
         config = ServeFile.read(path, overrides).serving_args(Path.cwd()).llm_configs[0]
-        loading, engine = config.model_loading_config, config.engine_kwargs
-        source = loading.model_source
-        is_elsewhere = is_model_reference(source) or storage.is_remote(source)
-        folder = find_model(loading) if is_elsewhere else Path(source)
-        return engine.hf_overrides.of(load_config(folder)), engine
+        engine = config.engine_kwargs
+        return engine.hf_overrides.of(_model_of(config.model_loading_config)), engine
     if not isinstance(tree.get("model"), dict):
         raise ConfigError(f"{path}: has neither `applications` nor a `model` with sizes")
     if overrides:
         raise ConfigError("--set: patches deployments' files only")
     return ModelConfig.parse(tree["model"], source=f"{path}: model"), EngineConfig()
+
+
+def _model_of(loading: ModelLoadingConfig) -> ModelConfig:
+    source = loading.model_source
+    if is_model_reference(source):
+        print(f"fetching {source}", file=sys.stderr)
+        return load_config(find_model(loading))
+    if storage.is_remote(source):
+        # Of what may be gigabytes a page is read.
+        file = storage.fetch(storage.join(source, CONFIG_FILE), storage.default_cache("files"))
+        return load_config(file.parent)
+    return load_config(source)
 
 
 def _table(plan: ServingPlan, title: str) -> Table:

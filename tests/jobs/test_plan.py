@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from jobs import decode_arithmetic, plan
+from nsa_platform import storage
 from nsa_platform.config.base import ConfigError
 from nsa_platform.config.model import ModelConfig
 from nsa_platform.config.serve import EngineConfig
@@ -210,7 +211,7 @@ def test_wrong_input_is_refused(tmp_path, capsys):
     assert "--context must be at least 1, got 0" in capsys.readouterr().err
 
 
-def test_a_deployments_model_may_lie_in_a_registry(capsys, monkeypatch, tmp_path):
+def test_a_deployments_model_may_lie_elsewhere(capsys, monkeypatch, tmp_path, s3_environment):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     deployment = ROOT / "deployments/configs/nsa_150m.yaml"
     place = "applications.0.args.llm_configs.0.model_loading_config"
@@ -235,5 +236,11 @@ def test_a_deployments_model_may_lie_in_a_registry(capsys, monkeypatch, tmp_path
         job="pretrain", name="planned", params={}, tags={}, yaml_text="", queue_dir=tmp_path / "q",
     )  # fmt: skip
     register_model(handle, tmp_path / "model", "planned", "champion")
-    assert plan.main([*flags, "--set", f"{place}.tracking_uri={handle.uri}"]) == 0
-    assert "planned, 64 tokens, one H100" in capsys.readouterr().out
+    config_file = storage.join(s3_environment.bucket("plans"), "model", "config.json")
+    storage.write_bytes(config_file, (tmp_path / "model/config.json").read_bytes())
+    for override in (
+        f"{place}.tracking_uri={handle.uri}",
+        f"{place}.model_source={config_file.rpartition('/')[0]}",  # where no weights are
+    ):
+        assert plan.main([*flags, "--set", override]) == 0
+        assert "planned, 64 tokens, one H100" in capsys.readouterr().out

@@ -59,8 +59,8 @@ def predicted_ttft_s(scheduler: Scheduler, num_tokens: int, priority: int = 0) -
     return max(filled, begins + own) + num_steps * fixed
 
 
-def alone_s(scheduler: Scheduler, num_tokens: int) -> float:
-    """Seconds until that first token if nobody else were there."""
+def _alone_s(scheduler: Scheduler, num_tokens: int) -> float:
+    """Seconds until the first token of such a request if nobody else were there."""
     own = scheduler.cost.prompt_seconds(num_tokens, 0)
     fixed = scheduler.cost.seconds_beside_prompts(StepWork())
     in_a_step = _prompts_in_a_step_s(scheduler, fixed)
@@ -189,7 +189,7 @@ class Admission:
                 f"{self.scheduler.limits.max_num_seqs} + max_num_queued={self.max_num_queued} may",
                 retry_after_s=next_end_s(self.scheduler),
             )
-        alone = alone_s(self.scheduler, num_tokens)
+        alone = _alone_s(self.scheduler, num_tokens)
         for name, bound in (("deadline_s", deadline_s), ("max_ttft_s", self.max_ttft_s)):
             if bound is None:
                 continue
