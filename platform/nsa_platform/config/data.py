@@ -7,6 +7,9 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from nsa_platform.config.base import Strict
 from nsa_platform.config.locations import Location
 
+LEAST_WITH_NUMBERS = 1_360
+"""Bytes, control tokens, and the numbers of two and three digits."""
+
 
 class TokenizerConfig(Strict):
     """Where the tokenizer comes from: exactly one of the two."""
@@ -15,6 +18,9 @@ class TokenizerConfig(Strict):
     """A Hugging Face tokenizer folder, local or s3://."""
     train_vocab_size: Annotated[int, Field(ge=300)] | None = None
     """Train a byte-level BPE of this many tokens on the corpus."""
+    train_all_numbers: bool = False
+    """Each number of up to three digits is one token of the trained vocabulary, whether the corpus
+    has it or not: 1,100 tokens. Else those are that the corpus has often."""
     train_sample_mb: PositiveInt = 64
     """Megabytes of text that training reads at most: whole files, chosen by a hash of their path
     below the input; documents held out for validation are not among them."""
@@ -25,6 +31,12 @@ class TokenizerConfig(Strict):
             raise ValueError(
                 "give exactly one of path and train_vocab_size; --set 'tokenizer={path: ...}' "
                 "replaces what the file says"
+            )
+        least = LEAST_WITH_NUMBERS
+        if self.train_all_numbers and (self.train_vocab_size or 0) < least:
+            raise ValueError(
+                f"train_all_numbers needs train_vocab_size of at least {least}, "
+                f"got {self.train_vocab_size or 'a tokenizer that is given'}"
             )
         return self
 

@@ -146,11 +146,16 @@ class Plan:
         if not storage.exists(complete):
             storage.delete_tree(uri)
             with tempfile.TemporaryDirectory() as folder:
-                size = self.run.tokenizer.train_vocab_size
+                wanted = self.run.tokenizer
                 if self._given is not None:
                     self._given.save(folder)
-                elif size is not None:
-                    train_tokenizer(self._sample(report), size, folder)
+                elif wanted.train_vocab_size is not None:
+                    train_tokenizer(
+                        self._sample(report),
+                        wanted.train_vocab_size,
+                        folder,
+                        all_numbers=wanted.train_all_numbers,
+                    )
                 storage.upload_tree(folder, uri)
             storage.write_text(complete, "")
         return uri, open_tokenizer(uri, self.cache_dir)

@@ -37,6 +37,9 @@ WORDS = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+# One digit is a byte, and so a token already.
+NUMBERS = tuple(f"{number:0{digits}}" for digits in (2, 3) for number in range(10**digits))
+
 # `generation` marks what the assistant writes: its content and the token that ends its turn.
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
@@ -159,34 +162,41 @@ def open_tokenizer(uri: str, cache_dir: str | Path) -> Tokenizer:
         raise TokenizerError(str(error)) from error
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -> Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, folder: str | Path, *, all_numbers: bool = False
+) -> Tokenizer:
     """Train a byte-level BPE on texts and save it with the ChatML template.
 
     The result is a function of the texts and their order. A small corpus may yield fewer than
     `vocab_size` tokens; `Tokenizer.vocab_size` tells.
 
+    all_numbers: each number of up to three digits is one token, in the texts or not.
+
     Raises:
-        TokenizerError: vocab_size has no room for the 256 bytes and the control tokens.
+        TokenizerError: vocab_size has no room for the 256 bytes and the control tokens, or not for
+            the numbers as well.
     """
     specials = [END_OF_TEXT, TURN_START, TURN_END, PAD]
-    if vocab_size < 256 + len(specials):
-        raise TokenizerError(f"vocab_size={vocab_size} must be at least {256 + len(specials)}")
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    numbers = NUMBERS if all_numbers else ()
+    least = 256 + len(specials) + len(numbers)
+    if vocab_size < least:
+        beside = f" with {len(numbers):,} numbers" if numbers else ""
+        raise TokenizerError(f"vocab_size={vocab_size} must be at least {least}{beside}")
+    # Digits that are to be merged by three are not merged by what the texts have.
+    words = WORDS.replace(r"\p{N}{1,3}", r"\p{N}") if numbers else WORDS
+    backend = tokenizers.Tokenizer(models.BPE(ignore_merges=bool(numbers)))
+    backend.pre_tokenizer = _split(words)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=vocab_size - len(numbers),
         special_tokens=specials,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         min_frequency=2,
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
+    if numbers:
+        backend = _with_words(backend, numbers)
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     backend.save(str(place / "tokenizer.json"))
@@ -200,6 +210,25 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -
     (place / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     (place / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return Tokenizer(place)
+
+
+def _split(words: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def _with_words(backend: tokenizers.Tokenizer, words: Sequence[str]) -> tokenizers.Tokenizer:
+    """A backend that ignores merges for its whole words, with more of them."""
+    saved = json.loads(backend.to_str())
+    vocabulary = saved["model"]["vocab"]
+    vocabulary.update({word: len(vocabulary) + i for i, word in enumerate(words)})
+    more = tokenizers.Tokenizer.from_str(json.dumps(saved))
+    more.pre_tokenizer = _split(WORDS)
+    return more
 
 
 def _plain_text_backend(tokenizer: PreTrainedTokenizerFast) -> tokenizers.Tokenizer:

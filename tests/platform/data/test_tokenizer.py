@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from nsa_platform import storage
+from nsa_platform.config.data import TokenizerConfig
 from nsa_platform.data.tokenizer import (
     END_OF_TEXT,
     TURN_END,
@@ -73,6 +74,37 @@ def test_training_is_deterministic(tmp_path: Path) -> None:
     second = train_tokenizer(iter(texts), 270, tmp_path / "b")
     assert first.fingerprint == second.fingerprint
     assert train_tokenizer(iter(texts), 275, tmp_path / "c").fingerprint != first.fingerprint
+
+
+def test_numbers_are_tokens_whether_or_not_the_texts_have_them(tmp_path: Path) -> None:
+    texts = ["version 12 of 999 in the year 2026\n" * 20, "there is 1 word"]
+    tokenizer = train_tokenizer(iter(texts), 1400, tmp_path, all_numbers=True)
+
+    def pieces(text: str) -> list[str]:
+        return [tokenizer.decode([token]) for token in tokenizer.encode(text)]
+
+    for number in ("7", "42", "00", "099", "503"):
+        assert pieces(number) == [number]
+    assert pieces("is 37066.") == [*pieces("is"), " ", "370", "66", "."]
+    assert pieces("1234567") == ["123", "456", "7"]
+    # What the texts have is merged as ever, and nothing but numbers holds two digits.
+    assert " year" in pieces("the year 2026")
+    assert tokenizer.vocab_size <= 1400
+    for text in TEXTS:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.token_bytes()[tokenizer.encode(text)].sum() == len(text.encode())
+    other = AutoTokenizer.from_pretrained(str(tmp_path), local_files_only=True)
+    assert other(TEXTS[0])["input_ids"] == tokenizer.encode(TEXTS[0])
+
+
+def test_numbers_need_room(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match="at least 1360 with 1,100 numbers"):
+        train_tokenizer(["ab"], 1359, tmp_path, all_numbers=True)
+    TokenizerConfig(train_vocab_size=1360, train_all_numbers=True)
+    with pytest.raises(ValueError, match="train_vocab_size of at least 1360, got 1359"):
+        TokenizerConfig(train_vocab_size=1359, train_all_numbers=True)
+    with pytest.raises(ValueError, match="got a tokenizer that is given"):
+        TokenizerConfig(path="somewhere", train_all_numbers=True)
 
 
 def test_a_small_corpus_gives_what_there_is(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ class InfLlm(Policy):
         return 1 if phase == "decode" else self.chunk
 
     def scores(self, piece: Piece) -> Tensor:
-        far = grouped_scores(self._far_query(piece), piece.kept.k_raw) * self.scale
+        far = grouped_scores(self._far_query(piece), piece.kept.k_raw, self.scale)
         return torch.where(piece.distance < self.local, super().scores(piece), far)
 
     def allowed(self, piece: Piece, scores: Tensor) -> Tensor:

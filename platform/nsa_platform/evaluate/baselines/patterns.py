@@ -93,6 +93,8 @@ class HeadMap:
         """q [T, K] and k [T, K], rotated, fp32 or better."""
         self.q, self.k, self.scale, self.grain = q, k, scale, grain
         self.places = torch.arange(len(q), device=q.device)
+        self._chosen: dict[Pattern, tuple[Tensor, ...]] = {}
+        """What a pattern reads of this map, whichever queries read it."""
 
     def allowed(self, pattern: Pattern, queries: Tensor) -> Tensor:
         """Keys that queries at these positions read, bool [t, T]; those ahead do not count."""
@@ -104,8 +106,9 @@ class HeadMap:
                 return self._on_lines(pattern, queries)
             case BlockSparse():
                 tile = self.grain.tile
-                chosen = largest(self._block_scores, pattern.blocks)
-                return chosen[queries // tile][:, self.places // tile]
+                if pattern not in self._chosen:
+                    self._chosen[pattern] = (largest(self._block_scores, pattern.blocks),)
+                return self._chosen[pattern][0][queries // tile][:, self.places // tile]
 
     def pairs(self, pattern: Pattern) -> int:
         """Pairs of a query and a key that are read: a kernel's FLOPs, but for 2 (K + V)."""
@@ -118,15 +121,21 @@ class HeadMap:
         return int((readers * self.allowed(pattern, starts)).sum())
 
     def _on_lines(self, pattern: VerticalSlash, queries: Tensor) -> Tensor:
+        tile = self.grain.tile
+        if pattern not in self._chosen:
+            self._chosen[pattern] = self._lines(pattern)
+        columns, near = self._chosen[pattern]
+        offset = (queries // tile * tile)[:, None] - self.places + tile - 1
+        return columns | near[offset.clamp(min=0)]
+
+    def _lines(self, pattern: VerticalSlash) -> tuple[Tensor, Tensor]:
+        """Columns that are kept, bool [T], and at i whether a diagonal from i - tile + 1 to i is,
+        bool [T + tile - 1]."""
         columns, diagonals = self._line_sums
         tile = self.grain.tile
-        kept = largest(diagonals, pattern.diagonals).float()
-        # At i: is one of the diagonals i - tile + 1 to i kept?
-        near = functional.max_pool1d(
-            functional.pad(kept, (tile - 1, tile - 1))[None], tile, stride=1
-        )[0].bool()
-        offset = (queries // tile * tile)[:, None] - self.places + tile - 1
-        return largest(columns, pattern.columns) | near[offset.clamp(min=0)]
+        kept = functional.pad(largest(diagonals, pattern.diagonals).float(), (tile - 1, tile - 1))
+        near = functional.max_pool1d(kept[None], tile, stride=1)[0].bool()
+        return largest(columns, pattern.columns), near
 
     @cached_property
     def _line_sums(self) -> tuple[Tensor, Tensor]:

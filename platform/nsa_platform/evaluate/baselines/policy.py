@@ -99,8 +99,11 @@ class Policy(ABC):
 
     def scores(self, piece: Piece) -> Tensor:
         """Scaled scores of all keys [t, H, S]; those ahead of a query are -inf."""
-        dots = grouped_scores(piece.q, piece.kept.k) * self.scale
-        return dots.masked_fill(piece.distance < 0, -torch.inf)
+        dots = grouped_scores(piece.q, piece.kept.k, self.scale)
+        # Of a piece's keys only the last ones, its own, lie ahead of a query of it.
+        own = slice(dots.shape[2] - len(dots), None)
+        dots[..., own].masked_fill_(piece.distance[..., own] < 0, -torch.inf)
+        return dots
 
     def observe(self, piece: Piece, weights: Tensor) -> None:  # noqa: B027
         """Learn from the attention weights [t, H, S] of a piece; most rules do not."""
@@ -139,7 +142,7 @@ class Policy(ABC):
         if piece.phase in self.sparse_in:
             allowed = allowed & self.allowed(piece, scores)
         allowed = allowed.expand_as(scores)
-        weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+        weights = scores.masked_fill_(~allowed, -torch.inf).softmax(-1)
         self.observe(piece, weights)
         kept = piece.kept
         self.reads[piece.phase].add(
@@ -154,10 +157,10 @@ class Policy(ABC):
         return out.flatten(1, 2).to(kept.v.dtype)
 
 
-def grouped_scores(q: Tensor, k: Tensor) -> Tensor:
-    """Dot products [t, H, S] of q [t, H, K] with k [S, G, K], in fp32 or better."""
+def grouped_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Scaled dot products [t, H, S] of q [t, H, K] with k [S, G, K], in fp32 or better."""
     exact = torch.promote_types(q.dtype, torch.float32)
-    by_group = q.to(exact).unflatten(1, (k.shape[1], -1))
+    by_group = (q.to(exact) * scale).unflatten(1, (k.shape[1], -1))
     return torch.einsum("tgrk,sgk->tgrs", by_group, k.to(exact)).flatten(1, 2)
 
 

@@ -29,9 +29,10 @@ class StreamingLlm(Policy):
         # Rotation counts by distance alone: only sinks beyond the recent tokens are moved.
         places = piece.positions.clamp(max=self.sinks + self.recent - 1)
         rotation = rotation_of(places, self.config, dtype=piece.q.dtype)
-        moved = grouped_scores(rotation.apply(piece.q_raw), piece.kept.k[:sinks]) * self.scale
+        moved = grouped_scores(rotation.apply(piece.q_raw), piece.kept.k[:sinks], self.scale)
         is_ahead = piece.distance[..., :sinks] < 0
-        return torch.cat([moved.masked_fill(is_ahead, -torch.inf), scores[..., sinks:]], dim=2)
+        scores[..., :sinks] = moved.masked_fill(is_ahead, -torch.inf)
+        return scores
 
     def allowed(self, piece: Piece, scores: Tensor) -> Tensor:
         return (piece.keys < self.sinks) | (piece.distance < self.recent)
