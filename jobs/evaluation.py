@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from ray.util.queue import Queue
 
 from jobs.cluster import connect
 from jobs.evaluation_answers import Answers, check_sizes
@@ -22,6 +23,7 @@ from jobs.evaluation_inputs import (
 from jobs.model_tags import model_tags
 from jobs.policies import measure_policies
 from jobs.run_report import REPORT, evaluation_report
+from jobs.task_bars import Bars, DistantBars, TaskBars, watch
 from jobs.training_inputs import make_private_folder, private_folder
 from nsa_platform import storage
 from nsa_platform.config.evaluate import BitsPerByteConfig, NeedleConfig
@@ -30,7 +32,11 @@ from nsa_platform.config.runs import EvaluateRun
 from nsa_platform.config.tasks import Generated, MqarTask
 from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.evaluate.baselines.comparison import PolicyResult
-from nsa_platform.evaluate.baselines.report import baselines_summary, record_baselines
+from nsa_platform.evaluate.baselines.report import (
+    baselines_summary,
+    record_baselines,
+    record_policy,
+)
 from nsa_platform.evaluate.bits_per_byte import BitsPerByte, first_batches
 from nsa_platform.evaluate.needle import NeedleGrid, check_room, needle_grid
 from nsa_platform.evaluate.ngram import Ngrams
@@ -76,10 +82,7 @@ def evaluate(run: EvaluateRun, *, run_id: str | None = None, step: int = 0) -> d
     with connect():
         if not ray.cluster_resources().get("GPU"):
             raise ValueError("use_gpu=true, but the Ray cluster has no GPU")
-        remote = ray.remote(num_cpus=1, num_gpus=1)(measure)
-        return _recorded(
-            run, folder, model, run_id, step, lambda *arguments: ray.get(remote.remote(*arguments))
-        )
+        return _recorded(run, folder, model, run_id, step, _measure_on_gpu)
 
 
 def _recorded(
@@ -88,13 +91,14 @@ def _recorded(
     model: ModelConfig,
     run_id: str | None,
     step: int,
-    work: Callable[[EvaluateRun, str, RunHandle, int], dict[str, Any]],
+    work: Callable[[EvaluateRun, str, RunHandle, int, Bars], dict[str, Any]],
 ) -> dict[str, Any]:
     """Do the work between the begin and the end of an MLflow run."""
     handle = _open(run, run_id, model)
     own, began = run_id is None, time.monotonic()
     try:
-        results = work(run, folder, handle, step)
+        with TaskBars() as bars:
+            results = work(run, folder, handle, step, bars)
     except BaseException as error:
         status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
         Tracker(handle).finish(status if own else None)
@@ -107,7 +111,23 @@ def _recorded(
     return results
 
 
-def measure(run: EvaluateRun, folder: str, handle: RunHandle, step: int) -> dict[str, Any]:
+def _measure_on_gpu(
+    run: EvaluateRun, folder: str, handle: RunHandle, step: int, bars: Bars
+) -> dict[str, Any]:
+    """`measure` on a machine of the cluster that has a free GPU."""
+    queue = Queue(actor_options={"num_cpus": 0})
+    try:
+        work = ray.remote(num_cpus=1, num_gpus=1)(measure).remote(
+            run, folder, handle, step, DistantBars(queue)
+        )
+        return watch(work, queue, bars)
+    finally:
+        queue.shutdown(force=True)
+
+
+def measure(
+    run: EvaluateRun, folder: str, handle: RunHandle, step: int, bars: Bars
+) -> dict[str, Any]:
     """Measure the exported model in `folder` on this machine and record it."""
     # A worker's machine may lack what the driver's has.
     check_tasks(run.tasks)
@@ -116,13 +136,19 @@ def measure(run: EvaluateRun, folder: str, handle: RunHandle, step: int) -> dict
     model, tokenizer = load_model(place, device=device, dtype=dtype), Tokenizer(place)
     tracker = Tracker(handle)
     try:
-        with _progress() as progress:
-            bits, grid, tasks = _own(run, model, tokenizer, tracker, step, progress)
-            policies = {}
-            if run.baselines is not None:
-                policies = measure_policies(run, run.baselines, model, tokenizer, progress)
-                own = PolicyResult(bits[MODEL] if bits is not None else None, grid, tasks)
-                record_baselines(tracker, policies, own=own, step=step)
+        bits, grid, tasks = _own(run, model, tokenizer, tracker, step, bars)
+        policies = {}
+        if run.baselines is not None:
+            policies = measure_policies(
+                run,
+                run.baselines,
+                model,
+                tokenizer,
+                bars,
+                done=partial(record_policy, tracker, step=step),
+            )
+            own = PolicyResult(bits[MODEL] if bits is not None else None, grid, tasks)
+            record_baselines(tracker, policies, own=own)
         results = {**summary(bits, grid), "device": device_name(model.embedding.weight.device)}
         if policies:
             results["baselines"] = baselines_summary(policies)
@@ -140,18 +166,18 @@ def _own(
     tokenizer: Tokenizer,
     tracker: Tracker,
     step: int,
-    progress: Progress,
+    bars: Bars,
 ) -> tuple[dict[str, BitsPerByte] | None, NeedleGrid | None, list[TaskResult]]:
     """The model itself, recorded. Its engine's memory is free afterwards."""
     bits = grid = None
     if run.bits_per_byte is not None:
-        bits = _bits_per_byte(run, run.bits_per_byte, model, tokenizer, tracker, progress)
+        bits = _bits_per_byte(run, run.bits_per_byte, model, tokenizer, tracker, bars)
         record_bits_per_byte(tracker, bits, step)
     answers = Answers(model, tokenizer, run.engine, longest=_longest_written(run))
     if run.needle is not None:
-        grid = _needles(run, run.needle, model, tokenizer, answers.write, progress)
+        grid = _needles(run, run.needle, model, tokenizer, answers.write, bars)
         record_needles(tracker, grid, step)
-    return bits, grid, _tasks(run, model, tokenizer, answers.write, tracker, step, progress)
+    return bits, grid, _tasks(run, model, tokenizer, answers.write, tracker, step, bars)
 
 
 def _checkpoint(run: EvaluateRun) -> str:
@@ -245,7 +271,7 @@ def _bits_per_byte(
     model: Transformer,
     tokenizer: Tokenizer,
     tracker: Tracker,
-    progress: Progress,
+    bars: Bars,
 ) -> dict[str, BitsPerByte]:
     loader = open_loader(run.data, "validation", tokenizer, config.context_length)
     tracker.log_dataset(
@@ -256,16 +282,16 @@ def _bits_per_byte(
     )
     train = open_loader(run.data, "train", tokenizer, config.context_length)
     wanted = min(config.baseline_tokens, train.shards.manifest.tokens)
-    task = progress.add_task("unigram and bigram", total=wanted)
+    task = bars.add_task("unigram and bigram", total=wanted)
     ngrams = Ngrams(
         counted(
             first_batches(train, tokens=wanted, batch_rows=1),
-            lambda tokens: progress.advance(task, tokens),
+            lambda tokens: bars.advance(task, tokens),
         ),
         model.config.vocab_size,
     )
     scorers = {MODEL: ModelScorer(model).nats, "bigram": ngrams.bigram, "unigram": ngrams.unigram}
-    return score_text(run, config, scorers, tokenizer, progress, title="bits per byte")
+    return score_text(run, config, scorers, tokenizer, bars, title="bits per byte")
 
 
 def _needles(
@@ -274,16 +300,16 @@ def _needles(
     model: Transformer,
     tokenizer: Tokenizer,
     write: Write,
-    progress: Progress,
+    bars: Bars,
 ) -> NeedleGrid:
-    task = progress.add_task("needles", total=num_trials(config))
+    task = bars.add_task("needles", total=num_trials(config))
     return needle_grid(
         write,
         ModelScorer(model).answer,
         tokenizer,
         config,
         filler=filler_of(run, config, tokenizer),
-        advance=lambda: progress.advance(task),
+        advance=lambda: bars.advance(task),
     )
 
 
@@ -294,27 +320,21 @@ def _tasks(
     write: Write,
     tracker: Tracker,
     step: int,
-    progress: Progress,
+    bars: Bars,
 ) -> list[TaskResult]:
     results = []
     for config in run.tasks:
         task = open_task(config, tokenizer)
-        bar = progress.add_task(task.name, total=task.size)
+        bar = bars.add_task(task.name, total=task.size)
         result = run_task(
             task,
             tokenizer,
             write=write,
             score=ModelScorer(model).answer,
-            advance=lambda bar=bar: progress.advance(bar),
+            advance=lambda bar=bar: bars.advance(bar),
         )
         record_task(tracker, result, step)
         results.append(result)
     made = zip(run.tasks, results, strict=True)
     record_overview(tracker, [result for task, result in made if isinstance(task, Generated)])
     return results
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description:>20}"), BarColumn(), TimeRemainingColumn(), transient=True
-    )

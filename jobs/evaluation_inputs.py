@@ -7,9 +7,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 
-from rich.progress import Progress
-
 from jobs.cli import warn
+from jobs.task_bars import Bars
 from nsa_platform import storage
 from nsa_platform.config.data import LoaderConfig
 from nsa_platform.config.evaluate import BitsPerByteConfig, NeedleConfig, PatternSearchConfig
@@ -92,21 +91,21 @@ def score_text(
     config: BitsPerByteConfig,
     scorers: Mapping[str, Score],
     tokenizer: Tokenizer,
-    progress: Progress,
+    bars: Bars,
     *,
     title: str,
 ) -> dict[str, BitsPerByte]:
     """Scorers on the held-out text; it is the same for each call."""
     loader = open_loader(run.data, "validation", tokenizer, config.context_length)
     rows = min(max(1, config.tokens // config.context_length), loader.rows_per_epoch)
-    task = progress.add_task(title, total=rows * config.context_length)
+    task = bars.add_task(title, total=rows * config.context_length)
     return bits_per_byte(
         dict(scorers),
         first_batches(loader, tokens=config.tokens, batch_rows=config.sequences_per_batch),
         tokenizer.token_bytes(),
         context_length=config.context_length,
         buckets=config.position_buckets,
-        advance=lambda tokens: progress.advance(task, tokens),
+        advance=lambda tokens: bars.advance(task, tokens),
     )
 
 

@@ -17,7 +17,7 @@ import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +55,12 @@ class Text:
             OSError: it cannot be read.
         """
         shards = ShardSet(storage.join(folder, split), tokenizer_fingerprint=tokenizer.fingerprint)
-        parts = [np.asarray(shards.open(i).ids, dtype=np.uint32) for i in range(len(shards))]
-        ids = np.concatenate([np.zeros(0, dtype=np.uint32), *parts])[:FILLER_TOKENS]
+        parts, found = [np.zeros(0, dtype=np.uint32)], 0
+        for index in range(len(shards)):
+            if found < FILLER_TOKENS:
+                parts.append(np.asarray(shards.open(index).ids, dtype=np.uint32))
+                found += len(parts[-1])
+        ids = np.concatenate(parts)[:FILLER_TOKENS]
         ids = ids[ids != tokenizer.eos_id]
         texts = [tokenizer.decode([token]) for token in range(tokenizer.vocab_size)]
         ends_line = np.array([text.endswith("\n") for text in texts])
@@ -120,12 +124,18 @@ def make_row(
     return [*row, *hay[done:], tokenizer.eos_id]
 
 
+@cache
+def _material(folder: str, split: str) -> tuple[Tokenizer, Text, list[str]]:
+    """What rows are made of, read once by each process."""
+    tokenizer = Tokenizer(storage.join(folder, "tokenizer"))
+    return tokenizer, Text.read(folder, split, tokenizer), words()
+
+
 def _make_rows(
     folder: str, split: str, length: int, keys: int, seed: int, numbers: range
 ) -> list[np.ndarray]:
     """Rows of some numbers, in a process of their own."""
-    tokenizer = Tokenizer(storage.join(folder, "tokenizer"))
-    text, pool = Text.read(folder, split, tokenizer), words()
+    tokenizer, text, pool = _material(folder, split)
     make = partial(make_row, tokenizer, text, pool, length=length, keys=keys)
     seeds = (f"{seed}/{split}/{length}/{number}" for number in numbers)
     return [np.array(make(seed=each), dtype=np.uint32) for each in seeds]

@@ -3,9 +3,8 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from rich.progress import Progress
-
 from jobs.evaluation_inputs import filler_of, num_trials, pattern_sample, score_text
+from jobs.task_bars import Bars
 from nsa_platform.config.evaluate import BaselinesConfig
 from nsa_platform.config.runs import EvaluateRun
 from nsa_platform.config.tasks import Generated, TaskConfig
@@ -51,9 +50,14 @@ def measure_policies(
     config: BaselinesConfig,
     model: Transformer,
     tokenizer: Tokenizer,
-    progress: Progress,
+    bars: Bars,
+    *,
+    done: Callable[[str, PolicyResult], None],
 ) -> dict[str, PolicyResult]:
-    """Every policy on the run's text, needles and tasks, by name."""
+    """Every policy on the run's text, needles and tasks, by name.
+
+    done: called with each policy when it is measured.
+    """
     results = {name: PolicyResult() for name in config.systems}
     searched = _searched(run, config, model, tokenizer)
     if searched is not None:
@@ -70,27 +74,16 @@ def measure_policies(
             run.bits_per_byte,
             {name: partial(reader.nats, context=length) for name, reader in readers.items()},
             tokenizer,
-            progress,
+            bars,
             title="policies: text",
         )
         for name, reader in readers.items():
             results[name].bits = found[name]
             results[name].reads += reads_of(reader, "text", length)
-    if run.needle is not None:
-        filler = filler_of(run, run.needle, tokenizer)
-        total = num_trials(run.needle) * len(config.systems)
-        bar = progress.add_task("policies: needles", total=total)
-        for name, result in results.items():
-            result.grid, reads = policy_needles(
-                make[name],
-                tokenizer,
-                run.needle,
-                filler=filler,
-                advance=lambda: progress.advance(bar),
-            )
-            result.reads += reads
     for name, result in results.items():
-        _tasks(run, result, make[name], tokenizer, progress)
+        _needles(run, result, make[name], tokenizer, bars, title=f"{name}: needles")
+        _tasks(run, result, make[name], tokenizer, bars, title=name)
+        done(name, result)
     return {str(name): result for name, result in results.items()}
 
 
@@ -104,18 +97,43 @@ def _searched(
     return search_patterns(model, sample, config.minference, budget_of(config, len(sample)))
 
 
+def _needles(
+    run: EvaluateRun,
+    result: PolicyResult,
+    make: Callable[[], PolicyReader],
+    tokenizer: Tokenizer,
+    bars: Bars,
+    *,
+    title: str,
+) -> None:
+    """The run's needles for one policy, if it has any."""
+    if run.needle is None:
+        return
+    bar = bars.add_task(title, total=num_trials(run.needle))
+    result.grid, reads = policy_needles(
+        make,
+        tokenizer,
+        run.needle,
+        filler=filler_of(run, run.needle, tokenizer),
+        advance=lambda: bars.advance(bar),
+    )
+    result.reads += reads
+
+
 def _tasks(
     run: EvaluateRun,
     result: PolicyResult,
     make: Callable[[], PolicyReader],
     tokenizer: Tokenizer,
-    progress: Progress,
+    bars: Bars,
+    *,
+    title: str,
 ) -> None:
     """The run's tasks for one policy; a reader for each length counts what is read there."""
     for config in run.tasks:
         parts = {length: open_task(part, tokenizer) for length, part in by_length(config)}
         total = sum(task.size for task in parts.values())
-        bar = progress.add_task(f"policies: {config.kind}", total=total)
+        bar = bars.add_task(f"{title}: {config.kind}", total=total)
         whole = TaskResult(config.kind, [])
         for length, task in parts.items():
             reader = make()
@@ -124,7 +142,7 @@ def _tasks(
                 tokenizer,
                 write=_write_of(reader),
                 score=reader.answer,
-                advance=lambda bar=bar: progress.advance(bar),
+                advance=lambda bar=bar: bars.advance(bar),
             )
             whole.rows.extend(found.rows)
             result.reads += reads_of(reader, task.name, length)

@@ -16,26 +16,20 @@ FOLDER = "evaluation"
 READINGS = ("exact", "tokens", "lift")
 
 
+def record_policy(tracker: Tracker, name: str, result: PolicyResult, *, step: int) -> None:
+    """eval/baselines/<policy>/... of one policy, as soon as it is measured."""
+    metrics = _metrics(result).items()
+    tracker.log_metrics({f"eval/baselines/{name}/{key}": value for key, value in metrics}, step)
+
+
 def record_baselines(
-    tracker: Tracker,
-    results: dict[str, PolicyResult],
-    *,
-    own: PolicyResult,
-    step: int,
+    tracker: Tracker, results: dict[str, PolicyResult], *, own: PolicyResult
 ) -> None:
-    """eval/baselines/<policy>/..., tables of results, reads and trials, figures with the model.
+    """Tables of results, reads and trials of all policies, figures with the model.
 
     Args:
         own: what the model itself made of all this, by its own attention.
     """
-    tracker.log_metrics(
-        {
-            f"eval/baselines/{name}/{key}": value
-            for name, result in results.items()
-            for key, value in _metrics(result).items()
-        },
-        step,
-    )
     _record_reads(tracker, results)
     _record_patterns(tracker, results)
     everybody = {MODEL: own, **results}
