@@ -7,6 +7,7 @@ A row has exactly --length tokens. Each key, an English word, has a number in th
 evaluation's needle; the same sentence comes again farther on, half of them at the row's end, and
 then the number can be known only from before. Many keys in a row make it worth learning soon to
 copy what stood behind the same words; sentences lie anywhere, so that all distances occur.
+With --answers-only these numbers are all that is learned: rows are chats then, for jobs.sft.
 The output is a new or empty folder, or one that this command has written: needle_rows.json says so.
 """
 
@@ -24,7 +25,7 @@ import numpy as np
 
 from jobs.cli import fail, interruptible
 from nsa_platform import storage
-from nsa_platform.data.haystack import NEEDLE, WORDS
+from nsa_platform.data.haystack import NEEDLE, QUESTION, WORDS
 from nsa_platform.data.manifest import SourceRecord
 from nsa_platform.data.shards import ShardSet, ShardWriter
 from nsa_platform.data.tokenizer import Tokenizer
@@ -87,9 +88,28 @@ def words() -> list[str]:
     return sorted({*WORDS, *nouns})
 
 
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """A word and its number."""
+
+    ids: list[int]
+    number: int
+    """Where the number begins, with the blank before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row, as training reads it."""
+
+    ids: np.ndarray
+    """uint32"""
+    answers: np.ndarray
+    """bool: tokens of numbers that were told before, up to the sentence's end."""
+
+
 def make_row(
     tokenizer: Tokenizer, text: Text, pool: Sequence[str], *, length: int, keys: int, seed: str
-) -> list[int]:
+) -> Row:
     """One row of exactly `length` tokens, the end token included.
 
     Sentences that would leave less than an eighth of the row to text are left out.
@@ -100,15 +120,16 @@ def make_row(
     dice = random.Random(seed)
     chosen = dice.sample(pool, keys)
     lines = [NEEDLE.format(word=word, number=dice.randint(10_000, 99_999)) for word in chosen]
+    questions = tokenizer.encode_batch([QUESTION.format(word=word) for word in chosen])
     sentences, room = [], length - 1
-    for sentence in tokenizer.encode_batch(lines):
-        if room - 2 * len(sentence) >= length / 8:
-            sentences.append(sentence)
-            room -= 2 * len(sentence)
+    for ids, question in zip(tokenizer.encode_batch(lines), questions, strict=True):
+        if room - 2 * len(ids) >= length / 8:
+            sentences.append(Sentence(ids, number=len(question)))
+            room -= 2 * len(ids)
     if not sentences:
         raise ValueError(f"--length={length} has no room for a sentence that is told twice")
     begin = dice.randrange(len(text.ids))
-    told: list[tuple[int, int, list[int]]] = []
+    told: list[tuple[int, int, Sentence]] = []
     for order, sentence in enumerate(sentences):
         first, second = sorted((dice.randint(0, room), dice.randint(0, room)))
         if dice.random() < 0.5:
@@ -118,10 +139,14 @@ def make_row(
     # Those at the end come in another order than they were told in.
     told.sort(key=lambda each: (each[0], dice.random()))
     hay, row, done = text.piece(begin, room).tolist(), [], 0
-    for place, _, sentence in told:
-        row += [*hay[done:place], *sentence]
+    answers, known = np.zeros(length, dtype=bool), set()
+    for place, order, sentence in told:
+        row += [*hay[done:place], *sentence.ids]
         done = place
-    return [*row, *hay[done:], tokenizer.eos_id]
+        if order in known:
+            answers[len(row) - len(sentence.ids) + sentence.number : len(row)] = True
+        known.add(order)
+    return Row(np.array([*row, *hay[done:], tokenizer.eos_id], dtype=np.uint32), answers)
 
 
 @cache
@@ -133,16 +158,24 @@ def _material(folder: str, split: str) -> tuple[Tokenizer, Text, list[str]]:
 
 def _make_rows(
     folder: str, split: str, length: int, keys: int, seed: int, numbers: range
-) -> list[np.ndarray]:
+) -> list[Row]:
     """Rows of some numbers, in a process of their own."""
     tokenizer, text, pool = _material(folder, split)
     make = partial(make_row, tokenizer, text, pool, length=length, keys=keys)
     seeds = (f"{seed}/{split}/{length}/{number}" for number in numbers)
-    return [np.array(make(seed=each), dtype=np.uint32) for each in seeds]
+    return [make(seed=each) for each in seeds]
 
 
 def write_rows(
-    folder: str, output: str, *, length: int, rows: int, keys: int, seed: int, processes: int
+    folder: str,
+    output: str,
+    *,
+    length: int,
+    rows: int,
+    keys: int,
+    seed: int,
+    processes: int,
+    answers_only: bool,
 ) -> None:
     """Write both splits, of which validation has a thirty-second of `rows`, at least 8.
 
@@ -157,19 +190,22 @@ def write_rows(
     _make_rows(folder, "validation", length, keys, seed, range(1))
     record = ShardSet(storage.join(folder, "train")).manifest.tokenizer
     made = {"data": folder, "length": length, "rows": rows, "keys": keys, "seed": seed}
+    made["answers_only"] = answers_only
     storage.write_text(storage.join(output, MARK), json.dumps(made, indent=1) + "\n")
     tokenizer.save(storage.join(output, "tokenizer"))
     num_bytes = tokenizer.token_bytes()
     for split, count in (("train", rows), ("validation", max(8, rows // 32))):
         writer = ShardWriter(
             storage.join(output, split),
-            kind="text",
+            kind="chat" if answers_only else "text",
             split=split,
             tokenizer=record,
             shard_tokens=SHARD_TOKENS,
         )
         for row in _rows_of(folder, split, count, processes, (length, keys, seed)):
-            writer.add(row.tolist(), text_bytes=int(num_bytes[row].sum()))
+            size = int(num_bytes[row.ids].sum())
+            learned = row.answers.tolist() if answers_only else None
+            writer.add(row.ids.tolist(), text_bytes=size, loss_mask=learned)
         writer.finish(SourceRecord(files=0, bytes=0, documents=count))
 
 
@@ -187,7 +223,7 @@ def _claim(folder: str, output: str) -> None:
 
 def _rows_of(
     folder: str, split: str, count: int, processes: int, sizes: tuple[int, int, int]
-) -> Iterator[np.ndarray]:
+) -> Iterator[Row]:
     parts = [range(i, min(i + ROWS_AT_ONCE, count)) for i in range(0, count, ROWS_AT_ONCE)]
     work = partial(_make_rows, folder, split, *sizes)
     with ProcessPoolExecutor(min(processes, len(parts))) as pool:
@@ -208,13 +244,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--keys", type=int, required=True, help="numbers told in a row, at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--answers-only",
+        action="store_true",
+        help="learn the numbers that were told before, not the text",
+    )
     options = parser.parse_args(argv)
     sizes = {name: getattr(options, name) for name in ("length", "rows", "keys", "processes")}
     for name, value in sizes.items():
         if value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
     try:
-        write_rows(str(Path(options.data)), str(Path(options.output)), seed=options.seed, **sizes)
+        write_rows(
+            str(Path(options.data)),
+            str(Path(options.output)),
+            seed=options.seed,
+            answers_only=options.answers_only,
+            **sizes,
+        )
     except (ValueError, OSError) as error:
         fail(str(error))
     print(f"{options.output}: {options.rows:,} rows of {options.length:,} tokens")

@@ -4,6 +4,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jobs import needle_rows
@@ -56,6 +57,36 @@ def test_every_number_is_told_twice_and_half_of_them_at_the_end(rows: Path) -> N
         keys += len(told) // 2
         at_end += tail.group().count("secret")
     assert 0.35 < at_end / keys < 0.75
+
+
+def test_only_numbers_that_were_told_before_are_answers(
+    rows: Path, tiny_shards, tmp_path: Path
+) -> None:
+    write(tiny_shards.path, tmp_path / "rows", "--answers-only")
+    assert texts_of(tmp_path / "rows", "train") == texts_of(rows, "train")
+    tokenizer = Tokenizer(tmp_path / "rows" / "tokenizer")
+    shards = ShardSet(str(tmp_path / "rows" / "train"), tokenizer_fingerprint=tokenizer.fingerprint)
+    assert shards.manifest.kind == "chat"
+    shard = shards.open(0)
+    assert shard.loss_mask is not None
+    for ids, learned in zip(
+        shard.ids.reshape(-1, LENGTH), shard.loss_mask.reshape(-1, LENGTH), strict=True
+    ):
+        edges = np.flatnonzero(np.diff(learned.astype(int), prepend=0, append=0))
+        begins = edges[::2].tolist()
+        answers = [
+            tokenizer.decode(ids[begin:end].tolist())
+            for begin, end in zip(begins, edges[1::2], strict=True)
+        ]
+        told = TOLD.findall(tokenizer.decode(ids.tolist()))
+        assert len(answers) == len(told) // 2 > 0
+        for begin, answer in zip(begins, answers, strict=True):
+            # The question ends where the answer begins, and the same answer was read before.
+            before = tokenizer.decode(ids[:begin].tolist())
+            question = re.search(r"\nThe secret number of (\w+) is\Z", before)
+            assert question is not None
+            assert f"{question.group()}{answer}" in before
+            assert re.fullmatch(r" \d{5}\.\n", answer)
 
 
 def test_other_peoples_folders_are_left_alone(
