@@ -1,4 +1,4 @@
-"""Convert a Llama- or Qwen-shaped checkpoint of transformers to a model of this platform.
+"""Convert a checkpoint with full attention to a model with NSA: of transformers, or our own.
 
     python -m jobs.convert --config jobs/configs/convert/nsa.yaml --set checkpoint=path --dry-run
     python -m jobs.convert --config X.yaml --set attention.branch_kv=shared
@@ -6,7 +6,9 @@
 With attention.kind=nsa every branch starts with the checkpoint's keys and values, phi as the mean
 and the gates biased to the window: continue with jobs.pretrain (`checkpoint:`) on data that was
 prepared with the checkpoint's tokenizer. With attention.kind=full the model is the same function.
-The result opens in transformers after nsa_platform.model.hf.register().
+Checkpoints of transformers are Llama-, Mistral- or Qwen-shaped; one of this platform's is an
+exported model with full attention. The result opens in transformers after
+nsa_platform.model.hf.register().
 
 Exit status: 0 converted; 2 the configuration or the checkpoint is wrong (nothing was written);
 130 stopped; 1 anything else.
@@ -22,6 +24,7 @@ from nsa_platform.config.convert import ConvertRun
 from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.model.conversion import Foreign, convert_weights, open_checkpoint
 from nsa_platform.model.cost import count_parameters
+from nsa_platform.model.dense_start import is_own, open_dense
 from nsa_platform.train.export import publish
 
 
@@ -33,9 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             folder = storage.fetch(
                 run.checkpoint, run.cache_dir or storage.default_cache("checkpoints")
             )
-            foreign = open_checkpoint(
-                folder, run.attention, name=run.name, max_context=run.max_context
-            )
+            opened = open_dense if is_own(folder) else open_checkpoint
+            foreign = opened(folder, run.attention, name=run.name, max_context=run.max_context)
             tokenizer = _tokenizer(folder, foreign)
         except (ValueError, storage.MissingFileError) as error:
             fail(str(error), status=EXIT_BAD_CONFIG)

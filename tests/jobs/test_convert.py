@@ -83,6 +83,25 @@ def test_a_converted_model_is_pretrained_further(
     assert inspect(parsed, origin).described[0]["start"] is not None
 
 
+def test_our_own_model_with_full_attention_becomes_one_with_nsa(
+    tmp_path: Path, checkpoint: Path, capsys
+) -> None:
+    dense = str(tmp_path / "dense")
+    convert.main(config(tmp_path, checkpoint, attention={"kind": "full"}, output=dense))
+    convert.main(config(tmp_path, dense))
+    assert "4 query heads" in capsys.readouterr().out
+    model, source = load_model(tmp_path / "model"), load_model(dense)
+    assert (model.config.name, model.config.attention.kind) == ("small", "nsa")
+    assert torch.equal(model.state_dict()["head.weight"], source.state_dict()["head.weight"])
+    assert Tokenizer(tmp_path / "model").fingerprint == Tokenizer(checkpoint).fingerprint
+    # What is sparse already is no start.
+    with pytest.raises(SystemExit) as ended:
+        convert.main(config(tmp_path, tmp_path / "model", output=str(tmp_path / "again")))
+    assert ended.value.code == 2
+    assert "attention.kind='nsa' must be 'full'" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
+
+
 @pytest.mark.cluster
 def test_from_and_to_object_storage(tmp_path: Path, checkpoint: Path, s3_environment) -> None:
     bucket = s3_environment.bucket("convert")

@@ -1,4 +1,4 @@
-"""What a checkpoint of another architecture becomes: its new attention, and where it is written."""
+"""What a checkpoint with full attention becomes: its new attention, and where it is written."""
 
 from typing import Annotated, Literal
 
@@ -16,7 +16,9 @@ class NsaConversion(NsaChoices):
     gate_bias: tuple[float, float, float] = (-4.7, -4.7, 4.0)
     """Initial bias of the gates in the order cmp, slc, win. With these the window has 0.982 of
     the output and the three gates add up to one: within the window the model is nearly what it
-    was, and the other branches open in training."""
+    was, and the other branches open in training. With [-6, 6, -6] it reads what it selects: with
+    branch_kv=shared and compression=mean a model that looks far back goes on doing so, where means
+    of a few tokens (compression_block_size) tell its keys apart."""
 
 
 class FullConversion(Strict):
@@ -26,12 +28,13 @@ class FullConversion(Strict):
 
 
 class ConvertRun(Strict):
-    """A Llama- or Qwen-shaped checkpoint of transformers to a model of this platform."""
+    """A checkpoint with full attention, of transformers or our own, to a model with NSA."""
 
     name: RunName
     """Name of the model."""
     checkpoint: Location
-    """Folder with config.json, safetensors and tokenizer.json, local or s3://."""
+    """Folder with config.json, safetensors and tokenizer.json, local or s3://: Llama-, Mistral- or
+    Qwen-shaped, or an exported model of this platform."""
     attention: Annotated[NsaConversion | FullConversion, Field(discriminator="kind")]
     max_context: PositiveInt | None = None
     """Longest sequence in tokens that the model is meant for; default: the checkpoint's."""

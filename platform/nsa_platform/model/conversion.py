@@ -31,11 +31,25 @@ class ConversionError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Rows of a tensor of the checkpoint."""
+
+    name: str
+    begin: int = 0
+    end: int | None = None
+
+
+Parts = dict[str, tuple[Part, ...]]
+"""Each parameter that comes over, and what is laid end to end in it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Foreign:
-    """A checkpoint of transformers whose every tensor has a place in `config`'s model."""
+    """A checkpoint whose every tensor has a place in `config`'s model."""
 
     config: ModelConfig
     files: TensorFiles
+    parts: Parts
 
 
 def open_checkpoint(
@@ -68,8 +82,9 @@ def open_checkpoint(
         config = ModelConfig.parse(tree, source=str(folder))
     except ConfigError as error:
         raise ConversionError(str(error)) from None
-    _check_tensors(files, config, folder)
-    return Foreign(config, files)
+    parts = dict(_sources(config))
+    _check_tensors(files, config, parts, folder)
+    return Foreign(config, files, parts)
 
 
 def convert_weights(foreign: Foreign, *, seed: int) -> dict[str, Tensor]:
@@ -77,10 +92,11 @@ def convert_weights(foreign: Foreign, *, seed: int) -> dict[str, Tensor]:
     config, files = foreign.config, foreign.files
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
-    dtype = files.tensor(EMBEDDING).dtype
     state = {
-        name: torch.cat([files.tensor(part) for part in parts]) for name, parts in _sources(config)
+        name: torch.cat([files.tensor(part.name)[part.begin : part.end] for part in parts])
+        for name, parts in foreign.parts.items()
     }
+    dtype = state["embedding.weight"].dtype
     for name, shape in shapes.items():
         if name not in state:
             state[name] = initial_tensor(config, name, shape, seed=seed).to(dtype)
@@ -156,9 +172,9 @@ def _rope(source: PreTrainedConfig) -> dict[str, Any]:
     return {"rope_type": "default", **(getattr(source, "rope_parameters", None) or {})}
 
 
-def _check_tensors(files: TensorFiles, config: ModelConfig, folder: Path) -> None:
+def _check_tensors(files: TensorFiles, config: ModelConfig, parts: Parts, folder: Path) -> None:
     """Every tensor of the checkpoint must have a place, and every place its tensor."""
-    wanted = {part for _, parts in _sources(config) for part in parts}
+    wanted = {part.name for each in parts.values() for part in each}
     missing = [name for name in sorted(wanted) if name not in files.shapes]
     left = [name for name in files.shapes if name not in wanted and not _is_derived(name)]
     # A tied checkpoint may hold its one table twice.
@@ -184,7 +200,20 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _sources(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+def copies_of_keys(config: ModelConfig) -> int:
+    """How often a model's projection has the keys of a checkpoint, and then the values: once for
+    each branch that has its own."""
+    attention = config.attention
+    assert isinstance(attention, NsaAttentionConfig | FullAttentionConfig)
+    return 3 if attention.kind == "nsa" and attention.branch_kv == "separate" else 1
+
+
+def _sources(config: ModelConfig) -> Iterator[tuple[str, tuple[Part, ...]]]:
+    for name, tensors in _tensors(config):
+        yield name, tuple(Part(tensor) for tensor in tensors)
+
+
+def _tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Each parameter that comes over, and the checkpoint's tensors that are laid end to end in it.
 
     Keys and values of the branches lie in one projection: the keys of all branches, then the
@@ -192,7 +221,7 @@ def _sources(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     """
     attention = config.attention
     assert isinstance(attention, NsaAttentionConfig | FullAttentionConfig)
-    branches = 3 if attention.kind == "nsa" and attention.branch_kv == "separate" else 1
+    branches = copies_of_keys(config)
     kinds = ("weight", "bias") if attention.qkv_bias else ("weight",)
     yield "embedding.weight", (EMBEDDING,)
     yield "norm.weight", ("model.norm.weight",)

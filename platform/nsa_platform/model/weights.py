@@ -148,7 +148,7 @@ def check_weights(folder: str | Path, config: ModelConfig) -> None:
     Raises:
         ExportError: a file is missing, broken or foreign, or the tensors do not fit the config.
     """
-    _open_weights(folder, config)
+    open_weights(folder, config)
 
 
 def load_model(
@@ -170,7 +170,7 @@ def load_model(
         ValueError: the model cannot be dealt to so many ranks.
     """
     config = config or load_config(folder)
-    files, stored = _open_weights(folder, config)
+    files, stored = open_weights(folder, config)
     model = rank_model(config, tensor)
     state = {}
     for name, origin in stored.items():
@@ -203,8 +203,12 @@ def hf_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _open_weights(folder: str | Path, config: ModelConfig) -> tuple[TensorFiles, dict[str, str]]:
-    """The files, and the stored name of each of the model's tensors."""
+def open_weights(folder: str | Path, config: ModelConfig) -> tuple[TensorFiles, dict[str, str]]:
+    """The files, and the stored name of each of the model's tensors.
+
+    Raises:
+        ExportError: a file is missing, broken or foreign, or the tensors do not fit the config.
+    """
     try:
         files = TensorFiles(folder)
     except TensorFileError as error:
