@@ -44,7 +44,7 @@ def test_runs_are_variants_times_seeds_with_the_overrides_in_order() -> None:
 
 def test_sizes_are_swept_around_the_papers() -> None:
     trials = Sweep.plan(SweepRun.load(ROOT / "jobs/configs/sweep/sizes.yaml")).trials
-    sizes = []
+    sizes, shares = [], []
     for trial in trials:
         assert trial.run.model is not None
         heads = trial.run.model.attention
@@ -52,7 +52,11 @@ def test_sizes_are_swept_around_the_papers() -> None:
         l, d = heads.compression_block_size, heads.compression_stride
         chosen = heads.selection_block_size, heads.num_selected_blocks
         sizes.append((l, d, *chosen, heads.window_size))
-    assert sizes[0] == (32, 16, 64, 16, 512) and len(set(sizes)) == len(sizes)
+        shares.append(heads.selection_top_p)
+    # What reads a share of the importance has the paper's sizes, and no two are the same.
+    assert sizes[0] == (32, 16, 64, 16, 512) and shares[0] is None
+    assert {size for size, share in zip(sizes, shares, strict=True) if share} == {sizes[0]}
+    assert len(set(zip(sizes, shares, strict=True))) == len(trials)
     for place, size in enumerate(sizes[0]):
         assert {size // 2, size * 2} <= {each[place] for each in sizes}
 
