@@ -10,7 +10,7 @@ import ray
 import torch
 from ray.util.queue import Queue
 
-from jobs.cluster import connect
+from jobs.cluster import connect, this_node
 from jobs.evaluation_answers import Answers, check_sizes
 from jobs.evaluation_inputs import (
     check_text,
@@ -82,7 +82,7 @@ def evaluate(run: EvaluateRun, *, run_id: str | None = None, step: int = 0) -> d
     with connect():
         if not ray.cluster_resources().get("GPU"):
             raise ValueError("use_gpu=true, but the Ray cluster has no GPU")
-        return _recorded(run, folder, model, run_id, step, _measure_on_gpu)
+        return _recorded(run, folder, model, run_id, step, measure_on_gpu)
 
 
 def _recorded(
@@ -111,11 +111,11 @@ def _recorded(
     return results
 
 
-def _measure_on_gpu(
+def measure_on_gpu(
     run: EvaluateRun, folder: str, handle: RunHandle, step: int, bars: Bars
 ) -> dict[str, Any]:
     """`measure` on a machine of the cluster that has a free GPU."""
-    queue = Queue(actor_options={"num_cpus": 0})
+    queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": this_node()})
     try:
         work = ray.remote(num_cpus=1, num_gpus=1)(measure).remote(
             run, folder, handle, step, DistantBars(queue)

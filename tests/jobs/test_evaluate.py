@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+import ray
 import yaml
 
 from jobs import evaluate as job
-from jobs.evaluation import evaluate
+from jobs import task_bars
+from jobs.cluster import LOCAL_ENVIRONMENT, QUIET
+from jobs.evaluation import evaluate, measure_on_gpu
 from nsa_platform.config.runs import EvaluateRun
 from nsa_platform.config.train import TrackingConfig
 from nsa_platform.tracking import open_run, register_model
@@ -137,6 +140,38 @@ def test_results_are_printed_and_recorded(place: Path, capsys: pytest.CaptureFix
     value = results["bits_per_byte"]["model"]["bits_per_byte"]
     assert value == pytest.approx(run.data.metrics["eval/bits_per_byte"])
     assert len(results["needle"]["trials"]) == 4
+
+
+@pytest.mark.cluster
+def test_a_worker_measures_what_this_process_does(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(task_bars, "LINE_EVERY_S", 0.0)
+    run = EvaluateRun.load(config_file(place))
+    here = evaluate(run)
+    capsys.readouterr()
+    handle = open_run(
+        tracking(place),
+        job="evaluate",
+        name="distant",
+        params={},
+        tags={},
+        yaml_text="",
+        queue_dir=place / "distant",
+    )
+    # Ray is told of a GPU; the run does not ask for one, and the worker computes as this process.
+    root = str(Path(__file__).parents[2])
+    for name, value in {**LOCAL_ENVIRONMENT, "PYTHONPATH": root}.items():
+        monkeypatch.setenv(name, value)
+    ray.init(address="local", num_cpus=2, num_gpus=1, **QUIET)
+    try:
+        with task_bars.TaskBars() as bars:
+            there = measure_on_gpu(run, str(place / "model"), handle, 0, bars)
+    finally:
+        ray.shutdown()
+    assert there["bits_per_byte"] == here["bits_per_byte"]
+    assert there["needle"] == here["needle"]
+    assert "bits per byte: " in capsys.readouterr().out
 
 
 def test_policies_are_measured_beside_the_model(
