@@ -77,7 +77,10 @@ class DistantBars:
 def watch(work: ray.ObjectRef, queue: Queue, bars: Bars) -> Any:
     """The result of a worker's work, whose DistantBars on this queue move the bars meanwhile."""
     tasks: list[TaskID] = []
-    while not ray.wait([work], timeout=SEND_EVERY_S)[0]:
+    is_done = False
+    while not is_done:
+        # What was sent before the work was done is in the queue by then.
+        is_done = bool(ray.wait([work], timeout=SEND_EVERY_S)[0])
         for task, amount in queue.get_nowait_batch(queue.qsize()):
             if isinstance(task, str):
                 tasks.append(bars.add_task(task, total=amount))
