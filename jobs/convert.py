@@ -4,10 +4,10 @@
     python -m jobs.convert --config X.yaml --set attention.branch_kv=shared
 
 With attention.kind=nsa every branch starts with the checkpoint's keys and values, phi as the mean
-and the gates biased to the window: continue with jobs.pretrain (`checkpoint:`) on data that was
-prepared with the checkpoint's tokenizer. With attention.kind=full the model is the same function.
-Checkpoints of transformers are Llama-, Mistral- or Qwen-shaped; one of this platform's is an
-exported model with full attention. The result opens in transformers after
+and the gates, by default, biased to the window: continue with jobs.pretrain (`checkpoint:`) on data
+that was prepared with the checkpoint's tokenizer. With attention.kind=full the model is the same
+function. Checkpoints of transformers are Llama-, Mistral- or Qwen-shaped; one of this platform's is
+an exported model with full attention. The result opens in transformers after
 nsa_platform.model.hf.register().
 
 Exit status: 0 converted; 2 the configuration or the checkpoint is wrong (nothing was written);
@@ -25,6 +25,7 @@ from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.model.conversion import Foreign, convert_weights, open_checkpoint
 from nsa_platform.model.cost import count_parameters
 from nsa_platform.model.dense_start import is_own, open_dense
+from nsa_platform.model.weights import CONFIG_FILE
 from nsa_platform.train.export import publish
 
 
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             opened = open_dense if is_own(folder) else open_checkpoint
             foreign = opened(folder, run.attention, name=run.name, max_context=run.max_context)
             tokenizer = _tokenizer(folder, foreign)
+            _check_output(run)
         except (ValueError, storage.MissingFileError) as error:
             fail(str(error), status=EXIT_BAD_CONFIG)
         except OSError as error:
@@ -63,6 +65,15 @@ def _tokenizer(folder: Path, foreign: Foreign) -> Tokenizer:
             f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, the embedding {rows} rows"
         )
     return tokenizer
+
+
+def _check_output(run: ConvertRun) -> None:
+    """Raises ValueError unless the output is new, empty, or another model than the checkpoint."""
+    names = storage.list_names(run.output)
+    if names and CONFIG_FILE not in names:
+        raise ValueError(f"output={run.output}: holds {names[0]} and no model; give another folder")
+    if run.output == run.checkpoint:
+        raise ValueError(f"output={run.output}: is the checkpoint itself; give another folder")
 
 
 def _show(foreign: Foreign) -> None:

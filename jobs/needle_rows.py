@@ -182,6 +182,9 @@ def write_rows(
     Raises:
         ValueError, OSError: the text or the sizes do not do.
     """
+    for place in (folder, output):
+        if storage.is_remote(place):
+            raise ValueError(f"{place}: rows are made from and in local folders")
     tokenizer = Tokenizer(storage.join(folder, "tokenizer"))
     # Before anything is written.
     if keys > (most := len(words())):
@@ -211,11 +214,10 @@ def write_rows(
 
 def _claim(folder: str, output: str) -> None:
     """Raise ValueError unless the output folder is ours to write."""
-    places = [
-        each if storage.is_remote(each) else Path(each).resolve() for each in (folder, output)
-    ]
-    if places[0] == places[1]:
+    if Path(folder).resolve() == Path(output).resolve():
         raise ValueError(f"{output}: is the data itself; give another folder to write")
+    if MARK in storage.list_names(folder):
+        raise ValueError(f"{folder}: holds such rows already; give the text that they are made of")
     found = storage.list_names(output)
     if found and MARK not in found:
         raise ValueError(f"{output}: holds other files ({found[0]}, ...); give a new folder")
@@ -256,15 +258,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"--{name} must be at least 1, got {value}")
     try:
         write_rows(
-            str(Path(options.data)),
-            str(Path(options.output)),
+            options.data,
+            options.output,
             seed=options.seed,
             answers_only=options.answers_only,
             **sizes,
         )
     except (ValueError, OSError) as error:
         fail(str(error))
-    print(f"{options.output}: {options.rows:,} rows of {options.length:,} tokens")
+    kind = "chats, for jobs.sft" if options.answers_only else "texts, for jobs.pretrain"
+    print(f"{options.output}: {options.rows:,} rows of {options.length:,} tokens, {kind}")
 
 
 if __name__ == "__main__":

@@ -180,8 +180,20 @@ def measure(workload: Workload, device: str, rate: float) -> Iterator[Record]:
 def main() -> int:
     every = [workload.name for workload in WORKLOADS if "nsa" in workload.real_ops]
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=every, default=DEFAULT, metavar="NAME")
-    parser.add_argument("--json", type=Path, default=ROOT / "runs" / "bench" / "occupancy.json")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=every,
+        default=DEFAULT,
+        metavar="NAME",
+        help=f"workloads, of {', '.join(every)}; default: {', '.join(DEFAULT)}",
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=ROOT / "runs" / "bench" / "occupancy.json",
+        help="where the records go; default: runs/bench/occupancy.json",
+    )
     parser.add_argument("--commit", help="what to call this version where git cannot tell")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():

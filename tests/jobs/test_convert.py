@@ -83,6 +83,20 @@ def test_a_converted_model_is_pretrained_further(
     assert inspect(parsed, origin).described[0]["start"] is not None
 
 
+def test_what_is_no_model_is_not_replaced(tmp_path: Path, checkpoint: Path, capsys) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    for output, said in (
+        (str(tmp_path / "notes"), "holds mine.txt and no model"),
+        (str(checkpoint), "is the checkpoint itself"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            convert.main([*config(tmp_path, checkpoint, output=output), "--dry-run"])
+        assert ended.value.code == 2
+        assert said in capsys.readouterr().err
+    assert (tmp_path / "notes" / "mine.txt").read_text() == "mine"
+
+
 def test_our_own_model_with_full_attention_becomes_one_with_nsa(
     tmp_path: Path, checkpoint: Path, capsys
 ) -> None:

@@ -16,7 +16,7 @@ TOLD = re.compile(r"\nThe secret number of (\w+) is (\d{5})\.\n")
 LENGTH, ROWS, KEYS = 400, 24, 6
 
 
-def write(data: Path, output: Path, *more: str) -> None:
+def write(data: Path, output: Path | str, *more: str) -> None:
     sizes = {"length": LENGTH, "rows": ROWS, "keys": KEYS, "processes": 1}
     flags = [part for name, size in sizes.items() for part in (f"--{name}", str(size))]
     needle_rows.main([str(data), str(output), *flags, *more])
@@ -98,11 +98,16 @@ def test_other_peoples_folders_are_left_alone(
     for output, told in (
         (other, f"{other}: holds other files (prepared.json, ...)"),
         (tiny_shards.path, "is the data itself"),
+        ("s3://bucket/rows", "rows are made from and in local folders"),
     ):
         with pytest.raises(SystemExit):
             write(tiny_shards.path, output)
         assert told in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit):
+        write(rows, tmp_path / "of rows")
+    assert "holds such rows already" in capsys.readouterr().err
+    assert not (tmp_path / "of rows").exists()
     # Its own are written again.
     (tmp_path / "mine").mkdir()
     for _ in range(2):

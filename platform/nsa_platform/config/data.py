@@ -20,7 +20,8 @@ class TokenizerConfig(Strict):
     """Train a byte-level BPE of this many tokens on the corpus."""
     train_all_numbers: bool = False
     """Each number of up to three digits is one token of the trained vocabulary, whether the corpus
-    has it or not: 1,100 tokens. Else those are that the corpus has often."""
+    has it or not: 1,100 tokens, so that 1,360 are the least. Else those are that the corpus has
+    often."""
     train_sample_mb: PositiveInt = 64
     """Megabytes of text that training reads at most: whole files, chosen by a hash of their path
     below the input; documents held out for validation are not among them."""
@@ -35,8 +36,8 @@ class TokenizerConfig(Strict):
         least = LEAST_WITH_NUMBERS
         if self.train_all_numbers and (self.train_vocab_size or 0) < least:
             raise ValueError(
-                f"train_all_numbers needs train_vocab_size of at least {least}, "
-                f"got {self.train_vocab_size or 'a tokenizer that is given'}"
+                f"train_all_numbers=true is for a tokenizer that is trained, of train_vocab_size "
+                f"{least} at least, got {self.train_vocab_size}"
             )
         return self
 

@@ -4,7 +4,8 @@ Three readings:
 
     exact   the model, generating freely, writes the number: the test as it is usually reported; of
             several numbers, the share that it writes
-    tokens  share of the number's tokens that were most likely, the right ones before them given
+    tokens  share of the number's tokens that were most likely, the right ones before them given;
+            tokens without a digit, as the blank before it, do not count
     lift    log p(number | needle) - log p(number | a needle with another number), in nats: what
             the needle's content is worth; 0 means that the needle was not read at all
 
@@ -16,6 +17,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 
 from nsa_platform.config.evaluate import NeedleConfig
 from nsa_platform.data.haystack import Counts, Haystack, haystack, synthetic_filler
@@ -93,7 +95,12 @@ def needle_grid(
         trials: dict[int, Trial] = {}
         for place, ids in write(prompts):
             length, depth, hay = group[place]
-            trials[place] = _trial(hay, tokenizer.decode(ids), score, length=length, depth=depth)
+            has_digit = [
+                any(character.isdigit() for character in tokenizer.decode([token]))
+                for token in hay.answer
+            ]
+            written = tokenizer.decode(ids)
+            trials[place] = _trial(hay, written, score, has_digit, length=length, depth=depth)
             advance()
         grid.trials.extend(trials[place] for place in range(len(group)))
     return grid
@@ -125,7 +132,16 @@ def _sites(
                 yield length, depth, hay
 
 
-def _trial(hay: Haystack, written: str, score: ScoreAnswer, *, length: int, depth: float) -> Trial:
+def _trial(
+    hay: Haystack,
+    written: str,
+    score: ScoreAnswer,
+    counted: Sequence[bool],
+    *,
+    length: int,
+    depth: float,
+) -> Trial:
+    """counted: which tokens of the answer do."""
     with_needle = score(hay.prompt, hay.answer)
     without = score(hay.control, hay.answer)
     return Trial(
@@ -135,7 +151,7 @@ def _trial(hay: Haystack, written: str, score: ScoreAnswer, *, length: int, dept
         number=hay.number,
         written=written,
         exact=_found(written, hay.number.split(", ")),
-        tokens=_mean([float(hit) for hit in with_needle.hits]),
+        tokens=_mean([float(hit) for hit in compress(with_needle.hits, counted)]),
         lift=sum(without.nats) - sum(with_needle.nats),
     )
 

@@ -101,9 +101,9 @@ def test_numbers_need_room(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match="at least 1360 with 1,100 numbers"):
         train_tokenizer(["ab"], 1359, tmp_path, all_numbers=True)
     TokenizerConfig(train_vocab_size=1360, train_all_numbers=True)
-    with pytest.raises(ValueError, match="train_vocab_size of at least 1360, got 1359"):
+    with pytest.raises(ValueError, match="train_vocab_size 1360 at least, got 1359"):
         TokenizerConfig(train_vocab_size=1359, train_all_numbers=True)
-    with pytest.raises(ValueError, match="got a tokenizer that is given"):
+    with pytest.raises(ValueError, match="for a tokenizer that is trained"):
         TokenizerConfig(path="somewhere", train_all_numbers=True)
 
 
