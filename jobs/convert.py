@@ -25,7 +25,6 @@ from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.model.conversion import Foreign, convert_weights, open_checkpoint
 from nsa_platform.model.cost import count_parameters
 from nsa_platform.model.dense_start import is_own, open_dense
-from nsa_platform.model.weights import CONFIG_FILE
 from nsa_platform.train.export import publish
 
 
@@ -37,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             folder = storage.fetch(
                 run.checkpoint, run.cache_dir or storage.default_cache("checkpoints")
             )
-            opened = open_dense if is_own(folder) else open_checkpoint
-            foreign = opened(folder, run.attention, name=run.name, max_context=run.max_context)
+            open_any = open_dense if is_own(folder) else open_checkpoint
+            foreign = open_any(folder, run.attention, name=run.name, max_context=run.max_context)
             tokenizer = _tokenizer(folder, foreign)
             _check_output(run)
         except (ValueError, storage.MissingFileError) as error:
@@ -68,12 +67,15 @@ def _tokenizer(folder: Path, foreign: Foreign) -> Tokenizer:
 
 
 def _check_output(run: ConvertRun) -> None:
-    """Raises ValueError unless the output is new, empty, or another model than the checkpoint."""
-    names = storage.list_names(run.output)
-    if names and CONFIG_FILE not in names:
-        raise ValueError(f"output={run.output}: holds {names[0]} and no model; give another folder")
+    """Raises ValueError unless the output is new, empty, or another model of ours."""
     if run.output == run.checkpoint:
         raise ValueError(f"output={run.output}: is the checkpoint itself; give another folder")
+    names = storage.list_names(run.output)
+    if names and not is_own(run.output):
+        raise ValueError(
+            f"output={run.output}: holds {names[0]} and no model of this platform; "
+            "give another folder"
+        )
 
 
 def _show(foreign: Foreign) -> None:

@@ -1,5 +1,6 @@
 """jobs.convert: a checkpoint of transformers to a model that pretraining goes on from."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,11 @@ def test_a_converted_model_is_pretrained_further(
 def test_what_is_no_model_is_not_replaced(tmp_path: Path, checkpoint: Path, capsys) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("mine")
+    other = tmp_path / "another"
+    shutil.copytree(checkpoint, other)
     for output, said in (
-        (str(tmp_path / "notes"), "holds mine.txt and no model"),
+        (str(tmp_path / "notes"), "holds mine.txt and no model of this platform"),
+        (str(other), "and no model of this platform"),
         (str(checkpoint), "is the checkpoint itself"),
     ):
         with pytest.raises(SystemExit) as ended:
@@ -95,6 +99,11 @@ def test_what_is_no_model_is_not_replaced(tmp_path: Path, checkpoint: Path, caps
         assert ended.value.code == 2
         assert said in capsys.readouterr().err
     assert (tmp_path / "notes" / "mine.txt").read_text() == "mine"
+    assert (other / "model.safetensors").read_bytes() == (
+        checkpoint / "model.safetensors"
+    ).read_bytes()
+    for _ in range(2):  # the second replaces the first
+        convert.main(config(tmp_path, checkpoint))
 
 
 def test_our_own_model_with_full_attention_becomes_one_with_nsa(

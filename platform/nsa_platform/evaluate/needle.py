@@ -95,12 +95,7 @@ def needle_grid(
         trials: dict[int, Trial] = {}
         for place, ids in write(prompts):
             length, depth, hay = group[place]
-            has_digit = [
-                any(character.isdigit() for character in tokenizer.decode([token]))
-                for token in hay.answer
-            ]
-            written = tokenizer.decode(ids)
-            trials[place] = _trial(hay, written, score, has_digit, length=length, depth=depth)
+            trials[place] = _trial(hay, ids, tokenizer, score, length=length, depth=depth)
             advance()
         grid.trials.extend(trials[place] for place in range(len(group)))
     return grid
@@ -134,14 +129,16 @@ def _sites(
 
 def _trial(
     hay: Haystack,
-    written: str,
+    ids: list[int],
+    tokenizer: Tokenizer,
     score: ScoreAnswer,
-    counted: Sequence[bool],
     *,
     length: int,
     depth: float,
 ) -> Trial:
-    """counted: which tokens of the answer do."""
+    """ids: what the model wrote."""
+    written = tokenizer.decode(ids)
+    has_digit = [re.search(r"\d", tokenizer.decode([token])) for token in hay.answer]
     with_needle = score(hay.prompt, hay.answer)
     without = score(hay.control, hay.answer)
     return Trial(
@@ -151,7 +148,7 @@ def _trial(
         number=hay.number,
         written=written,
         exact=_found(written, hay.number.split(", ")),
-        tokens=_mean([float(hit) for hit in compress(with_needle.hits, counted)]),
+        tokens=_mean([float(hit) for hit in compress(with_needle.hits, has_digit)]),
         lift=sum(without.nats) - sum(with_needle.nats),
     )
 

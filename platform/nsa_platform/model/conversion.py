@@ -75,14 +75,12 @@ def open_checkpoint(
         reason = str(error).strip().partition("\n")[0]
         raise ConversionError(f"{folder}: config.json cannot be read: {reason}") from None
     _check_architecture(source, folder)
-    tree = _model_tree(source, attention, files) | {"name": name}
-    if max_context is not None:
-        tree["max_context"] = max_context
-    try:
-        config = ModelConfig.parse(tree, source=str(folder))
-    except ConfigError as error:
-        raise ConversionError(str(error)) from None
-    parts = dict(_sources(config))
+    tree = _model_tree(source, attention, files)
+    config = parse_config(tree, folder, name=name, max_context=max_context)
+    parts = {
+        parameter: tuple(Part(tensor) for tensor in tensors)
+        for parameter, tensors in _sources(config)
+    }
     _check_tensors(files, config, parts, folder)
     return Foreign(config, files, parts)
 
@@ -101,6 +99,23 @@ def convert_weights(foreign: Foreign, *, seed: int) -> dict[str, Tensor]:
         if name not in state:
             state[name] = initial_tensor(config, name, shape, seed=seed).to(dtype)
     return state
+
+
+def parse_config(
+    tree: dict[str, Any], folder: Path, *, name: str, max_context: int | None
+) -> ModelConfig:
+    """The config of what a checkpoint becomes, of its own context where none is asked for.
+
+    Raises:
+        ConversionError: the sizes do not fit.
+    """
+    tree = tree | {"name": name}
+    if max_context is not None:
+        tree["max_context"] = max_context
+    try:
+        return ModelConfig.parse(tree, source=str(folder))
+    except ConfigError as error:
+        raise ConversionError(str(error)) from None
 
 
 def _check_architecture(source: PreTrainedConfig, folder: Path) -> None:
@@ -208,12 +223,7 @@ def copies_of_keys(config: ModelConfig) -> int:
     return 3 if attention.kind == "nsa" and attention.branch_kv == "separate" else 1
 
 
-def _sources(config: ModelConfig) -> Iterator[tuple[str, tuple[Part, ...]]]:
-    for name, tensors in _tensors(config):
-        yield name, tuple(Part(tensor) for tensor in tensors)
-
-
-def _tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _sources(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Each parameter that comes over, and the checkpoint's tensors that are laid end to end in it.
 
     Keys and values of the branches lie in one projection: the keys of all branches, then the

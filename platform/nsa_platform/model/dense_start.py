@@ -7,19 +7,26 @@ mean, and the gates start where the configuration puts them.
 import json
 from pathlib import Path
 
-from nsa_platform.config.base import ConfigError
+from nsa_platform import storage
 from nsa_platform.config.convert import FullConversion, NsaConversion
 from nsa_platform.config.model import FullAttentionConfig, Heads, ModelConfig
-from nsa_platform.model.conversion import ConversionError, Foreign, Part, copies_of_keys
+from nsa_platform.model.conversion import (
+    ConversionError,
+    Foreign,
+    Part,
+    copies_of_keys,
+    parse_config,
+)
 from nsa_platform.model.tensor_files import TensorFiles
 from nsa_platform.model.weights import CONFIG_FILE, MODEL_TYPE, load_config, open_weights
 
 
-def is_own(folder: Path) -> bool:
-    """Whether a folder is an exported model of this platform."""
+def is_own(folder: str | Path) -> bool:
+    """Whether a folder, local or s3://, is an exported model of this platform."""
+    place = storage.join(str(folder), CONFIG_FILE)
     try:
-        tree = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        tree = json.loads(storage.read_text(place))
+    except (storage.MissingFileError, ValueError):
         return False
     return isinstance(tree, dict) and tree.get("model_type") == MODEL_TYPE
 
@@ -48,13 +55,8 @@ def open_dense(
             f"{folder}: attention.gated=true must be false: NSA's gates weigh its branches"
         )
     heads = dense.attention.model_dump(include=set(Heads.model_fields))
-    tree = dense.model_dump() | {"name": name, "attention": heads | attention.model_dump()}
-    if max_context is not None:
-        tree["max_context"] = max_context
-    try:
-        config = ModelConfig.parse(tree, source=str(folder))
-    except ConfigError as error:
-        raise ConversionError(str(error)) from None
+    tree = dense.model_dump() | {"attention": heads | attention.model_dump()}
+    config = parse_config(tree, folder, name=name, max_context=max_context)
     files, stored = open_weights(folder, dense)
     return Foreign(
         config,
