@@ -14,6 +14,8 @@ Exit status: 0 converted; 2 the configuration or the checkpoint is wrong (nothin
 130 stopped; 1 anything else.
 """
 
+import os
+import tempfile
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
@@ -33,14 +35,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     run, dry_run = read_run(ConvertRun, __doc__ or "", argv)
     with interruptible("interrupted; nothing was written"):
         try:
-            folder = storage.fetch(
-                run.checkpoint, run.cache_dir or storage.default_cache("checkpoints")
-            )
-            open_any = open_dense if is_own(folder) else open_checkpoint
-            foreign = open_any(folder, run.attention, name=run.name, max_context=run.max_context)
-            tokenizer = _tokenizer(folder, foreign)
             _check_output(run)
-        except (ValueError, storage.MissingFileError) as error:
+            foreign, tokenizer = _open(run)
+        except ValueError as error:
             fail(str(error), status=EXIT_BAD_CONFIG)
         except OSError as error:
             fail(str(error))
@@ -51,8 +48,32 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             publish(foreign.config, weights, run.output, tokenizer=tokenizer, say=print)
         except OSError as error:
-            fail(str(error))
+            fail(f"output={run.output}: cannot be written ({error.strerror or error})")
         print(f"{'model':<12} {run.output}")
+
+
+def _open(run: ConvertRun) -> tuple[Foreign, Tokenizer]:
+    """The checkpoint and its tokenizer.
+
+    Raises:
+        ValueError: there is none, or it cannot become the model that is asked for.
+        OSError: the store that it lies in cannot be reached.
+    """
+    wanted = "must be a folder with config.json, safetensors and tokenizer.json"
+    try:
+        folder = storage.fetch(
+            run.checkpoint, run.cache_dir or storage.default_cache("checkpoints")
+        )
+        if not folder.is_dir():
+            raise ValueError(f"checkpoint={run.checkpoint}: is a file, {wanted}")
+        open_any = open_dense if is_own(folder) else open_checkpoint
+        foreign = open_any(folder, run.attention, name=run.name, max_context=run.max_context)
+        return foreign, _tokenizer(folder, foreign)
+    except OSError as error:
+        if storage.is_remote(run.checkpoint) and not isinstance(error, FileNotFoundError):
+            raise
+        reason = error.strerror or error
+        raise ValueError(f"checkpoint={run.checkpoint}: {reason}; {wanted}") from None
 
 
 def _tokenizer(folder: Path, foreign: Foreign) -> Tokenizer:
@@ -67,15 +88,32 @@ def _tokenizer(folder: Path, foreign: Foreign) -> Tokenizer:
 
 
 def _check_output(run: ConvertRun) -> None:
-    """Raises ValueError unless the output is new, empty, or another model of ours."""
+    """Raises ValueError unless the output can be made, and is new, empty or another model of
+    ours."""
     if run.output == run.checkpoint:
         raise ValueError(f"output={run.output}: is the checkpoint itself; give another folder")
+    if not storage.is_remote(run.output):
+        _check_place(Path(run.output))
     names = storage.list_names(run.output)
     if names and not is_own(run.output):
         raise ValueError(
             f"output={run.output}: holds {names[0]} and no model of this platform; "
             "give another folder"
         )
+
+
+def _check_place(output: Path) -> None:
+    """Raises ValueError unless a folder can be made there: one beside it is, and goes again."""
+    if os.path.exists(output) and not os.path.isdir(output):
+        raise ValueError(f"output={output}: is a file, must be a folder")
+    beside = next(parent for parent in output.parents if os.path.exists(parent))
+    try:
+        tempfile.TemporaryDirectory(dir=beside).cleanup()
+    except OSError as error:
+        raise ValueError(
+            f"output={output}: nothing can be written in {beside} ({error.strerror}); "
+            "give another folder"
+        ) from None
 
 
 def _show(foreign: Foreign) -> None:

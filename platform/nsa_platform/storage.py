@@ -366,7 +366,7 @@ def _explained(verb: str, uri: str) -> Iterator[None]:
     except FileNotFoundError:
         _missing(uri, verb)
     except OSError as error:
-        raise StorageError(f"cannot {verb} {_place(uri)}: {_reason(uri, str(error))}") from error
+        raise StorageError(f"cannot {verb} {_place(uri)}: {_reason(uri, error)}") from error
 
 
 def _missing(uri: str, verb: str) -> NoReturn:
@@ -386,9 +386,10 @@ def _place(uri: str) -> str:
     return f"{uri} at {_endpoint() or 'AWS'}" if is_remote(uri) else uri
 
 
-def _reason(uri: str, text: str) -> str:
+def _reason(uri: str, error: OSError) -> str:
     if not is_remote(uri):
-        return text
+        return os.strerror(error.errno) if error.errno else str(error)
+    text = str(error)
     details = text.rpartition("Details: ")[2]
     if re.search(r"NETWORK_CONNECTION|curlCode", text):
         return f"the endpoint does not answer ({details})"

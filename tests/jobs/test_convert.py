@@ -106,6 +106,46 @@ def test_what_is_no_model_is_not_replaced(tmp_path: Path, checkpoint: Path, caps
         convert.main(config(tmp_path, checkpoint))
 
 
+def test_places_that_cannot_be_are_named_before_anything_is_written(
+    tmp_path: Path, checkpoint: Path, capsys
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for changes, said in (
+        ({"output": str(file)}, f"output={file}: is a file, must be a folder"),
+        ({"output": f"{file}/a"}, f"output={file}/a: nothing can be written in {file} (Not a dir"),
+        ({"output": "/proc/a/b"}, "output=/proc/a/b: nothing can be written in /proc (No such"),
+        ({"output": "/dev/null"}, "output=/dev/null: is a file, must be a folder"),
+        ({"checkpoint": str(file)}, f"checkpoint={file}: is a file, must be a folder with config"),
+        ({"checkpoint": f"{file}/a"}, f"checkpoint={file}/a: cannot read {file}/a: it does not"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            convert.main(config(tmp_path, **{"checkpoint": checkpoint} | changes))
+        assert ended.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {said}") and error.count("\n") == 1
+        assert "rrno" not in error
+    assert file.read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "convert.yaml"}
+
+
+@pytest.mark.parametrize("kind", ["transformers", "our own"])
+def test_a_context_holds_what_every_query_reads(
+    kind: str, tmp_path: Path, checkpoint: Path, capsys
+) -> None:
+    source = str(checkpoint)
+    if kind == "our own":
+        source = str(tmp_path / "dense")
+        convert.main(config(tmp_path, checkpoint, attention={"kind": "full"}, output=source))
+    with pytest.raises(SystemExit) as ended:
+        convert.main(config(tmp_path, source, max_context=23))
+    assert ended.value.code == 2
+    assert "max_context=23 must be at least 24: the 3 blocks of 8" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
+    convert.main([*config(tmp_path, source, max_context=24), "--dry-run"])
+    assert "24 tokens" in capsys.readouterr().out
+
+
 def test_our_own_model_with_full_attention_becomes_one_with_nsa(
     tmp_path: Path, checkpoint: Path, capsys
 ) -> None:

@@ -110,6 +110,8 @@ def test_local_reasons_name_the_path(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(StorageError, match=r"cannot write .*file/below"):
         storage.write_bytes(str(tmp_path / "file" / "below"), b"")
+    with pytest.raises(StorageError, match=r"^cannot list .*/file: Not a directory$"):
+        storage.list_names(str(tmp_path / "file"))
     with pytest.raises(MissingFileError, match="source"):
         storage.upload_file(tmp_path / "source", str(tmp_path / "target"))
 

@@ -37,7 +37,8 @@ class ConvertRun(Strict):
     Qwen-shaped, or an exported model of this platform."""
     attention: Annotated[NsaConversion | FullConversion, Field(discriminator="kind")]
     max_context: PositiveInt | None = None
-    """Longest sequence in tokens that the model is meant for; default: the checkpoint's."""
+    """Longest sequence in tokens that the model is meant for; default: the checkpoint's. With NSA
+    it holds at least the blocks that every query reads."""
     seed: int = 0
     """Initialisation of phi's matrices; whatever it is, phi starts as the mean."""
     output: Location

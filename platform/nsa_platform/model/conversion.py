@@ -113,9 +113,26 @@ def parse_config(
     if max_context is not None:
         tree["max_context"] = max_context
     try:
-        return ModelConfig.parse(tree, source=str(folder))
+        config = ModelConfig.parse(tree, source=str(folder))
     except ConfigError as error:
         raise ConversionError(str(error)) from None
+    _check_context(config)
+    return config
+
+
+def _check_context(config: ModelConfig) -> None:
+    """Raises ConversionError where not even the blocks that are always read fit into a context."""
+    attention = config.attention
+    if not isinstance(attention, NsaAttentionConfig):
+        return
+    blocks = attention.num_initial_blocks + attention.num_local_blocks
+    least = blocks * attention.selection_block_size
+    if config.max_context < least:
+        raise ConversionError(
+            f"max_context={config.max_context} must be at least {least}: the {blocks} blocks of "
+            f"{attention.selection_block_size} tokens that every query reads (num_initial_blocks "
+            "and num_local_blocks of selection_block_size)"
+        )
 
 
 def _check_architecture(source: PreTrainedConfig, folder: Path) -> None:
