@@ -189,7 +189,7 @@ def test_wrong_checkpoints_are_refused_before_anything_is_written(
     empty = tmp_path / "empty"
     empty.mkdir()
     for place, changes, said in (
-        (empty, {}, "model.safetensors: does not exist"),
+        (empty, {}, f"{empty}: has no config.json; a checkpoint, an exported model too, is a"),
         (tmp_path / "none", {}, "none"),
         (checkpoint, {"attention": {"kind": "nsa", "compression_stride": 7}}, "must divide"),
     ):

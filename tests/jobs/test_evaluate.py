@@ -329,6 +329,8 @@ def test_results_go_into_a_given_run_and_leave_it_as_it_was(place: Path) -> None
         ({"checkpoint": "moba"}, "engine: attention.kind=moba has no cache"),
         ({"baselines": {}}, "policies need a model with attention.kind=full"),
         ({"checkpoint": "missing"}, "missing"),
+        ({"checkpoint": "data"}, "data: has no config.json; an exported model is a folder with"),
+        ({"checkpoint": "aime.jsonl"}, "aime.jsonl: has no config.json; an exported model is a"),
         ({"checkpoint": "models:/evaluated@nobody"}, "no model 'evaluated' with the alias"),
         ({"data": "nowhere"}, "nowhere/validation/manifest.json"),
         ({"data": "other"}, "was made with tokenizer"),

@@ -20,6 +20,7 @@ from nsa_platform.config.convert import FullConversion, NsaConversion
 from nsa_platform.config.model import FullAttentionConfig, ModelConfig, NsaAttentionConfig
 from nsa_platform.model.tensor_files import TensorFileError, TensorFiles
 from nsa_platform.model.transformer import Transformer, initial_tensor
+from nsa_platform.model.weights import CONFIG_FILE
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -65,6 +66,11 @@ def open_checkpoint(
         ConversionError: no checkpoint is there, it is of another architecture, it computes
             something that this platform's model does not, or a tensor is missing.
     """
+    if not (folder / CONFIG_FILE).is_file():
+        raise ConversionError(
+            f"{folder}: has no {CONFIG_FILE}; a checkpoint, an exported model too, is a folder "
+            f"with {CONFIG_FILE}, safetensors and the tokenizer's files"
+        )
     try:
         files = TensorFiles(folder)
     except TensorFileError as error:

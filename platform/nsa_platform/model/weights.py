@@ -100,6 +100,11 @@ def load_config(folder: str | Path) -> ModelConfig:
         ExportError: config.json is missing, is not JSON, or was not written by export_model.
     """
     path = Path(folder) / CONFIG_FILE
+    if not path.is_file():
+        raise ExportError(
+            f"{folder}: has no {CONFIG_FILE}; an exported model is a folder with {CONFIG_FILE}, "
+            f"{WEIGHTS_FILE} and the tokenizer's files"
+        )
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

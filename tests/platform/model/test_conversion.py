@@ -180,7 +180,9 @@ def test_what_the_model_would_compute_otherwise_is_refused(tmp_path, config, tex
 
 
 def test_broken_and_foreign_checkpoints_are_named(tmp_path):
-    with pytest.raises(ConversionError, match="does not exist"):
+    with pytest.raises(
+        ConversionError, match=r"has no config\.json; a checkpoint, an exported model too, is"
+    ):
         open_checkpoint(tmp_path, NSA, name="test")
     foreign_model(SHAPES["llama"]).save_pretrained(tmp_path, max_shard_size="20KB")
     config = tmp_path / "config.json"

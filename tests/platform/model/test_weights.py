@@ -116,7 +116,10 @@ def _mistyped_key(folder):
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
-        (lambda f: (f / "config.json").unlink(), "config.json: cannot be read"),
+        (
+            lambda f: (f / "config.json").unlink(),
+            "has no config.json; an exported model is a folder with",
+        ),
         (lambda f: (f / "config.json").write_text("{"), "config.json: is not JSON"),
         (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "llama"),
         (_mistyped_key, "did you mean 'width'"),

@@ -57,7 +57,7 @@ def rewrite_config(folder: Path, **changes: object) -> None:
 
 BREAKS = {
     "no-folder": (shutil.rmtree, "is no folder of an exported model"),
-    "no-config": (lambda f: (f / "config.json").unlink(), "config.json: cannot be read"),
+    "no-config": (lambda f: (f / "config.json").unlink(), "has no config.json; an exported model"),
     "no-weights": (lambda f: (f / "model.safetensors").unlink(), "safetensors: does not exist"),
     "no-tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
     "foreign-config": (
