@@ -36,6 +36,8 @@ SHARD_TOKENS = 8_000_000
 ROWS_AT_ONCE = 64
 FILLER_TOKENS = 32_000_000
 """Of the text, at most so many tokens are read. A small model knows a shorter one by heart soon."""
+TEXT_SHARE = 1 / 8
+"""Of a row, at least so much is left to text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,7 @@ def make_row(
     questions = tokenizer.encode_batch([QUESTION.format(word=word) for word in chosen])
     sentences, room = [], length - 1
     for ids, question in zip(tokenizer.encode_batch(lines), questions, strict=True):
-        if room - 2 * len(ids) >= length / 8:
+        if room - 2 * len(ids) >= length * TEXT_SHARE:
             sentences.append(Sentence(ids, number=len(question)))
             room -= 2 * len(ids)
     if not sentences:
@@ -147,6 +149,13 @@ def make_row(
             answers[len(row) - len(sentence.ids) + sentence.number : len(row)] = True
         known.add(order)
     return Row(np.array([*row, *hay[done:], tokenizer.eos_id], dtype=np.uint32), answers)
+
+
+def room_for(tokenizer: Tokenizer, pool: Sequence[str], length: int) -> int:
+    """Sentences of usual length that a row holds, each of them twice."""
+    sentences = tokenizer.encode_batch([NEEDLE.format(word=word, number=99_999) for word in pool])
+    usual = sum(map(len, sentences)) / len(sentences)
+    return int((length - 1 - length * TEXT_SHARE) / (2 * usual))
 
 
 @cache
@@ -187,8 +196,11 @@ def write_rows(
             raise ValueError(f"{place}: rows are made from and in local folders")
     tokenizer = Tokenizer(storage.join(folder, "tokenizer"))
     # Before anything is written.
-    if keys > (most := len(words())):
-        raise ValueError(f"--keys={keys} must not exceed {most}, the words that there are")
+    if keys > len(pool := words()):
+        raise ValueError(
+            f"--keys={keys} must not exceed {len(pool)}, the words that there are; --length="
+            f"{length} has room for about {room_for(tokenizer, pool, length)}"
+        )
     _claim(folder, output)
     _make_rows(folder, "validation", length, keys, seed, range(1))
     record = ShardSet(storage.join(folder, "train")).manifest.tokenizer

@@ -122,6 +122,22 @@ def test_rows_depend_on_the_seed_alone(rows: Path, tiny_shards, tmp_path: Path) 
     assert not set(texts_of(tmp_path / "other", "train")) & set(texts_of(rows, "train"))
 
 
+def test_a_refused_number_of_keys_is_told_how_many_fit(
+    tiny_shards, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool = needle_rows.words()
+    write(tiny_shards.path, tmp_path / "full", "--keys", str(len(pool)))
+    most = max(len(set(TOLD.findall(text))) for text in texts_of(tmp_path / "full", "train"))
+    with pytest.raises(SystemExit):
+        write(tiny_shards.path, tmp_path / "more", "--keys", str(len(pool) + 1))
+    said = capsys.readouterr().err
+    (room,) = re.findall(
+        rf"the words that there are; --length={LENGTH} has room for about (\d+)", said
+    )
+    assert abs(int(room) - most) <= 1
+    assert not (tmp_path / "more").exists()
+
+
 def test_what_cannot_be_written_is_refused_before_anything_is(
     tiny_shards, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
