@@ -15,14 +15,14 @@ NOTHING = "-"
 
 def policy_tables(policies: Mapping[str, Any]) -> list[Table]:
     """Text and needles, a row for each policy; tasks, a row for each cell and policy. There is no
-    table of what was not measured.
+    table, and no column, of what was not measured.
 
     policies: results by name, as baselines_summary gives them.
     """
     tables: list[Table] = []
     if any("bits_per_byte" in each or "needle_exact" in each for each in policies.values()):
         head = ("policy", "bits per byte", *NEEDLES.values(), "keys per query (text)")
-        tables.append((head, [(name, *_row(each)) for name, each in policies.items()]))
+        tables.append(_measured(head, [(name, *_row(each)) for name, each in policies.items()]))
     cells = dict.fromkeys(
         key for each in policies.values() for key in each["intervals"] if key not in NEEDLES
     )
@@ -35,6 +35,12 @@ def policy_tables(policies: Mapping[str, Any]) -> list[Table]:
         ]
         tables.append((head, rows))
     return tables
+
+
+def _measured(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """The columns in which there is something."""
+    columns = [at for at in range(len(head)) if any(row[at] != NOTHING for row in rows)]
+    return [head[at] for at in columns], [[row[at] for at in columns] for row in rows]
 
 
 def _row(policy: Mapping[str, Any]) -> list[str]:

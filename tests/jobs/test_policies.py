@@ -95,6 +95,31 @@ def test_a_task_by_length_has_the_samples_of_the_whole_task(kind: str, tmp_path:
     assert [each for _, part in parts for each in part] == samples(config)
 
 
+def test_what_was_not_measured_has_no_column() -> None:
+    needles = {
+        "needle_exact": 0.5,
+        "needle_tokens": 0.75,
+        "intervals": {"needle_exact": (0.1, 0.9), "needle_tokens": (0.6, 0.9)},
+        "reads": [{"task": "needle", "length": 80, "count": {"keys_per_query": 3.0}}],
+    }
+    (table,) = policy_tables({"quest": needles, "full": needles})
+    scores = ["50% (10 to 90)", "75% (60 to 90)"]
+    assert table == (
+        ["policy", "numbers exact (95 %)", "tokens of the numbers (95 %)"],
+        [["quest", *scores], ["full", *scores]],
+    )
+    text = {
+        "bits_per_byte": 1.25,
+        "intervals": {},
+        "reads": [{"task": "text", "length": 64, "count": {"keys_per_query": 20.0}}],
+    }
+    (table,) = policy_tables({"full": text})
+    assert table == (
+        ["policy", "bits per byte", "keys per query (text)"],
+        [["full", "1.250", "20.0"]],
+    )
+
+
 def test_policies_that_only_have_tasks_are_compared_by_their_scores() -> None:
     measured = {
         name: {
