@@ -13,18 +13,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from jobs.cli import fail, interruptible, read_run, warn
+from jobs.cli import fail, interruptible, read_run
 from jobs.evaluation import evaluate
-from jobs.policies import budget_warning
+from jobs.policies import warn_of_budget
 from jobs.policy_tables import policy_tables
 from nsa_platform.config.runs import EvaluateRun
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     run, dry_run = read_run(EvaluateRun, __doc__ or "", argv)
-    if line := budget_warning(run):
-        warn(line)
     if dry_run:
+        warn_of_budget(run)
         return
     with interruptible("interrupted; the same command measures everything anew"):
         try:

@@ -21,7 +21,7 @@ from jobs.evaluation_inputs import (
     score_text,
 )
 from jobs.model_tags import model_tags
-from jobs.policies import measure_policies
+from jobs.policies import measure_policies, warn_of_budget
 from jobs.run_report import REPORT, evaluation_report
 from jobs.task_bars import Bars, DistantBars, TaskBars, watch
 from jobs.training_inputs import make_private_folder, private_folder
@@ -77,6 +77,7 @@ def evaluate(run: EvaluateRun, *, run_id: str | None = None, step: int = 0) -> d
     check_tasks(run.tasks)
     folder = _checkpoint(run)
     model = _look(run, folder)
+    warn_of_budget(run)
     if not run.use_gpu:
         return _recorded(run, folder, model, run_id, step, measure)
     with connect():

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 
+from jobs.cli import warn
 from jobs.evaluation_inputs import filler_of, num_trials, pattern_sample, score_text
 from jobs.task_bars import Bars
 from nsa_platform.config.evaluate import BaselinesConfig
@@ -43,6 +44,12 @@ def budget_warning(run: EvaluateRun) -> str | None:
         f"baselines: at {' and '.join(whole)} tokens the budget is the whole context, and every "
         f"policy reads everything"
     )
+
+
+def warn_of_budget(run: EvaluateRun) -> None:
+    """Say on standard error where the budget is so large."""
+    if line := budget_warning(run):
+        warn(line)
 
 
 def measure_policies(

@@ -355,9 +355,20 @@ def test_what_does_not_fit_ends_with_its_name_and_status_1(
     with pytest.raises(SystemExit) as end:
         job.main(["--config", config_file(place, name="never", **changes)])
     assert end.value.code == 1
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said and "warning: " not in said
     assert number_of_runs(place) == before
     assert not (place / "runs" / "never").exists(), "no run waits to be delivered"
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+def test_a_budget_of_the_whole_context_is_said(
+    place: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"checkpoint": "full", "needle": None, "baselines": {"systems": ["full"]}}
+    job.main(["--config", config_file(place, **changes), *flags])
+    warning = "warning: baselines: at 64 tokens the budget is the whole context, and every policy"
+    assert capsys.readouterr().err == f"{warning} reads everything\n"
 
 
 def test_more_text_than_there_is_is_said(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
