@@ -9,7 +9,14 @@ from typing import Any, Protocol
 
 import ray
 from ray.util.queue import Queue
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 LINE_EVERY_S = 5.0
 SEND_EVERY_S = 0.5
@@ -29,7 +36,8 @@ class TaskBars(Progress):
     def __init__(self) -> None:
         super().__init__(
             TextColumn("{task.description:>20}"),
-            BarColumn(),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
             TimeRemainingColumn(),
             transient=True,
         )

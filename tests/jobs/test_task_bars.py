@@ -3,7 +3,9 @@
 import pytest
 import ray
 from ray.util.queue import Queue
+from rich.console import Console
 from rich.progress import TaskID
+from rich.text import Text
 
 from jobs import task_bars
 from jobs.cluster import connect
@@ -29,6 +31,18 @@ def test_lines_come_now_and_then(capsys: pytest.CaptureFixture) -> None:
         for _ in range(1000):
             bars.advance(task)
     assert "needles" not in capsys.readouterr().out
+
+
+def test_bars_have_counts_that_fit_a_narrow_terminal() -> None:
+    bars = TaskBars()
+    bars.advance(bars.add_task("unigram and bigram", total=4_000_000), 350_000)
+    bars.advance(bars.add_task("minference: needles", total=40))
+    console = Console(width=80, force_terminal=True)
+    with console.capture() as captured:
+        console.print(bars.get_renderable())
+    first, second = Text.from_ansi(captured.get()).plain.splitlines()
+    assert "unigram and bigram" in first and "350000/4000000" in first
+    assert "minference: needles" in second and "1/40" in second
 
 
 class Kept:
