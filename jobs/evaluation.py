@@ -92,7 +92,7 @@ def _recorded(
     model: ModelConfig,
     run_id: str | None,
     step: int,
-    work: Callable[[EvaluateRun, str, RunHandle, int, Bars], dict[str, Any]],
+    work: Callable[[EvaluateRun, str, RunHandle, int, TaskBars], dict[str, Any]],
 ) -> dict[str, Any]:
     """Do the work between the begin and the end of an MLflow run."""
     handle = _open(run, run_id, model)
@@ -113,9 +113,13 @@ def _recorded(
 
 
 def measure_on_gpu(
-    run: EvaluateRun, folder: str, handle: RunHandle, step: int, bars: Bars
+    run: EvaluateRun, folder: str, handle: RunHandle, step: int, bars: TaskBars
 ) -> dict[str, Any]:
     """`measure` on a machine of the cluster that has a free GPU."""
+    free, there = (
+        each().get("GPU", 0) for each in (ray.available_resources, ray.cluster_resources)
+    )
+    bars.line(f"waiting for a worker with a free GPU: {free:g} of {there:g} are free now")
     queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": this_node()})
     try:
         work = ray.remote(num_cpus=1, num_gpus=1)(measure).remote(

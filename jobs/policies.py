@@ -66,7 +66,7 @@ def measure_policies(
     done: called with each policy when it is measured.
     """
     results = {name: PolicyResult() for name in config.systems}
-    searched = _searched(run, config, model, tokenizer)
+    searched = _searched(run, config, model, tokenizer, bars)
     if searched is not None:
         results["minference"].patterns = searched.heads
     make = {
@@ -95,13 +95,25 @@ def measure_policies(
 
 
 def _searched(
-    run: EvaluateRun, config: BaselinesConfig, model: Transformer, tokenizer: Tokenizer
+    run: EvaluateRun,
+    config: BaselinesConfig,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    bars: Bars,
 ) -> Searched | None:
     """MInference's patterns, if it is asked for and they are to be searched."""
     if config.minference is None or "minference" not in config.systems:
         return None
     sample = pattern_sample(run, config.minference, tokenizer, model.config.max_context)
-    return search_patterns(model, sample, config.minference, budget_of(config, len(sample)))
+    heads = model.config.layers * model.config.attention.query_heads
+    bar = bars.add_task("minference: heads' patterns", total=heads)
+    return search_patterns(
+        model,
+        sample,
+        config.minference,
+        budget_of(config, len(sample)),
+        advance=lambda: bars.advance(bar),
+    )
 
 
 def _needles(

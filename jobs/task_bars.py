@@ -49,10 +49,14 @@ class TaskBars(Progress):
             return
         self._next_line_s = time.monotonic() + LINE_EVERY_S
         task = next(task for task in self.tasks if task.id == task_id)
-        line = f"{task.description}: {task.completed:,.0f} of {task.total or 0:,.0f}"
+        text = f"{task.description}: {task.completed:,.0f} of {task.total or 0:,.0f}"
         if task.time_remaining:
-            line += f", {timedelta(seconds=round(task.time_remaining))} left"
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            text += f", {timedelta(seconds=round(task.time_remaining))} left"
+        self.line(text)
+
+    def line(self, text: str) -> None:
+        """Show one line and keep it."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class DistantBars:

@@ -171,12 +171,15 @@ def test_a_worker_measures_what_this_process_does(
         ray.shutdown()
     assert there["bits_per_byte"] == here["bits_per_byte"]
     assert there["needle"] == here["needle"]
-    assert "bits per byte: " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "waiting for a worker with a free GPU: 1 of 1 are free now\n" in out
+    assert "bits per byte: " in out
 
 
 def test_policies_are_measured_beside_the_model(
-    place: Path, capsys: pytest.CaptureFixture[str]
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(task_bars, "LINE_EVERY_S", 0.0)
     systems = ["full", "streaming", "quest", "minference"]
     changes = {
         "checkpoint": "full",
@@ -188,6 +191,7 @@ def test_policies_are_measured_beside_the_model(
     out = capsys.readouterr().out
     for word in ("streaming", "numbers exact", "tokens of", "(95 %)", "keys per", " to "):
         assert word in out
+    assert "minference: heads' patterns: 8 of 8" in out
     run = client(place).get_run(results["run_id"])
     own, full = run.data.metrics, results["baselines"]["full"]
     assert full["bits_per_byte"] == pytest.approx(own["eval/bits_per_byte"], abs=1e-4)

@@ -10,7 +10,7 @@ local tokens, and the sample is key-value retrieval of 30,000 tokens. The differ
 absolute differences of the outputs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -97,17 +97,21 @@ class Searched:
 class PatternSearch(Full):
     """Full attention of one prompt, on which every head tries the patterns of a space."""
 
-    def __init__(self, config: ModelConfig, space: Space) -> None:
+    def __init__(
+        self, config: ModelConfig, space: Space, advance: Callable[[], None] = lambda: None
+    ) -> None:
+        """advance: called when a head's pattern is found."""
         super().__init__(config)
-        self.space = space
+        self.space, self.advance = space, advance
         self.heads: list[list[Found]] = []
 
     def prefill(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         share = q.shape[1] // k.shape[1]
         maps = head_maps(q, k, self.config, self.space.grain)
-        self.heads.append(
-            [self._best(head, v[:, number // share]) for number, head in enumerate(maps)]
-        )
+        self.heads.append([])
+        for number, head in enumerate(maps):
+            self.heads[-1].append(self._best(head, v[:, number // share]))
+            self.advance()
         return super().prefill(layer, q, k, v)
 
     def _best(self, head: HeadMap, v: Tensor) -> Found:
@@ -142,10 +146,15 @@ def search_patterns(
     sample: Sequence[int],
     config: PatternSearchConfig,
     budget: Budget | None,
+    *,
+    advance: Callable[[], None] = lambda: None,
 ) -> Searched:
-    """The patterns of a model with full attention on one sample; budget None: the published."""
+    """The patterns of a model with full attention on one sample; budget None: the published.
+
+    advance: as PatternSearch has it.
+    """
     space = search_space(config, budget)
-    search = PatternSearch(model.config, space)
+    search = PatternSearch(model.config, space, advance)
     ids = torch.tensor(sample, device=model.embedding.weight.device)
     model(ids, PolicyInputs(search.prefill))
     return Searched(search.heads, space.grain, budget)

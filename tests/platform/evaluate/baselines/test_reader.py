@@ -148,8 +148,12 @@ def test_what_infllm_has_left_over_comes_off_the_budget(
 def test_searched_patterns_keep_the_budget(published_sizes: bool, model: Transformer) -> None:
     ids = [(7 * i * i + i) % 300 for i in range(200)]
     budget = None if published_sizes else split_budget(40)
-    searched = search_patterns(model, ids, PatternSearchConfig(), budget)
+    found: list[None] = []
+    searched = search_patterns(
+        model, ids, PatternSearchConfig(), budget, advance=lambda: found.append(None)
+    )
     assert [len(heads) for heads in searched.heads] == [4, 4]
+    assert len(found) == 8
     policy = searched.policy(model.config, budget)
     model(torch.tensor(ids), PolicyInputs(policy.prefill))
     read = policy.reads["prefill"].summary().keys_per_query
