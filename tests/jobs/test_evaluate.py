@@ -425,6 +425,10 @@ def test_an_engine_has_the_model_that_is_measured(
         job.main(["--config", config_file(place, engine=engine)])
     assert end.value.code == 2
     assert f"engine: {next(iter(engine))} must stay as it is" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        job.main(["--help"])
+    keys = re.findall(r"^  engine\.(\w+)", capsys.readouterr().out, flags=re.MULTILINE)
+    assert "max_num_seqs" in keys and next(iter(engine)) not in keys
 
 
 def test_a_mistyped_key_ends_with_status_2_before_anything(

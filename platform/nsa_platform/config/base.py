@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar, get_args
+from typing import Any, ClassVar, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -36,6 +36,8 @@ class Strict(BaseModel):
         validate_default=True,
         allow_inf_nan=False,
     )
+    fixed: ClassVar[tuple[str, ...]] = ()
+    """Inherited fields that must stay at their default here; --help leaves them out."""
 
     @model_validator(mode="before")
     @classmethod

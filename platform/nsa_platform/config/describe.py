@@ -2,18 +2,21 @@
 
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from nsa_platform.config.base import Strict
 
-def describe(root: type[BaseModel], prefix: str = "") -> str:
+
+def describe(root: type[Strict], prefix: str = "") -> str:
     """One line for each key below `root`, dotted as --set takes it."""
     return "\n".join(_lines(root, prefix))
 
 
-def _lines(model: type[BaseModel], prefix: str) -> list[str]:
+def _lines(model: type[Strict], prefix: str) -> list[str]:
     lines: list[str] = []
     for name, field in model.model_fields.items():
+        if name in model.fixed:
+            continue
         key = f"{prefix}{name}"
         below = _models(field.annotation)
         if below:
@@ -26,8 +29,8 @@ def _lines(model: type[BaseModel], prefix: str) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+def _models(annotation: Any) -> list[type[Strict]]:
+    if isinstance(annotation, type) and issubclass(annotation, Strict):
         return [annotation]
     return [model for arg in get_args(annotation) for model in _models(arg)]
 

@@ -156,6 +156,7 @@ class EvaluationEngineConfig(EngineConfig):
     """Sizes of the engine that answers needles and tasks. Nobody waits for a single answer, and the
     scorers of whole texts need memory beside the cache."""
 
+    fixed = ("tensor_parallel_size", "hf_overrides", "dtype")
     max_model_len: PositiveInt | None = None
     """Tokens of one request, prompt and output together; null: of the longest needle or task."""
     max_num_seqs: PositiveInt = 32
@@ -171,7 +172,7 @@ class EvaluationEngineConfig(EngineConfig):
 
     @model_validator(mode="after")
     def _the_model_is_as_it_was_loaded(self) -> Self:
-        for name in ("tensor_parallel_size", "hf_overrides", "dtype"):
+        for name in self.fixed:
             default = EngineConfig.model_fields[name].default
             if getattr(self, name) != default:
                 raise ValueError(
