@@ -26,7 +26,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import Progress
 
-from jobs.cli import EXIT_BAD_CONFIG, fail, interruptible
+from jobs.cli import EXIT_BAD_CONFIG, FlagParser, fail, interruptible
 from jobs.load_record import record_load
 from jobs.serving_load import (
     LoadError,
@@ -266,9 +266,7 @@ def _report(result: dict[str, Any], console: Console) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--base-url", default="http://127.0.0.1:8000", help="the server, without /v1")
     add("--model", help="served model; needed only where several are served")

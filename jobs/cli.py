@@ -25,9 +25,16 @@ EXIT_INTERRUPTED = 130
 MAX_PORT = 65535
 
 
+class FlagParser(argparse.ArgumentParser):
+    """A wrong flag ends the process as a wrong key does: status 2 and a line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(message, status=EXIT_BAD_CONFIG)
+
+
 def parser(root: type[Strict], doc: str) -> argparse.ArgumentParser:
     """The parser of a job whose YAML is a `root`; --help lists every field of it."""
-    result = argparse.ArgumentParser(
+    result = FlagParser(
         description=doc,
         epilog="Keys of the YAML file:\n\n" + describe(root),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -87,6 +87,7 @@ def test_prompts_are_windows_that_a_seed_repeats() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--input-length=8"], "unrecognized arguments: --input-length=8"),
         (["--input-len=0"], "must be a whole number above 0, got '0'"),
         (["--num-warmups=-1"], "must be a whole number, 0 or more, got '-1'"),
         (["--goodput", "ttft"], "must be ttft:MS, tpot:MS or e2el:MS"),
@@ -114,7 +115,9 @@ def test_wrong_flags_are_refused(flags: list[str], message: str, capsys) -> None
     with pytest.raises(SystemExit) as end:
         benchmark.main(flags)
     assert end.value.code == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.startswith("error: ") and said.count("\n") == 1
 
 
 def test_a_server_that_is_not_there_is_named(capsys) -> None:

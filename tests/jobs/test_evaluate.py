@@ -431,6 +431,14 @@ def test_an_engine_has_the_model_that_is_measured(
     assert "max_num_seqs" in keys and next(iter(engine)) not in keys
 
 
+def test_a_wrong_flag_ends_with_status_2_and_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        job.main([])
+    assert end.value.code == 2
+    said = "error: the following arguments are required: --config\n"
+    assert capsys.readouterr().err == said
+
+
 def test_a_mistyped_key_ends_with_status_2_before_anything(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
