@@ -61,7 +61,7 @@ class NsaChoices(Strict):
     selection_top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     """Adaptive n, which the paper does not have: a query reads the forced blocks, and of its n the
     most important until they hold this share of the importance of all blocks. null: all n. Trained
-    and scored here, not served; it costs a second pass over the compressed keys."""
+    and scored here, not served; it costs another look at the compressed keys of those n."""
     num_initial_blocks: Annotated[int, Field(ge=0)] = 1
     """First blocks that are always among the n."""
     num_local_blocks: PositiveInt = 2

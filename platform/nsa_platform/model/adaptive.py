@@ -2,8 +2,8 @@
 
 The paper has every query read n blocks. Here n is the most: the forced blocks are read, and of the
 others the most important until, together, they hold the share top_p of what the compressed scores
-give to all blocks. The choice itself is the kernels'; its importance is worked out again for the
-chosen blocks, in plain torch, which costs a second pass over the compressed keys.
+give to all blocks. The choice itself is the kernels'; the importance of the chosen blocks is worked
+out again in plain torch, from the compressed keys that meet them.
 """
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from nsa_kernels import NsaConfig, compressed_cu_seqlens
 
-SCORES_AT_ONCE = 1 << 25
-"""Scores of queries over compressed keys that exist at a time."""
+CHANNELS_AT_ONCE = 1 << 26
+"""Channels of compressed keys that are laid out at a time, each query's own."""
 
 
 def keep_top_p(
@@ -73,8 +73,10 @@ def _keep(
         config.compression_stride, rounding_mode="floor"
     )
     visible = (visible + 1).clamp(min=0)
-    size = max(16, SCORES_AT_ONCE // (q.shape[1] * len(k_cmp)))
+    size = max(16, CHANNELS_AT_ONCE // _channels_of_a_token(k_cmp, config))
     kept = blocks.clone()
+    if not len(k_cmp):
+        return kept  # Sequences too short to have any importance: all blocks are near.
     for start in range(0, num_tokens, size):
         rows = slice(start, min(start + size, num_tokens))
         shares = _shares(
@@ -99,6 +101,13 @@ def _(
     return torch.empty_like(blocks)
 
 
+def _channels_of_a_token(k_cmp: Tensor, config: NsaConfig) -> int:
+    """Channels of the compressed keys that meet the blocks of one token, over all groups."""
+    strides = config.selection_block_size + config.compression_block_size
+    met = strides // config.compression_stride - 1
+    return config.num_selected_blocks * met * k_cmp.shape[1] * k_cmp.shape[2]
+
+
 def _shares(
     blocks: Tensor,
     q: Tensor,
@@ -115,24 +124,22 @@ def _shares(
     Every visible compressed block lies within blocks to choose from and so counts l / d times,
     and the weights of a head add up to 1.
     """
-    num_rows, heads, width = q.shape
-    groups = k_cmp.shape[1]
-    queries = q.view(num_rows, groups, heads // groups, width)
-    scores = torch.einsum("tgrk,cgk->tgrc", queries.float(), k_cmp.float()) * scale
-    shift = lse.masked_fill(lse == -torch.inf, 0.0).float().view(num_rows, groups, -1, 1)
-    # Scores of hidden keys and of other sequences may be large, and are never gathered below.
-    weights = (scores - shift).clamp(max=0.0).exp().mean(2)  # [rows, G, C]
-
     per_compressed = config.compression_block_size // config.compression_stride
     per_block = config.selection_block_size // config.compression_stride
-    importance = torch.zeros(blocks.shape, dtype=weights.dtype, device=q.device)
-    for offset in range(1 - per_compressed, per_block):
-        strides = min(offset + per_compressed, per_block) - max(offset, 0)
-        index = blocks.long() * per_block + offset
-        is_met = (blocks >= 0) & (index >= 0) & (index < visible[:, None, None])
-        place = torch.where(is_met, index + first[:, None, None], 0)
-        importance += torch.where(is_met, weights.gather(2, place), 0.0) * strides
-    return importance / per_compressed
+    offsets = torch.arange(1 - per_compressed, per_block, device=q.device)
+    strides = (offsets + per_compressed).clamp(max=per_block) - offsets.clamp(min=0)
+    index = blocks.long()[..., None] * per_block + offsets  # [rows, G, n, met]
+    is_met = (blocks >= 0)[..., None] & (index >= 0) & (index < visible[:, None, None, None])
+    place = torch.where(is_met, index + first[:, None, None, None], 0)
+    group = torch.arange(k_cmp.shape[1], device=q.device)[:, None, None]
+
+    keys = k_cmp[place, group].flatten(2, 3).float()  # [rows, G, n * met, K]
+    queries = q.unflatten(1, (k_cmp.shape[1], -1)).float()
+    shift = lse.masked_fill(lse == -torch.inf, 0.0).float().view(*queries.shape[:3], 1)
+    # A key that is not met may have a large score, which exp must not turn into infinity.
+    scores = (queries @ keys.mT * scale - shift).clamp(max=0.0)
+    weights = scores.exp().mean(2).view(is_met.shape)
+    return torch.where(is_met, weights * strides, 0.0).sum(3) / per_compressed
 
 
 def _most_important(

@@ -42,7 +42,7 @@ def inputs():
 @pytest.mark.parametrize("top_p", [0.3, 0.8, 1.0])
 def test_equals_the_rule(inputs, top_p, monkeypatch):
     q, k_cmp, lse, packed, counts, sizes = inputs
-    monkeypatch.setattr("nsa_platform.model.adaptive.SCORES_AT_ONCE", 0)  # many tiles
+    monkeypatch.setattr("nsa_platform.model.adaptive.CHANNELS_AT_ONCE", 0)  # many tiles
     blocks = select_blocks(q, k_cmp, lse, **sizes)
     kept = keep_top_p(blocks, q, k_cmp, lse, top_p=top_p, positions=packed.positions, **sizes)
     parts = zip(
@@ -57,6 +57,15 @@ def test_equals_the_rule(inputs, top_p, monkeypatch):
                 assert found[t, g].tolist() == wanted + [-1] * (6 - len(wanted)), (t, g)
                 sizes_read.add(len(wanted))
     assert top_p == 1.0 or len(sizes_read) > 3
+
+
+def test_texts_without_a_compressed_block_keep_all():
+    packed = PackedInputs.from_lengths([7, 3])
+    q, k_cmp, lse = torch.randn(10, 4, 16), torch.empty(0, 2, 16), torch.full((10, 4), -torch.inf)
+    sizes = {"config": CONFIG, "cu_seqlens": packed.cu_seqlens, "scale": SCALE}
+    blocks = select_blocks(q, k_cmp, lse, **sizes)
+    kept = keep_top_p(blocks, q, k_cmp, lse, top_p=0.3, positions=packed.positions, **sizes)
+    assert (blocks >= 0).any() and kept.equal(blocks)
 
 
 def test_a_model_reads_fewer_blocks_and_learns(make_config, make_model):
