@@ -1,6 +1,8 @@
 """A model that reads through a policy: scores text and answers, and generates."""
 
 from collections.abc import Callable, Collection
+from copy import deepcopy
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,11 +25,23 @@ def _likeliest(logits: Tensor) -> int:
     return int(logits.argmax())
 
 
+class _Begun(NamedTuple):
+    """A prompt that has been read, as far as any answer to it."""
+
+    prompt: list[int]
+    follow: int
+    policy: Policy
+    hidden: Tensor
+    """[rows, width], of at least the prompt's last token."""
+
+
 class PolicyReader:
     """One policy on one model with full attention; every sequence gets a policy of its own.
 
     The last `decoded_tail` tokens of a prompt are decoded, not prefilled: a method whose prefill is
     dense would otherwise have read the question, and with it the answer's place, by full attention.
+    The last prompt is remembered, so that writing an answer to it and scoring one that is no longer
+    read it once.
     """
 
     def __init__(
@@ -42,6 +56,7 @@ class PolicyReader:
         self.decoded_tail, self.stop_ids = decoded_tail, frozenset(stop_ids)
         self.device = model.embedding.weight.device
         self.reads: dict[Phase, Reads] = {"prefill": Reads(), "decode": Reads()}
+        self._last: _Begun | None = None
 
     @torch.no_grad()
     def nats(self, batch: Batch, *, context: int) -> np.ndarray:
@@ -97,12 +112,20 @@ class PolicyReader:
 
     def _read_prompt(self, prompt: list[int], follow: int) -> tuple[Policy, Tensor]:
         """A policy that has seen the prompt, and the hidden states of at least its last token."""
+        last = self._last
+        if last is None or last.prompt != prompt or last.follow < follow:
+            last = self._last = self._begin(prompt, follow)
+        return deepcopy(last.policy), last.hidden
+
+    def _begin(self, prompt: list[int], follow: int) -> _Begun:
         policy = self.start(len(prompt), follow)
         ids = torch.tensor(prompt, device=self.device)
         body = max(0, len(ids) - self.decoded_tail)
         if body:
             self._forward(policy, ids[:body], "prefill")
-        return policy, self._forward(policy, ids[body:], "decode")
+        hidden = self._forward(policy, ids[body:], "decode")
+        self._count(policy)
+        return _Begun(list(prompt), follow, policy, hidden)
 
     def _forward(self, policy: Policy, ids: Tensor, phase: Phase) -> Tensor:
         attend = policy.prefill if phase == "prefill" else policy.decode
@@ -120,5 +143,7 @@ class PolicyReader:
         )
 
     def _count(self, policy: Policy) -> None:
+        """Take over what a policy has counted, once."""
         for phase, reads in policy.reads.items():
             self.reads[phase].merge(reads)
+            policy.reads[phase] = Reads()

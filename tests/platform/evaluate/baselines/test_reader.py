@@ -207,6 +207,18 @@ def test_a_budget_is_that_of_a_prompt_and_its_answer(model: Transformer) -> None
     assert isinstance(heavy, H2o) and heavy.heavy == 12, "a tenth of the prompt"
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_writing_and_scoring_read_a_prompt_once(name: BaselineName, model: Transformer) -> None:
+    start = partial(within, name, model.config, split_budget(30))
+    both, alone = (PolicyReader(model, lambda *_: start(), decoded_tail=5) for _ in range(2))
+    written = both.generate(PROMPT, 4)
+    again, scored = both.generate(PROMPT, 4), both.answer(PROMPT, [7, 8, 9])
+    assert written == again and scored == alone.answer(PROMPT, [7, 8, 9])
+    assert both.reads["prefill"].summary().queries == len(PROMPT) - 5
+    # Twice three tokens that were written, two that were given, and the prompt's last five.
+    assert both.reads["decode"].summary().queries == 6 + 2 + 5
+
+
 def test_a_policy_needs_full_attention() -> None:
     nsa = make_model(300)
     with pytest.raises(ValueError, match=r"attention\.kind=full, got nsa"):
