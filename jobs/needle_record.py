@@ -2,11 +2,13 @@ r"""Needle grids of evaluations as one record and one picture: models, and polic
 
     python -m jobs.needle_record 08dfac83... 1f7e1071... --uri sqlite:///runs/mlflow.db \
         --json results/needle_h100.json --picture docs/needle_h100.png
+    python -m jobs.needle_record full nsa --draw results/needle_h100.json X.json --picture X.png
 
 Takes the MLflow runs of jobs.evaluate, whose ids it prints at its end. The share of numbers that
 a model writes exactly comes with Wilson's interval of 95 %, over the grid and for each length;
 policies that were measured beside it follow under its name, the best first, each with a map of its
-own and with what it read at each length, per query and as the union over a group.
+own and with what it read at each length, per query and as the union over a group. With --draw the
+maps of such records are drawn again, of the runs that are named or of all.
 """
 
 import argparse
@@ -15,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jobs.cli import fail, interruptible, write_record
+from jobs.cli import fail, interruptible, read_record, write_record
 from nsa_platform import figures
 from nsa_platform.evaluate.tasks.results import wilson
 from nsa_platform.tracking import library, read_json, read_run
@@ -138,16 +140,44 @@ def _record(name: str, value: float, low: float, high: float) -> dict[str, Any]:
     return {"name": name, "value": value, "low": low, "high": high, "unit": UNIT}
 
 
-def draw(result: dict[str, Any]) -> bytes:
-    """A map for each run, the best first, and behind it one for each policy."""
+def stored_grids(paths: Sequence[Path], names: Sequence[str]) -> list[dict[str, Any]]:
+    """The grids of these runs, in their order, out of records; without names all there are.
+
+    Raises:
+        OSError: a record cannot be read.
+        ValueError: one holds no needles, or there is no such run.
+    """
+    known: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        grids = read_record(path).get("grids")
+        if not grids:
+            raise ValueError(f"{path} holds no needles: it has no grids")
+        known |= {grid["run"]: grid for grid in grids}
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"no run {', '.join(unknown)}: there are {', '.join(known)}")
+    return [known[name] for name in names or known]
+
+
+def draw(grids: Sequence[dict[str, Any]]) -> bytes:
+    """A map for each run, and behind it one for each policy."""
     maps = {}
-    for grid in result["grids"]:
+    for grid in grids:
         for name, each in {"": grid, **grid["policies"]}.items():
-            run = grid["run"] if len(result["grids"]) > 1 or not name else ""
+            run = grid["run"] if len(grids) > 1 or not name else ""
             title = f"{run} {name}".strip() + f": {each['exact']:.1%}"
             shares = [[sum(cell) / len(cell) for cell in row] for row in each["cells"]]
             maps[title] = grid["lengths"], grid["depths"], shares
     return figures.png(figures.needle_maps(maps, title="Needles: numbers written exactly"))
+
+
+def _write(options: argparse.Namespace) -> dict[str, Any]:
+    """The record of the runs, written."""
+    found = record(options.runs, uri=options.uri)
+    command = f"python -m jobs.needle_record {' '.join(options.runs)} --uri {options.uri}"
+    result = {"name": options.json.stem, "command": command, **found}
+    result["commit"] = options.commit or result["commit"]
+    write_record(result, options.json)
+    return result
 
 
 @interruptible("interrupted; the same command begins anew")
@@ -156,23 +186,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN_ID", help="MLflow runs of evaluations")
-    parser.add_argument("--uri", required=True, help="their MLflow store")
-    parser.add_argument("--json", type=Path, required=True, help="the record to write")
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        metavar="RUN",
+        help="ids of MLflow runs of evaluations; with --draw the names of runs",
+    )
+    parser.add_argument("--uri", help="their MLflow store")
+    parser.add_argument("--json", type=Path, help="the record to write")
     parser.add_argument("--picture", type=Path, required=True, help="the PNG to write")
     parser.add_argument("--commit", help="of the code, where the runs do not say")
+    parser.add_argument(
+        "--draw", type=Path, nargs="+", metavar="JSON", help="only draw these records again"
+    )
     options = parser.parse_args(argv)
+    if options.draw and (options.uri or options.json or options.commit):
+        parser.error("--draw goes with --picture, and not with --uri, --json or --commit")
+    if not options.draw and not (options.runs and options.uri and options.json):
+        parser.error("give ids of runs, --uri and --json, or --draw")
     try:
-        found = record(options.runs, uri=options.uri)
-        command = f"python -m jobs.needle_record {' '.join(options.runs)} --uri {options.uri}"
-        result = {"name": options.json.stem, "command": command, **found}
-        result["commit"] = options.commit or result["commit"]
-        write_record(result, options.json)
+        result = None if options.draw else _write(options)
+        grids = result["grids"] if result else stored_grids(options.draw, options.runs)
         options.picture.parent.mkdir(parents=True, exist_ok=True)
-        options.picture.write_bytes(draw(result))
+        options.picture.write_bytes(draw(grids))
     except (OSError, ValueError, library.MlflowException) as error:
         fail(str(error))
-    for each in result["records"]:
+    for each in result["records"] if result else ():
         interval = f" ({each['low']:.3f} to {each['high']:.3f})" if "low" in each else ""
         print(f"{each['name']}: {each['value']:,.3f}{interval} {each['unit']}")
 

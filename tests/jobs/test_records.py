@@ -204,6 +204,21 @@ def test_needles_of_evaluations_the_best_first(
     assert ranked[2:] == ["better/needle_exact/high", "better/needle_exact/low"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "better/needle_exact: 0.875" in capsys.readouterr().out
+    again = tmp_path / "again.png"
+    needle_record.main(["--draw", str(target), "--picture", str(again)])
+    assert again.read_bytes() == picture.read_bytes()
+    needle_record.main(["worse", "--draw", str(target), "--picture", str(again)])
+    assert again.read_bytes() != picture.read_bytes()
+    assert capsys.readouterr().out == ""
+    for wrong, line in (
+        (["best", "--draw", str(target)], "no run best: there are better, worse"),
+        (["--draw", str(ROOT / "results" / "kernels.json")], "kernels.json"),
+        (ids, "give ids of runs, --uri and --json, or --draw"),
+        (["--draw", str(target), "--uri", "x"], "and not with --uri"),
+    ):
+        with pytest.raises(SystemExit):
+            needle_record.main([*wrong, "--picture", str(again)])
+        assert line in capsys.readouterr().err
     for runs, line in ((["0" * 32], "0" * 32), ([ids[0], ids[0]], "a run must be named once")):
         with pytest.raises(SystemExit):
             needle_record.main([*runs, *command[2:]])
