@@ -11,7 +11,6 @@ adaptive.png below OUTPUT.
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -21,10 +20,12 @@ from jobs.evaluation_inputs import held_out_origin, held_out_parser, open_loader
 from nsa_platform import figures, storage
 from nsa_platform.config.model import AttentionConfig, NsaAttentionConfig
 from nsa_platform.data.tokenizer import Tokenizer
-from nsa_platform.evaluate.adaptive import read
+from nsa_platform.evaluate.adaptive import Reading, read
 from nsa_platform.evaluate.bits_per_byte import first_batches
 from nsa_platform.model.weights import load_model
 from nsa_platform.train.metrics import device_name
+
+UNIT = "bits per byte"
 
 
 @interruptible("interrupted; the same command begins anew")
@@ -48,12 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     except (ValueError, OSError) as error:
         fail(str(error))
-    for point in record["points"]:
-        rule = "all" if point["selection_top_p"] is None else f"top-p {point['selection_top_p']:g}"
-        print(
-            f"{rule} of {point['num_selected_blocks']}: {point['blocks']:.2f} blocks a query, "
-            f"{point['bits_per_byte']:.4f} bits per byte"
-        )
+    for each in record["records"]:
+        print(f"{each['name']}: {each['blocks']:.2f} blocks a query, {each['value']:.4f} {UNIT}")
 
 
 def measure(
@@ -105,7 +102,7 @@ def measure(
         **origin,
         "length": length,
         "texts": len(batches),
-        "points": [asdict(point) for point in points],
+        "records": [_record(point) for point in points],
     }
     storage.write_text(storage.join(output, "adaptive.json"), json.dumps(record, indent=1) + "\n")
     lines = {
@@ -116,6 +113,18 @@ def measure(
     drawn = figures.quality_by_blocks(lines, title=title)
     storage.write_bytes(storage.join(output, "adaptive.png"), figures.png(drawn))
     return record
+
+
+def _record(point: Reading) -> dict[str, Any]:
+    top_p, most = point.selection_top_p, point.num_selected_blocks
+    return {
+        "name": f"all of {most}" if top_p is None else f"top-p {top_p:g} of {most}",
+        "value": point.bits_per_byte,
+        "unit": UNIT,
+        "blocks": point.blocks,
+        "num_selected_blocks": most,
+        "selection_top_p": top_p,
+    }
 
 
 def _check_blocks(attention: AttentionConfig, num_blocks: Sequence[int]) -> None:

@@ -46,8 +46,8 @@ def test_the_command(
     record = json.loads((tmp_path / "out" / "adaptive.json").read_text())
     assert record["command"].startswith(f"python -m jobs.adaptive {folder} {corpus.path} ")
     assert re.fullmatch("[0-9a-f]{40}", record["commit"]) and record["date"].startswith("20")
-    assert [point["selection_top_p"] for point in record["points"]] == [None, 0.05, 0.9]
-    blocks = [point["blocks"] for point in record["points"]]
+    assert [point["selection_top_p"] for point in record["records"]] == [None, 0.05, 0.9]
+    blocks = [point["blocks"] for point in record["records"]]
     assert blocks[1] <= blocks[2] <= blocks[0] and record["texts"] == 2
     assert f"top-p 0.05 of {n}: {blocks[1]:.2f} blocks a query" in capsys.readouterr().out
     assert (tmp_path / "out" / "adaptive.png").read_bytes().startswith(b"\x89PNG")
