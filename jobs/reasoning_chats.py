@@ -2,12 +2,12 @@
 
     python -m jobs.reasoning_chats runs/reason --chats 20000 --problems 120 --steps 2 4 8 16 32 64
 
-Writes OUTPUT/text.jsonl, sums and worked problems of a quarter of the steps at most to pretrain
-on; OUTPUT/chats.jsonl, worked problems of all steps to fine-tune on; and OUTPUT/problems.jsonl,
-others with `problem` and `answer`, which the task `aime` samples answers to. A problem leads from
-name to name, adding a number each time, among lines that lead nowhere; the answer is a number from
-0 to 9, and the way to it is as long as there are steps. Each step must find the line that goes on,
-anywhere in the problem, and add; none is hard by itself.
+Writes OUTPUT/text.jsonl, sums, lines told twice and worked problems of a quarter of the steps at
+most to pretrain on; OUTPUT/chats.jsonl, worked problems of all steps to fine-tune on; and
+OUTPUT/problems.jsonl, others with `problem` and `answer`, which the task `aime` samples answers to.
+A problem leads from name to name, adding a number each time, among lines that lead nowhere; the
+answer is a number from 0 to 9, and the way to it is as long as there are steps. Each step must find
+the line that goes on, anywhere in the problem, and add; none is hard by itself.
 """
 
 import argparse
@@ -31,6 +31,10 @@ SHORT = 4
 SUMS = 30
 """Sums of one text of sums. There is such a text for every two problems: from problems alone, a
 number for each ten tokens, a small model learns its sums last."""
+TOLD_TWICE = 24
+"""Lines of one text that tells them twice, the second time in another order. There is such a text
+for every two problems: it teaches to find a line by its first name, which in a worked problem is
+two tokens of a line's eleven."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +95,7 @@ def make_problem(pool: Sequence[str], *, steps: int, seed: str) -> Problem:
         told.append(f"{name.title()} {following} {dice.choice(NUMBERS)}.")
     dice.shuffle(told)
     rule = f"A line A b c says that b is a plus c, modulo {len(NUMBERS)}."
-    question = f"{way[0].title()} is {NUMBERS[start]}: what is {way[-1]}?"
+    question = f"If {way[0]} is {NUMBERS[start]}, what is {way[-1]}?"
     return Problem("\n".join([*told, f"{rule} {question}"]), tuple(worked), value)
 
 
@@ -109,13 +113,23 @@ def problems(
 
 
 def texts(pool: Sequence[str], *, steps: Sequence[int], count: int, seed: str) -> Iterator[str]:
-    """`count` worked problems, and a text of sums behind every second."""
+    """`count` worked problems; behind them, in turn, a text of sums and one of lines told twice."""
     for number, problem in enumerate(problems(pool, steps=steps, count=count, seed=seed)):
         yield f"{problem.text}\n{problem.solution}\n"
         if number % 2:
             dice = random.Random(f"{seed}/sums/{number}")
             pairs = product(range(len(NUMBERS)), repeat=2)
             yield "".join(f"so {_sum(*pair)}\n" for pair in dice.sample(list(pairs), SUMS))
+        else:
+            yield _told_twice(pool, random.Random(f"{seed}/lines/{number}"))
+
+
+def _told_twice(pool: Sequence[str], dice: random.Random) -> str:
+    lines = [
+        f"{name.title()} {dice.choice(pool)} {dice.choice(NUMBERS)}.\n"
+        for name in dice.sample(pool, min(TOLD_TWICE, len(pool)))
+    ]
+    return "".join(lines + dice.sample(lines, len(lines)))
 
 
 def write_files(

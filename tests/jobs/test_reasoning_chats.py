@@ -20,9 +20,9 @@ def solved(text: str) -> tuple[int, int]:
     lines = re.findall(r"^([A-Z]\w+) (\w+) (\w+)\.$", text, re.MULTILINE)
     leads = {first.lower(): (name, job.NUMBERS.index(more)) for first, name, more in lines}
     assert len(leads) == len(lines)  # told once for each name
-    asked = re.search(r"([A-Z]\w+) is (\w+): what is (\w+)\?", text)
+    asked = re.search(r"If (\w+) is (\w+), what is (\w+)\?", text)
     assert asked
-    last, value, steps = asked[1].lower(), job.NUMBERS.index(asked[2]), 0
+    last, value, steps = asked[1], job.NUMBERS.index(asked[2]), 0
     while last != asked[3]:
         last, more = leads[last]
         value, steps = (value + more) % 10, steps + 1
@@ -74,12 +74,18 @@ def test_what_is_written_is_what_the_task_asks(tmp_path: Path, capsys: pytest.Ca
         name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         for name in ("text", "chats", "problems")
     }
-    sums = [row["text"] for row in read["text"] if "what is" not in row["text"]]
-    assert [len(rows) for rows in read.values()] == [12 + 6, 12, 4] and len(sums) == 6
+    others = [row["text"] for row in read["text"] if "what is" not in row["text"]]
+    sums = [text for text in others if text.startswith("so ")]
+    assert [len(rows) for rows in read.values()] == [12 + 12, 12, 4]
+    assert len(others) == 12 and len(sums) == 6
     assert all(line.startswith("so ") and added(line) for line in "".join(sums).splitlines())
+    for lines in (text.splitlines() for text in others if text not in sums):
+        first, second = lines[: len(lines) // 2], lines[len(lines) // 2 :]
+        assert first != second and sorted(first) == sorted(second)
+        assert len({line.split()[0] for line in first}) == len(first) == job.num_names(8)
     assert [row["steps"] for row in read["problems"]] == [2, 8, 2, 8]
-    worked = [row["text"] for row in read["text"] if row["text"] not in sums]
-    assert all(each.count(": ") == 1 + 2 for each in worked)  # short ones alone
+    worked = [row["text"] for row in read["text"] if row["text"] not in others]
+    assert all(each.count(": ") == 2 for each in worked)  # short ones alone
     asked = {row["messages"][0]["content"].split("\n\n")[0] for row in read["chats"]}
     assert len(asked) == 12 and not asked & {row["problem"] for row in read["problems"]}
 
