@@ -1,4 +1,4 @@
-"""The benchmark's two pictures: time against context, and decode latency against context."""
+"""The benchmark's pictures: time against context, decode latency against context, occupancy."""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from benchmarks.fullness import passes_of
 from benchmarks.report import Times
 
 Record = dict[str, Any]
@@ -64,6 +65,32 @@ def draw_decode(records: list[Record], path: Path) -> None:
                 lines[style] = sorted(points)
         _plot(axes, f"batch {batch}", "microseconds", lines)
     figure.suptitle(_subject(records, "Decoding one token, one layer"), color=_INK)
+    _save(figure, path)
+
+
+def draw_occupancy(records: list[Record], path: Path) -> None:
+    """The kernels of each pass by their share of the time, each with its occupancy."""
+    passes = passes_of(records)
+    figure = Figure(figsize=(11, 1 + 1.3 * len(passes)), layout="constrained", facecolor="white")
+    panels = figure.subplots(-(-len(passes) // 2), 2, sharex=True, squeeze=False)
+    for axes, each in zip(panels.flat, passes, strict=False):
+        kernels = each.kernels[::-1]
+        bars = axes.barh(
+            [kernel.name.removesuffix("_kernel") for kernel in kernels],
+            [100 * kernel.share for kernel in kernels],
+            color="#4c6ef5",
+        )
+        axes.bar_label(bars, [f" {kernel.occupancy:.0%}" for kernel in kernels], color=_INK)
+        axes.set_title(
+            f"{each.name}: occupancy {each.occupancy:.0%}, products {each.products:.0%}", color=_INK
+        )
+        axes.margins(x=0.12)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(_FAINT)
+    for axes in panels.flat[len(passes) :]:
+        axes.set_visible(False)
+    figure.supxlabel("share of the time, %; beside the bars occupancy", color=_INK, fontsize=10)
+    figure.suptitle(f"Kernels of the whole op, {records[0]['device']}", color=_INK)
     _save(figure, path)
 
 

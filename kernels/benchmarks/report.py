@@ -12,11 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import fullness
+
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "RESULTS.md"
 OVERLAP = ROOT / "results" / "block_overlap.json"
+OCCUPANCY = ROOT / "results" / "occupancy.json"
 CONTEXT_PICTURE = "docs/kernels_context.png"
 DECODE_PICTURE = "docs/kernels_decode.png"
+OCCUPANCY_PICTURE = "docs/kernels_occupancy.png"
 DENSE = ("sdpa_flash", "sdpa_cudnn", "flash_attn_4", "full")
 PEERS = {"flash_attn_4": "flash-attn-4", "fla": "fla"}
 """Kernels of others that are timed where they are installed, by the beginning of their ops."""
@@ -65,11 +69,16 @@ class Times:
         return sum(way["value"] for way in ways) if all(ways) else None
 
 
-def render(records: list[Record], trained: list[Record] | None = None) -> str:
+def render(
+    records: list[Record],
+    trained: list[Record] | None = None,
+    occupancy: list[Record] | None = None,
+) -> str:
     """The page: where it was measured, the crossover, times by workload, decoding.
 
     Args:
         trained: records of the overlap in a trained model, to stand beside the benchmark's.
+        occupancy: records of occupancy.py.
     """
     stamp = records[0]
     versions = ", ".join(f"{name} {version}" for name, version in stamp["versions"].items())
@@ -102,18 +111,26 @@ def render(records: list[Record], trained: list[Record] | None = None) -> str:
     lines += _long(times, ceilings)
     lines += _overlap([r for r in records if r["name"].startswith("overlap/")], trained or [])
     lines += _decode([r for r in records if r["name"].startswith("decode/")], ceilings)
+    if occupancy:
+        lines += fullness.section(occupancy)
+        lines += ["", f"![Time and occupancy of kernels](../../{OCCUPANCY_PICTURE})"]
     return "\n".join(lines) + "\n"
 
 
 def write_page(records: list[Record], path: Path = RESULTS, pictures: Path = ROOT) -> None:
     """Write the page and its pictures; a reader never sees half of the page."""
     # Only who writes the page needs matplotlib.
-    from benchmarks.pictures import draw_context, draw_decode
+    from benchmarks.pictures import draw_context, draw_decode, draw_occupancy
 
-    trained = json.loads(OVERLAP.read_text(encoding="utf-8")) if OVERLAP.exists() else []
-    page = render(records, trained)
+    trained, occupancy = (
+        json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        for path in (OVERLAP, OCCUPANCY)
+    )
+    page = render(records, trained, occupancy)
     draw_context(records, pictures / CONTEXT_PICTURE)
     draw_decode(records, pictures / DECODE_PICTURE)
+    if occupancy:
+        draw_occupancy(occupancy, pictures / OCCUPANCY_PICTURE)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(page, encoding="utf-8")
     temporary.rename(path)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks import report
+from benchmarks.pictures import draw_occupancy
 from benchmarks.report import Times, first_win, render, write_page
 
 ABOUT = {
@@ -116,6 +117,31 @@ def test_page_of_a_run_without_decoding_or_dense_attention() -> None:
     assert "## Decoding" not in page and "## Forward and backward" not in page
 
 
+def test_page_says_how_full_multiprocessors_are(tmp_path: Path) -> None:
+    def kernel(name: str, us: float, share: float) -> dict[str, Any]:
+        sizes = {"registers": 128, "shared_bytes": 98336, "launches": 2}
+        return {"name": f"8k/forward/kernel/{name}", "value": share, "us": us, **sizes, **ABOUT}
+
+    occupancy = [
+        {"name": "8k/forward/occupancy", "value": 0.262, **ABOUT},
+        {"name": "8k/forward/products", "value": 0.31, **ABOUT},
+        {"name": "8k/forward/time", "value": 1.0, **ABOUT},
+        kernel("choose_kernel", 200.0, 0.5),
+        kernel("attend_kernel", 780.0, 0.125),
+        kernel("void at::fill<float>(int)", 15.0, 1.0),
+        kernel("tiny_kernel", 5.0, 0.2),
+    ]
+    page = render(RECORDS, None, occupancy)
+    assert "**8k forward**: 1.00 ms, occupancy 26%, products 31%" in page
+    rows = page[page.index("| kernel | time") :].splitlines()[2:5]
+    assert rows[0] == "| `attend_kernel` | 78% | 12% | 128 | 96 KiB |"
+    assert rows[1].startswith("| `choose_kernel` | 20% | 50% |")
+    assert rows[2] == "| all others | 2% | 80% |  |  |"
+    assert "How full" not in render(RECORDS)
+    draw_occupancy(occupancy, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
 def test_page_and_pictures_are_written(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder: Path = tmp_path_factory.mktemp("page")
     write_page(RECORDS, folder / "RESULTS.md", folder)
@@ -129,6 +155,7 @@ def test_results_page_is_that_of_the_records() -> None:
     """RESULTS.md is rendered again whenever the records or the page's words change."""
     records = json.loads((report.ROOT / "results" / "kernels.json").read_text())
     trained = json.loads(report.OVERLAP.read_text()) if report.OVERLAP.exists() else []
-    assert report.RESULTS.read_text() == report.render(records, trained)
-    for picture in (report.CONTEXT_PICTURE, report.DECODE_PICTURE):
+    occupancy = json.loads(report.OCCUPANCY.read_text()) if report.OCCUPANCY.exists() else []
+    assert report.RESULTS.read_text() == report.render(records, trained, occupancy)
+    for picture in (report.CONTEXT_PICTURE, report.DECODE_PICTURE, report.OCCUPANCY_PICTURE):
         assert (report.ROOT / picture).stat().st_size > 20_000
