@@ -1,4 +1,5 @@
-"""Look at what a model's selection finds in real text: the attention that its blocks hold.
+"""Look at what a model's selection finds in real text: the attention that its blocks hold, and how
+far the gates of the branches are open.
 
     python -m jobs.mechanism runs/nsa-150m/model runs/data/pretrain out --length 8192 --texts 8
 
@@ -25,6 +26,10 @@ from nsa_platform.evaluate.mechanism import LayerRecall, Mechanism, look
 from nsa_platform.model.weights import load_model
 from nsa_platform.train.metrics import device_name
 
+SHARE = "share of the attention"
+RECALL = "of what the best blocks hold"
+GATE = "gate"
+SHOWN = (RECALL, GATE)
 SHOWN_LAYERS = 4
 
 
@@ -49,8 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     except (ValueError, OSError) as error:
         fail(str(error))
-    for layer in record["layers"]:
-        print(f"layer {layer['layer']}: {layer['recall']:.1%} of what the best blocks hold")
+    for each in record["records"]:
+        if each["unit"] in SHOWN:
+            print(f"{each['name']}: {each['value']:.1%}, {each['unit']}")
 
 
 def measure(
@@ -93,9 +99,7 @@ def measure(
         "queries": sum(len(each.queries) for each in seen),
         "num_selected_blocks": attention.num_selected_blocks,
         "selection_block_size": attention.selection_block_size,
-        "layers": [
-            {"layer": layer, **asdict(held), "recall": held.recall} for layer, held in means.items()
-        ],
+        "records": _records(means, _gates(seen)),
     }
     storage.write_text(storage.join(output, "mechanism.json"), json.dumps(record, indent=1) + "\n")
     _draw(output, means, seen[0], record)
@@ -112,6 +116,28 @@ def _means(seen: Sequence[Mechanism]) -> dict[int, LayerRecall]:
         )
         for layer in seen[0].layers
     }
+
+
+def _gates(seen: Sequence[Mechanism]) -> dict[int, dict[str, float]]:
+    """Over texts, all of which have as many tokens."""
+    return {
+        layer: {branch: fmean(each.gates[layer][branch] for each in seen) for branch in of_branches}
+        for layer, of_branches in seen[0].gates.items()
+    }
+
+
+def _records(
+    means: dict[int, LayerRecall], gates: dict[int, dict[str, float]]
+) -> list[dict[str, Any]]:
+    """By layer, and the gates once more as means over layers."""
+    found = []
+    for layer, held in means.items():
+        found += [(f"layer_{layer}/{name}", share, SHARE) for name, share in asdict(held).items()]
+        found.append((f"layer_{layer}/recall", held.recall, RECALL))
+        found += [(f"layer_{layer}/{name}", gate, GATE) for name, gate in gates[layer].items()]
+    for branch in gates[0]:
+        found.append((branch, fmean(each[branch] for each in gates.values()), GATE))
+    return [{"name": name, "value": value, "unit": unit} for name, value, unit in found]
 
 
 def _draw(

@@ -42,6 +42,8 @@ class Mechanism:
     """What a model's selection does on one text."""
 
     layers: dict[int, LayerRecall]
+    gates: dict[int, dict[str, float]]
+    """Of each layer and branch, a mean over the text's tokens and heads."""
     maps: dict[int, Tensor]
     """Of each layer, on the CPU, float32 [queries, blocks]: true attention, a mean over groups."""
     queries: Tensor
@@ -81,8 +83,10 @@ def look(model: Transformer, ids: Tensor, *, queries: int) -> Mechanism:
         layers[layer] = recall_of(mass, blocks, places, config)
         maps[layer] = mass.mean(1).cpu()
 
-    model(ids, PackedInputs.from_lengths([len(ids)], device=ids.device, probe=Probe(watch)))
-    return Mechanism(layers, maps, places.cpu())
+    probe = Probe(watch)
+    model(ids, PackedInputs.from_lengths([len(ids)], device=ids.device, probe=probe))
+    gates = {layer: health.gate_mean for layer, health in probe.summary().items()}
+    return Mechanism(layers, gates, maps, places.cpu())
 
 
 def block_mass(q: Tensor, keys: Tensor, places: Tensor, *, block: int, scale: float) -> Tensor:

@@ -68,6 +68,8 @@ def test_a_model_is_looked_at(corpus: Corpus, model: Transformer) -> None:
     for layer, held_by in seen.layers.items():
         assert held_by.forced <= held_by.chosen + CLOSE and held_by.chosen <= held_by.best + CLOSE
         assert seen.maps[layer].sum(-1).tolist() == pytest.approx([1.0] * 8, abs=CLOSE)
+        assert list(seen.gates[layer]) == ["cmp", "slc", "win"]
+        assert all(0 < gate < 1 for gate in seen.gates[layer].values())
     with pytest.raises(ValueError, match="must be more than"):
         look(model, ids[: 2 * held], queries=8)
 
@@ -85,9 +87,14 @@ def test_the_command(
     assert record["command"].startswith(f"python -m jobs.mechanism {folder} {corpus.path} ")
     assert re.fullmatch("[0-9a-f]{40}", record["commit"]) and record["date"].startswith("20")
     assert (record["texts"], record["queries"], record["length"]) == (2, 10, length)
-    assert [each["layer"] for each in record["layers"]] == list(range(model.config.layers))
-    assert all(0 < each["recall"] <= 1 + CLOSE for each in record["layers"])
-    assert f"layer 0: {record['layers'][0]['recall']:.1%}" in capsys.readouterr().out
+    found = {each["name"]: each["value"] for each in record["records"]}
+    layers = range(model.config.layers)
+    assert all(0 < found[f"layer_{layer}/recall"] <= 1 + CLOSE for layer in layers)
+    mean = sum(found[f"layer_{layer}/slc"] for layer in layers) / len(layers)
+    assert found["slc"] == pytest.approx(mean)
+    shown = capsys.readouterr().out
+    assert f"layer_0/recall: {found['layer_0/recall']:.1%}, of what the best" in shown
+    assert f"slc: {found['slc']:.1%}, gate" in shown
     for name in ("attention_held.png", "block_attention.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit):
