@@ -11,6 +11,7 @@ adaptive.png below OUTPUT.
 import argparse
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,14 +31,14 @@ UNIT = "bits per byte"
 
 @interruptible("interrupted; the same command begins anew")
 def main(argv: Sequence[str] | None = None) -> None:
-    """Score, write and print."""
+    """Score, print and write."""
     parser = _parser()
     options = parser.parse_args(argv)
     for name in ("length", "texts"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     try:
-        record = measure(
+        measure(
             options.model,
             options.data,
             options.output,
@@ -49,8 +50,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     except (ValueError, OSError) as error:
         fail(str(error))
-    for each in record["records"]:
-        print(f"{each['name']}: {each['blocks']:.2f} blocks a query, {each['value']:.4f} {UNIT}")
 
 
 def measure(
@@ -64,7 +63,8 @@ def measure(
     top_ps: Sequence[float],
     origin: dict[str, str],
 ) -> dict[str, Any]:
-    """Score held-out rows at every number and every share, write and return the record.
+    """Score held-out rows at every number and every share, say each result, write and return the
+    record.
 
     Args:
         origin: of the record, by held_out_origin.
@@ -85,17 +85,8 @@ def measure(
     )
     batches, most = list(rows), max(num_blocks)
     wanted = [(count, None) for count in num_blocks] + [(most, share) for share in top_ps]
-    points = [
-        read(
-            model,
-            batches,
-            tokenizer.token_bytes(),
-            context_length=length,
-            num_blocks=count,
-            top_p=share,
-        )
-        for count, share in wanted
-    ]
+    score = partial(read, model, batches, tokenizer.token_bytes(), context_length=length)
+    points = [_told(score(num_blocks=count, top_p=share)) for count, share in wanted]
     record = {
         "model": model.config.name,
         "device": device_name(model.embedding.weight.device),
@@ -113,6 +104,13 @@ def measure(
     drawn = figures.quality_by_blocks(lines, title=title)
     storage.write_bytes(storage.join(output, "adaptive.png"), figures.png(drawn))
     return record
+
+
+def _told(point: Reading) -> Reading:
+    """The same, printed."""
+    name = _record(point)["name"]
+    print(f"{name}: {point.blocks:.2f} blocks a query, {point.bits_per_byte:.4f} {UNIT}")
+    return point
 
 
 def _record(point: Reading) -> dict[str, Any]:
