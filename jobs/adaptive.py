@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from jobs.cli import fail, interruptible
-from jobs.evaluation_inputs import held_out_origin, held_out_parser, open_loader
+from jobs.evaluation_inputs import held_out_origin, held_out_parser, held_out_texts
+from jobs.places import check_output
 from nsa_platform import figures, storage
 from nsa_platform.config.model import AttentionConfig, NsaAttentionConfig
 from nsa_platform.data.tokenizer import Tokenizer
 from nsa_platform.evaluate.adaptive import Reading, read
-from nsa_platform.evaluate.bits_per_byte import first_batches
 from nsa_platform.model.weights import load_model
 from nsa_platform.train.metrics import device_name
 
@@ -72,6 +72,7 @@ def measure(
     Raises:
         ValueError, OSError: model, data and numbers do not fit, or cannot be read or written.
     """
+    check_output(output)
     on_gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     model, tokenizer = load_model(model_folder, device=device, dtype=dtype), Tokenizer(model_folder)
@@ -80,10 +81,8 @@ def measure(
             f"--length={length} must not exceed {model.config.max_context}, the model's max_context"
         )
     _check_blocks(model.config.attention, num_blocks)
-    rows = first_batches(
-        open_loader(data, "validation", tokenizer, length), tokens=texts * length, batch_rows=1
-    )
-    batches, most = list(rows), max(num_blocks)
+    batches = held_out_texts(data, tokenizer, length=length, texts=texts)
+    most = max(num_blocks)
     wanted = [(count, None) for count in num_blocks] + [(most, share) for share in top_ps]
     score = partial(read, model, batches, tokenizer.token_bytes(), context_length=length)
     points = [_told(score(num_blocks=count, top_p=share)) for count, share in wanted]
@@ -95,7 +94,6 @@ def measure(
         "texts": len(batches),
         "records": [_record(point) for point in points],
     }
-    storage.write_text(storage.join(output, "adaptive.json"), json.dumps(record, indent=1) + "\n")
     lines = {
         "fixed": [(p.blocks, p.bits_per_byte) for p in points if p.selection_top_p is None],
         "adaptive": [(p.blocks, p.bits_per_byte) for p in points if p.selection_top_p is not None],
@@ -103,6 +101,7 @@ def measure(
     title = f"Quality against blocks read: {model.config.name}, {length:,} tokens"
     drawn = figures.quality_by_blocks(lines, title=title)
     storage.write_bytes(storage.join(output, "adaptive.png"), figures.png(drawn))
+    storage.write_text(storage.join(output, "adaptive.json"), json.dumps(record, indent=1) + "\n")
     return record
 
 

@@ -14,13 +14,12 @@ Exit status: 0 converted; 2 the configuration or the checkpoint is wrong (nothin
 130 stopped; 1 anything else.
 """
 
-import os
-import tempfile
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
-from jobs.cli import EXIT_BAD_CONFIG, fail, interruptible, read_run
+from jobs.cli import EXIT_BAD_CONFIG, fail, interruptible, read_run, warn
+from jobs.places import check_output
 from nsa_platform import storage
 from nsa_platform.config.convert import ConvertRun
 from nsa_platform.data.tokenizer import Tokenizer
@@ -92,28 +91,15 @@ def _check_output(run: ConvertRun) -> None:
     ours."""
     if run.output == run.checkpoint:
         raise ValueError(f"output={run.output}: is the checkpoint itself; give another folder")
-    if not storage.is_remote(run.output):
-        _check_place(Path(run.output))
+    check_output(run.output)
     names = storage.list_names(run.output)
     if names and not is_own(run.output):
         raise ValueError(
             f"output={run.output}: holds {names[0]} and no model of this platform; "
             "give another folder"
         )
-
-
-def _check_place(output: Path) -> None:
-    """Raises ValueError unless a folder can be made there: one beside it is, and goes again."""
-    if os.path.exists(output) and not os.path.isdir(output):
-        raise ValueError(f"output={output}: is a file, must be a folder")
-    beside = next(parent for parent in output.parents if os.path.exists(parent))
-    try:
-        tempfile.TemporaryDirectory(dir=beside).cleanup()
-    except OSError as error:
-        raise ValueError(
-            f"output={output}: nothing can be written in {beside} ({error.strerror}); "
-            "give another folder"
-        ) from None
+    if names:
+        warn(f"output={run.output}: the model that is there is replaced")
 
 
 def _show(foreign: Foreign) -> None:

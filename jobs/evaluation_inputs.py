@@ -46,6 +46,19 @@ def held_out_origin(job: str, argv: Sequence[str] | None) -> dict[str, str]:
     }
 
 
+def held_out_texts(data: str, tokenizer: Tokenizer, *, length: int, texts: int) -> list[Batch]:
+    """The first held-out rows of such a command; a warning says where there are fewer.
+
+    Raises:
+        ValueError, OSError: the data is not there, or was made with another tokenizer.
+    """
+    loader = open_loader(data, "validation", tokenizer, length)
+    rows = list(first_batches(loader, tokens=texts * length, batch_rows=1))
+    if len(rows) < texts:
+        warn(f"--texts={texts}: there are {len(rows)} held-out rows of {length} tokens, all read")
+    return rows
+
+
 def counted(batches: Iterator[Batch], advance: Callable[[int], None]) -> Iterator[Batch]:
     for batch in batches:
         yield batch

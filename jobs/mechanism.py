@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from jobs.cli import fail, interruptible
-from jobs.evaluation_inputs import held_out_origin, held_out_parser, open_loader
+from jobs.evaluation_inputs import held_out_origin, held_out_parser, held_out_texts
+from jobs.places import check_output
 from nsa_platform import figures, storage
 from nsa_platform.config.model import NsaAttentionConfig
 from nsa_platform.data.tokenizer import Tokenizer
-from nsa_platform.evaluate.bits_per_byte import first_batches
 from nsa_platform.evaluate.mechanism import LayerRecall, Mechanism, look
 from nsa_platform.model.weights import load_model
 from nsa_platform.train.metrics import device_name
@@ -77,6 +77,7 @@ def measure(
     Raises:
         ValueError, OSError: model, data and sizes do not fit, or cannot be read or written.
     """
+    check_output(output)
     on_gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     model, tokenizer = load_model(model_folder, device=device, dtype=dtype), Tokenizer(model_folder)
@@ -84,8 +85,7 @@ def measure(
         raise ValueError(
             f"--length={length} must not exceed {model.config.max_context}, the model's max_context"
         )
-    loader = open_loader(data, "validation", tokenizer, length)
-    rows = first_batches(loader, tokens=texts * length, batch_rows=1)
+    rows = held_out_texts(data, tokenizer, length=length, texts=texts)
     seen = [look(model, row.ids.to(device), queries=queries) for row in rows]
     attention = model.config.attention
     assert isinstance(attention, NsaAttentionConfig)
@@ -101,8 +101,8 @@ def measure(
         "selection_block_size": attention.selection_block_size,
         "records": _records(means, _gates(seen)),
     }
-    storage.write_text(storage.join(output, "mechanism.json"), json.dumps(record, indent=1) + "\n")
     _draw(output, means, seen[0], record)
+    storage.write_text(storage.join(output, "mechanism.json"), json.dumps(record, indent=1) + "\n")
     return record
 
 

@@ -12,6 +12,7 @@ maps of such records are drawn again, of the runs that are named or of all.
 """
 
 import argparse
+import shlex
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -143,19 +144,33 @@ def _record(name: str, value: float, low: float, high: float) -> dict[str, Any]:
 def stored_grids(paths: Sequence[Path], names: Sequence[str]) -> list[dict[str, Any]]:
     """The grids of these runs, in their order, out of records; without names all there are.
 
+    A run whose name stands in several records is called RECORD/RUN.
+
     Raises:
         OSError: a record cannot be read.
-        ValueError: one holds no needles, or there is no such run.
+        ValueError: one holds no needles, there is no such run, or one is named twice.
     """
-    known: dict[str, dict[str, Any]] = {}
-    for path in paths:
-        grids = read_record(path).get("grids")
-        if not grids:
-            raise ValueError(f"{path} holds no needles: it has no grids")
-        known |= {grid["run"]: grid for grid in grids}
+    found = [(path, grid) for path in paths for grid in _grids_of(path)]
+    runs = [grid["run"] for _, grid in found]
+    known = {
+        grid["run"] if runs.count(grid["run"]) == 1 else f"{path.stem}/{grid['run']}": grid
+        for path, grid in found
+    }
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"no run {', '.join(unknown)}: there are {', '.join(known)}")
-    return [known[name] for name in names or known]
+    if len(set(names)) < len(names):
+        raise ValueError("a run must be named once")
+    return [{**known[name], "run": name} for name in names or known]
+
+
+def _grids_of(path: Path) -> list[dict[str, Any]]:
+    grids = read_record(path).get("grids")
+    parts = {"run", "exact", "lengths", "depths", "cells", "policies"}
+    if not isinstance(grids, list) or not all(
+        isinstance(grid, dict) and parts <= grid.keys() for grid in grids
+    ):
+        raise ValueError(f"{path} holds no needles: it has no grids")
+    return grids
 
 
 def draw(grids: Sequence[dict[str, Any]]) -> bytes:
@@ -170,13 +185,13 @@ def draw(grids: Sequence[dict[str, Any]]) -> bytes:
     return figures.png(figures.needle_maps(maps, title="Needles: numbers written exactly"))
 
 
-def _write(options: argparse.Namespace) -> dict[str, Any]:
-    """The record of the runs, written."""
+def _recorded(options: argparse.Namespace) -> dict[str, Any]:
+    """The record of the runs that are named."""
     found = record(options.runs, uri=options.uri)
-    command = f"python -m jobs.needle_record {' '.join(options.runs)} --uri {options.uri}"
+    flags = ["--uri", options.uri, "--json", str(options.json), "--picture", str(options.picture)]
+    command = shlex.join(["python", "-m", "jobs.needle_record", *options.runs, *flags])
     result = {"name": options.json.stem, "command": command, **found}
     result["commit"] = options.commit or result["commit"]
-    write_record(result, options.json)
     return result
 
 
@@ -205,10 +220,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not options.draw and not (options.runs and options.uri and options.json):
         parser.error("give ids of runs, --uri and --json, or --draw")
     try:
-        result = None if options.draw else _write(options)
+        result = None if options.draw else _recorded(options)
         grids = result["grids"] if result else stored_grids(options.draw, options.runs)
+        picture = draw(grids)
         options.picture.parent.mkdir(parents=True, exist_ok=True)
-        options.picture.write_bytes(draw(grids))
+        options.picture.write_bytes(picture)
+        if result:
+            write_record(result, options.json)
+    except (ArithmeticError, LookupError, TypeError) as error:
+        fail(f"{', '.join(map(str, options.draw or options.runs))}: no grid of needles ({error!r})")
     except (OSError, ValueError, library.MlflowException) as error:
         fail(str(error))
     for each in result["records"] if result else ():

@@ -125,10 +125,10 @@ def texts(pool: Sequence[str], *, steps: Sequence[int], count: int, seed: str) -
 
 
 def _told_twice(pool: Sequence[str], dice: random.Random) -> str:
-    lines = [
-        f"{name.title()} {dice.choice(pool)} {dice.choice(NUMBERS)}.\n"
-        for name in dice.sample(pool, min(TOLD_TWICE, len(pool)))
-    ]
+    lines = []
+    for name in dice.sample(pool, min(TOLD_TWICE, len(pool))):
+        following = dice.choice([other for other in pool if other != name])
+        lines.append(f"{name.title()} {following} {dice.choice(NUMBERS)}.\n")
     return "".join(lines + dice.sample(lines, len(lines)))
 
 

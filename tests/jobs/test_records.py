@@ -210,7 +210,19 @@ def test_needles_of_evaluations_the_best_first(
     needle_record.main(["worse", "--draw", str(target), "--picture", str(again)])
     assert again.read_bytes() != picture.read_bytes()
     assert capsys.readouterr().out == ""
+    other = tmp_path / "others.json"
+    other.write_text(json.dumps({**found, "grids": found["grids"][:1]}))
+    both = ["others/better", "worse", "needles/better", "--draw", str(target), str(other)]
+    needle_record.main([*both, "--picture", str(again)])
+    broken = {**found["grids"][0], "cells": [[[]]]}
+    for name, grids in (("empty", [broken]), ("runs", [{"run": "a"}]), ("tree", {"run": "a"})):
+        (tmp_path / f"{name}.json").write_text(json.dumps({**found, "grids": grids}))
     for wrong, line in (
+        (["better", *both[3:]], "no run better: there are needles/better, worse, others/better"),
+        (["worse", "worse", *both[3:]], "a run must be named once"),
+        (["--draw", str(tmp_path / "empty.json")], "empty.json: no grid of needles"),
+        (["--draw", str(tmp_path / "runs.json")], "runs.json holds no needles"),
+        (["--draw", str(tmp_path / "tree.json")], "tree.json holds no needles"),
         (["best", "--draw", str(target)], "no run best: there are better, worse"),
         (["--draw", str(ROOT / "results" / "kernels.json")], "kernels.json"),
         (ids, "give ids of runs, --uri and --json, or --draw"),
@@ -219,10 +231,15 @@ def test_needles_of_evaluations_the_best_first(
         with pytest.raises(SystemExit):
             needle_record.main([*wrong, "--picture", str(again)])
         assert line in capsys.readouterr().err
+    assert found["command"].split()[2:] == ["jobs.needle_record", *command]
     for runs, line in ((["0" * 32], "0" * 32), ([ids[0], ids[0]], "a run must be named once")):
         with pytest.raises(SystemExit):
             needle_record.main([*runs, *command[2:]])
         assert line in capsys.readouterr().err
+    half = [*command[:-3], str(tmp_path / "half.json"), "--picture", "/proc/x.png"]
+    with pytest.raises(SystemExit):
+        needle_record.main(half)
+    assert "x.png" in capsys.readouterr().err and not (tmp_path / "half.json").exists()
     other = open_run(
         tracking, job="sft", name="other", params={}, tags={}, yaml_text="", queue_dir=tmp_path
     )

@@ -51,6 +51,13 @@ def test_the_command(
     assert blocks[1] <= blocks[2] <= blocks[0] and record["texts"] == 2
     assert f"top-p 0.05 of {n}: {blocks[1]:.2f} blocks a query" in capsys.readouterr().out
     assert (tmp_path / "out" / "adaptive.png").read_bytes().startswith(b"\x89PNG")
+    job.main([*command, "--texts", "100000", "--num-blocks", str(n), "--top-p"])
+    assert "warning: --texts=100000: there are " in capsys.readouterr().err
+    taken = tmp_path / "taken"
+    taken.write_text("")
+    with pytest.raises(SystemExit):
+        job.main([*command[:2], str(taken), *command[3:]])
+    assert f"error: output={taken}: is a file, must be a folder" in capsys.readouterr().err
     for flag, value, said in (
         ("--top-p", "1.5", "argument --top-p: must be above 0 and at most 1, got '1.5'"),
         ("--top-p", "0", "argument --top-p: must be above 0 and at most 1, got '0'"),
