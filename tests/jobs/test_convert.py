@@ -152,7 +152,11 @@ def test_our_own_model_with_full_attention_becomes_one_with_nsa(
     dense = str(tmp_path / "dense")
     convert.main(config(tmp_path, checkpoint, attention={"kind": "full"}, output=dense))
     convert.main(config(tmp_path, dense))
-    assert "4 query heads" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "4 query heads" in said.out and said.err == ""
+    convert.main([*config(tmp_path, dense), "--dry-run"])
+    replaced = f"output={tmp_path / 'model'}: the model that is there is replaced"
+    assert replaced in capsys.readouterr().err
     model, source = load_model(tmp_path / "model"), load_model(dense)
     assert (model.config.name, model.config.attention.kind) == ("small", "nsa")
     assert torch.equal(model.state_dict()["head.weight"], source.state_dict()["head.weight"])
