@@ -91,7 +91,7 @@ def _check_output(run: ConvertRun) -> None:
     ours."""
     if run.output == run.checkpoint:
         raise ValueError(f"output={run.output}: is the checkpoint itself; give another folder")
-    check_output(run.output)
+    check_output(run.output, replaced=True)
     names = storage.list_names(run.output)
     if names and not is_own(run.output):
         raise ValueError(

@@ -32,7 +32,7 @@ def record(run_ids: Sequence[str], *, uri: str) -> dict[str, Any]:
     """The grids of these runs, the best first, with where and how.
 
     Raises:
-        ValueError: a run stands twice, or has no needles.
+        ValueError: a run stands twice, two have the same name, or one has no needles.
         OSError: the store or a run's results cannot be read.
     """
     if len(set(run_ids)) < len(run_ids):
@@ -56,6 +56,7 @@ def record(run_ids: Sequence[str], *, uri: str) -> dict[str, Any]:
             raise ValueError(f"{run.name}: its results say no {error}: evaluate anew") from None
         commits.add(run.tags.get("mlflow.source.git.commit", "unknown")[:12])
     grids.sort(key=lambda grid: -grid["exact"])
+    _check_names([grid["run"] for grid in grids])
     return {
         "device": ", ".join(sorted(devices)),
         "commit": ", ".join(sorted(commits)),
@@ -65,6 +66,12 @@ def record(run_ids: Sequence[str], *, uri: str) -> dict[str, Any]:
         ],
         "grids": grids,
     }
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """What is recorded and drawn of runs is told apart by their names."""
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"runs must not have the same name: {', '.join(twice)}")
 
 
 def _grid(needle: dict[str, Any]) -> dict[str, Any]:
@@ -148,14 +155,17 @@ def stored_grids(paths: Sequence[Path], names: Sequence[str]) -> list[dict[str, 
 
     Raises:
         OSError: a record cannot be read.
-        ValueError: one holds no needles, there is no such run, or one is named twice.
+        ValueError: one holds no needles, there is no such run, one is named twice, or two records
+            of one name have runs of one name.
     """
     found = [(path, grid) for path in paths for grid in _grids_of(path)]
     runs = [grid["run"] for _, grid in found]
-    known = {
-        grid["run"] if runs.count(grid["run"]) == 1 else f"{path.stem}/{grid['run']}": grid
+    labels = [
+        grid["run"] if runs.count(grid["run"]) == 1 else f"{path.stem}/{grid['run']}"
         for path, grid in found
-    }
+    ]
+    _check_names(labels)
+    known = dict(zip(labels, (grid for _, grid in found), strict=True))
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"no run {', '.join(unknown)}: there are {', '.join(known)}")
     if len(set(names)) < len(names):

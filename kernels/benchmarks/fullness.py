@@ -68,6 +68,8 @@ def section(records: list[Record]) -> list[str]:
     """Lines of the page; none without records."""
     if not records:
         return []
+    stamp = records[0]
+    versions = ", ".join(f"{name} {version}" for name, version in stamp["versions"].items())
     lines = [
         "",
         "## How full the multiprocessors are",
@@ -75,7 +77,8 @@ def section(records: list[Record]) -> list[str]:
         "Occupancy: warps on a multiprocessor over those that it can hold, by registers, shared",
         "memory and grid of each launch, weighted by time. Products: what the least products take",
         "at the rate of one large one in the same run, over the time of all kernels.",
-        f"Commit {records[0]['commit']}, {records[0]['date']}; blocks as in a trained model.",
+        f"{stamp['device']}; {versions}; commit {stamp['commit']}; {stamp['date']}; blocks as in a",
+        "trained model.",
         "Reproduce: `python kernels/benchmarks/occupancy.py`.",
     ]
     for each in passes_of(records):

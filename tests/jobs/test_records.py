@@ -220,6 +220,7 @@ def test_needles_of_evaluations_the_best_first(
     for wrong, line in (
         (["better", *both[3:]], "no run better: there are needles/better, worse, others/better"),
         (["worse", "worse", *both[3:]], "a run must be named once"),
+        (["--draw", str(target), str(target)], "the same name: needles/better, needles/worse"),
         (["--draw", str(tmp_path / "empty.json")], "empty.json: no grid of needles"),
         (["--draw", str(tmp_path / "runs.json")], "runs.json holds no needles"),
         (["--draw", str(tmp_path / "tree.json")], "tree.json holds no needles"),
@@ -254,6 +255,15 @@ def test_needles_of_evaluations_the_best_first(
     assert tracker.finish("FINISHED") == 0
     with pytest.raises(ValueError, match="older: its results say no 'device': evaluate anew"):
         needle_record.record([str(older.run_id)], uri=tracking.uri)
+    again = open_run(
+        tracking, job="evaluate", name="worse", params={}, tags={}, yaml_text="", queue_dir=tmp_path
+    )
+    tracker = Tracker(again)
+    results = {"device": "cpu", "needle": {"exact": 1, "trials": trials}}
+    tracker.log_dict(results, "evaluation/results.json")
+    assert tracker.finish("FINISHED") == 0
+    with pytest.raises(ValueError, match="runs must not have the same name: worse"):
+        needle_record.record([*ids, str(again.run_id)], uri=tracking.uri)
 
 
 def test_a_parent_must_be_named(tmp_path: Path) -> None:
